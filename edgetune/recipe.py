@@ -1,0 +1,252 @@
+"""The recipe: closed pydantic models that say what to do. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from edgetune.errors import RecipeError
+
+Count = Annotated[int, Field(gt=0)]
+M = TypeVar("M", bound=BaseModel)
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Closed(BaseModel):
+    """A model that knows all its keys and never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Closed):
+    """Rows to train on, and rows to judge by that training never sees."""
+
+    train: str = Field(description="JSONL file with training rows")
+    heldout: str = Field(description="JSONL file with held-out rows; a row that is also in train is refused")
+    format: Literal["auto", "alpaca", "chat", "text"] = "auto"
+    max_length: Count = Field(512, description="tokens; longer training rows are left out and counted")
+    train_rows: Count | None = Field(None, description="use the first N training rows")
+    heldout_rows: Count | None = Field(None, description="use the first N held-out rows")
+
+
+class Adapt(Closed):
+    """LoRA on a 16-bit base, or QLoRA on a base in NF4 (arXiv:2106.09685, arXiv:2305.14314)."""
+
+    method: Literal["qlora", "lora"] = "qlora"
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Share = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Count | None = None
+    batch_size: Count = Field(16, description="rows an optimizer step")
+    micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
+    warmup_ratio: Share = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    eval_steps: Count = Field(50, description="optimizer steps between held-out losses and checkpoints")
+    eval_rows: Count = Field(64, description="training rows set aside for early stopping")
+    patience: Count = Field(3, description="held-out losses without progress before training stops")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+
+
+class Calibration(Closed):
+    """Token rows that show a layer its inputs: training rows under their template, and a share of general text."""
+
+    n_samples: Count = 128
+    n_tokens: Count = Field(256, description="tokens in each sample; short rows are packed into it")
+    general_share: Share = 0.25
+
+
+class Rtn(Closed):
+    """Round to nearest."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = Field(64, description="columns that share a scale; -1 for the whole row")
+    sym: bool = True
+
+
+class Gptq(Rtn):
+    """GPTQ (arXiv:2210.17323)."""
+
+    desc_act: bool = Field(True, description="quantize columns in the order of falling activation")
+    static_groups: bool = Field(True, description="keep each column's group in place, so that g_idx is plain")
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    block_size: Count = 128
+    calibration: Calibration = Calibration()
+
+
+class CompressStep(Closed):
+    """One step of a candidate's chain: exactly one key."""
+
+    rtn: Rtn | None = None
+    gptq: Gptq | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> CompressStep:
+        return _exactly_one(self)
+
+    @property
+    def method(self) -> Rtn | Gptq:
+        return self.gptq or self.rtn  # type: ignore[return-value]
+
+
+class GgufExport(Closed):
+    """A GGUF file for llama.cpp."""
+
+    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"] = "Q4_K_M"
+    imatrix: bool = Field(True, description="weigh the rounding by the second moments of the calibration rows")
+    calibration: Calibration = Calibration()
+
+
+class OnnxExport(Closed):
+    """An ONNX folder for ONNX Runtime and onnxruntime-genai."""
+
+    precision: Literal["fp32", "int4"] = "int4"
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(4, description="MatMulNBits: 4 computes with int8 activations")
+    head_bits: Literal[4, 8] = Field(8, description="bits of the output head, which GPTQ leaves alone")
+
+
+class Export(Closed):
+    """The format that ships: exactly one key."""
+
+    gguf: GgufExport | None = None
+    onnx: OnnxExport | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Export:
+        return _exactly_one(self)
+
+
+class Candidate(Closed):
+    """A chain of compress steps and an export target; without export the checkpoint itself is judged in torch."""
+
+    compress: list[CompressStep] = Field(default=[], max_length=1)
+    export: Export | None = None
+
+
+class Bench(Closed):
+    """How latency is measured."""
+
+    prompt_tokens: list[Count] = [32, 256]
+    new_tokens: Annotated[int, Field(ge=2)] = 64
+    threads: Count = 2
+    repeats: Count = Field(10, description="measured generations of each case, candidates interleaved")
+    warmup: Count = Field(2, description="generations of each case that are named, kept apart and not counted")
+    case_timeout_s: Annotated[float, Field(gt=0)] = 300
+
+
+class AccuracyBudget(Closed):
+    """Non-inferiority: the loss against the adapted model stays below `max_loss` at this confidence."""
+
+    metric: Literal["exact_match", "slot_f1"] = "exact_match"
+    max_loss: Share = 0.02
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+
+
+class Budgets(Closed):
+    """What "ship" means. A budget that is absent is not judged."""
+
+    accuracy: AccuracyBudget | None = None
+    itl_ms_p95: Annotated[float, Field(gt=0)] | None = None
+    ttft_ms_p95: Annotated[float, Field(gt=0)] | None = None
+    size_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="10^6 bytes")
+    peak_memory_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="10^6 bytes, resident")
+
+
+class Recipe(Closed):
+    """A whole pipeline."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    base: str = Field(description="pkg:NAME, org/model, ./folder or ./file.gguf")
+    revision: str | None = Field(None, description="commit or tag of a hub model")
+    seed: int = 0
+    device: str = Field("cpu", description="torch device that trains and quantizes: cpu, cuda, cuda:1")
+    data: Data
+    adapt: Adapt | None = Adapt()
+    candidates: Annotated[dict[str, Candidate], Field(min_length=1)]
+    bench: Bench = Bench()
+    budgets: Budgets = Budgets()
+
+    @field_validator("candidates")
+    @classmethod
+    def _names(cls, candidates: dict[str, Candidate]) -> dict[str, Candidate]:
+        for name in candidates:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name in {".", ".."}:
+                raise ValueError(f"candidate name {name!r} may hold letters, digits, '-', '_' and '.' only")
+        return candidates
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Raises RecipeError with the key, what was found and what to do."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check a recipe that was already read. Raises RecipeError."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error.errors()[0])}") from error
+
+
+def _exactly_one(model: M) -> M:
+    given = [name for name in type(model).model_fields if getattr(model, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(type(model).model_fields)}; found {given or 'none'}")
+    return model
+
+
+def _explain(error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    key = ".".join(loc) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+        return f"unknown key {key!r}{hint}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (found {error['input']!r})" if error["type"] != "value_error" else f"{key}: {message}"
+
+
+def _keys_at(loc: list[str]) -> list[str]:
+    """Known keys of the model that a location leads to, found by walking the JSON Schema."""
+    schema = Recipe.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in loc:
+        node = _resolve(schema, node)
+        if "properties" in node and part in node["properties"]:
+            node = node["properties"][part]
+        elif "items" in node:
+            node = node["items"]
+        elif isinstance(node.get("additionalProperties"), dict):
+            node = node["additionalProperties"]
+    return sorted(_resolve(schema, node).get("properties", {}))
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", []):
+        if option.get("type") != "null":
+            node = option
+            break
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node

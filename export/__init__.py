@@ -1,0 +1,1 @@
+"""Exporters: GGUF and ONNX, each refused when it breaks its contract."""

@@ -1,0 +1,1 @@
+"""The yardstick: engines, latency, accuracy, statistics, evidence and the report."""

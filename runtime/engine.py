@@ -1,0 +1,117 @@
+"""What every engine can do, and the one table of engines.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.errors import EngineError, UsageError
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids, and where the part that is scored begins: ids[start:] is scored, ids[:start] is given."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    def __post_init__(self) -> None:
+        assert 0 < self.start < len(self.ids), "a row needs a token before and after its start"
+
+    @property
+    def target(self) -> tuple[int, ...]:
+        return self.ids[self.start :]
+
+
+class Engine(Protocol):
+    """A runtime that holds one loaded artifact. Greedy by itself: it gives logits and never samples."""
+
+    name: str
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Forget all context, read `ids`, and give the logits of the last position, [V]."""
+        ...
+
+    def decode(self, token: int) -> Logits:
+        """Append one token to the context and give its logits, [V]."""
+        ...
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Give the logits of every position of one row, [T, V]."""
+        ...
+
+    def score_rows(self, rows: Sequence[TokenRow]) -> Iterator[Logits]:
+        """Give, row by row in order, the logits that predict row.target, [len(row.target), V].
+
+        An engine shares the prefix of the rows and batches them; the result does not depend on it
+        beyond rounding. The array is the caller's until the next one is asked for.
+        """
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn rendered text into ids with the artifact's own tokenizer: special tokens parsed, no BOS added."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# engine name -> module:class, loaded only when asked for. Each class has
+# `load(path: Path, *, n_ctx: int, n_threads: int, **settings) -> Engine` as a classmethod.
+ENGINES: dict[str, str] = {
+    "torch": "edgetune.runtime.engines.torch_engine:TorchEngine",
+    "llama.cpp": "edgetune.runtime.engines.llama_engine:LlamaEngine",
+    "onnxruntime": "edgetune.runtime.engines.onnx_engine:OnnxEngine",
+}
+
+# artifact kind -> engine that ships it
+ENGINE_OF_KIND: dict[str, str] = {
+    "model": "torch",
+    "gptq": "torch",
+    "adapter": "torch",
+    "gguf": "llama.cpp",
+    "onnx": "onnxruntime",
+}
+
+
+def load_engine(name: str, path: Path, *, n_ctx: int, n_threads: int, **settings: object) -> Engine:
+    """Load an artifact folder (or bare file) in an engine.
+
+    Raises UsageError for an unknown engine, MissingBackendError, and EngineError where the load fails.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
+    module, _, attribute = ENGINES[name].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), attribute).load(
+        path, n_ctx=n_ctx, n_threads=n_threads, **settings
+    )
+    return engine
+
+
+def greedy(engine: Engine, prompt: Sequence[int], stop: frozenset[int], max_new_tokens: int) -> list[int]:
+    """Continue a prompt greedily up to a stop token (kept) or `max_new_tokens`."""
+    logits = engine.prefill(prompt)
+    new: list[int] = []
+    while True:
+        if not np.isfinite(logits.max()):
+            raise EngineError(f"{engine.name} gave logits that are not finite after {len(new)} new tokens")
+        new.append(int(logits.argmax()))
+        if new[-1] in stop or len(new) == max_new_tokens:
+            return new
+        logits = engine.decode(new[-1])

@@ -1,0 +1,161 @@
+"""The one schema of everything that was measured. Raw samples are kept."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Machine(Record):
+    """The box that measured."""
+
+    cpu: str
+    cpu_flags: list[str]  # those that matter to engines: avx2, avx512f, avx512_vnni, amx_int8 ...
+    cores: int
+    memory_mib: int
+    gpu: str | None
+    platform: str
+    python: str
+
+
+class Load(Record):
+    """How busy the machine was beside us: other processes' share of all cores, 0 to 1."""
+
+    others_before: float
+    others_during: float
+    busy: bool  # others_during above 0.1: figures are marked
+
+
+class Subject(Record):
+    """What was measured, by what."""
+
+    name: str  # candidate, "reference" or "base"
+    kind: str
+    artifact_digest: str
+    size_bytes: int
+    engine: str
+    engine_version: str
+    n_threads: int
+    settings: dict[str, Any] = {}
+
+
+class RowScore(Record):
+    """One held-out row. Exact match is teacher-forced: argmax equals gold at every target position."""
+
+    exact: bool
+    n_tokens: int  # target positions
+    n_correct: int  # positions where argmax is gold
+    nll: float  # natural log, summed over the target
+    kl: float | None = None  # to the reference, nats, summed over the target
+    n_agree: int | None = None  # positions where argmax equals the reference's argmax
+    output: str | None = None  # greedy continuation, where it was made because the row is not exact
+    slot_true_positives: int | None = None
+    slot_predicted: int | None = None
+    slot_gold: int | None = None
+
+
+class TextScore(Record):
+    """Perplexity of general text: summed negative log-likelihood (nats) of each probe text."""
+
+    nll: list[float]
+    n_tokens: list[int]
+
+
+class Accuracy(Record):
+    subject: Subject
+    workload: str  # digest of rows: ids and starts
+    rows: list[RowScore]
+    text: TextScore | None
+    seconds: float
+    load: Load
+
+
+class Generation(Record):
+    """One timed generation: stamps from the same monotonic clock, milliseconds."""
+
+    ttft_ms: float  # prefill call to first token chosen
+    itl_ms: list[float]  # one for each further token
+    warmup: bool
+
+
+class LatencyCase(Record):
+    prompt_tokens: int
+    new_tokens: int
+    generations: list[Generation]
+
+
+class Latency(Record):
+    subject: Subject
+    workload: str
+    load_ms: float
+    first_run_ms: float  # the very first generation's TTFT, apart from the samples
+    cases: list[LatencyCase]
+    peak_rss_bytes: int
+    load: Load
+
+
+class Failure(Record):
+    """A measurement or stage that did not come to its end."""
+
+    subject: str
+    stage: str
+    reason: str  # one line
+
+
+class Seam(Record):
+    """One hop of the pipeline on the same probe rows."""
+
+    hop: str  # "base", "adapter on nf4", "merged", "gptq int4 g32", "onnx"
+    engine: str
+    n_rows: int
+    exact_match: float
+    token_accuracy: float
+    nll_per_token: float
+    kl_per_token: float | None
+
+
+class Check(Record):
+    """One budget of one candidate."""
+
+    budget: str  # "exact_match loss", "itl_ms p95", "size_mb"
+    limit: float
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    verdict: Literal["ship", "do not ship", "inconclusive"]
+    reason: str
+
+
+class Verdict(Record):
+    candidate: str
+    verdict: Literal["ship", "do not ship", "inconclusive", "failed"]
+    checks: list[Check]
+    reason: str
+
+
+class Report(Record):
+    """Everything that the report page shows; written as report.json."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    edgetune: str
+    recipe: dict[str, Any]
+    machine: Machine
+    reference: str  # subject name of the accuracy reference
+    accuracy: list[Accuracy]
+    latency: list[Latency]
+    seams: list[Seam]
+    verdicts: list[Verdict]
+    failures: list[Failure]
+    artifacts: dict[str, dict[str, Any]]  # candidate -> manifest
+    commands: dict[str, list[str]]  # candidate -> exact commands that run it
+    warnings: list[str]
+    stages: list[dict[str, Any]]  # name, seconds, done_before, identity
+    training: dict[str, Any] | None

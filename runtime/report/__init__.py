@@ -1,0 +1,1 @@
+"""The report: one page, one JSON file, one Markdown summary."""

@@ -1,0 +1,85 @@
+"""Shared fixtures: a tiny random Llama with a tokenizer of its own, as a whole `model` artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgetune.artifact import Artifact, draft
+from edgetune.data.golden import make_golden
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = ["turn", "the", "light", "in", "kitchen", "set", "to", "percent", "at", "what", "temperature", "of", "boiler"]
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """Train a byte-level BPE with SmolLM2's pre-tokenizer on a few words, and save it with its template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=[AddedToken(t, special=True) for t in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(
+        [" ".join(WORDS), *WORDS, '{"intent":"set_light","room":"kitchen","level":30}'] * 4, trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>",
+        pad_token="<|im_end|>", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+
+
+def make_tiny_model(out: Path, *, seed: int = 0, tie: bool = True, layers: int = 2, hidden: int = 64) -> Artifact:
+    """Write a random Llama (2 layers, hidden 64, 4 heads, 2 key/value heads) as a `model` artifact."""
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tie,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    made_from = {"tiny": seed, "tie": tie, "layers": layers, "hidden": hidden}
+    with draft(out, kind="model", stage="source/1", config=made_from) as pending:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config).float()
+            for parameter in model.parameters():
+                parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)  # logits far enough apart to compare
+        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        model.save_pretrained(pending.path)
+        tiny_tokenizer(pending.path)
+        tokenizer = AutoTokenizer.from_pretrained(pending.path)
+        make_golden(
+            tokenizer,
+            [
+                [
+                    {"role": "system", "content": "Turn the command into JSON."},
+                    {"role": "user", "content": "set the kitchen light to 30 percent"},
+                    {"role": "assistant", "content": '{"intent":"set_light","room":"kitchen","level":30}'},
+                ],
+                [{"role": "user", "content": "what is 7 × 6?"}, {"role": "assistant", "content": "42 — naturally"}],
+            ],
+            stop_ids=[2],
+        ).write(pending.path)
+    return pending.artifact
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tiny random Llama artifact with tied embeddings; shared, so never written to."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
