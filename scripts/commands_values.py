@@ -17,6 +17,7 @@ def words(text: str) -> list[str]:
     return [entry.strip() for entry in text.replace("\n", " ").split(",") if entry.strip()]
 
 
+# fmt: off
 ROOMS = (
     words("""kitchen, bedroom, hallway, bathroom, living room, dining room, study, attic, cellar, garage, nursery,
     laundry room, guest room, pantry, office, porch, library, playroom, utility room, conservatory, main hall,
@@ -43,6 +44,10 @@ MACHINES = (
     filling machine, shrink wrapper, belt sander, surface grinder, diesel generator, vibrating screen,
     pellet mill, pond pump, food processor, annealing furnace"""),
 )
+# Machines that turn or move, so that a speed or a vibration makes sense; drawn from the machine pools.
+ROTATING = ("pump", "conveyor", "mixer", "dryer", "blower", "centrifuge", "agitator", "mill", "crusher", "elevator",
+            "feeder", "saw", "lathe", "press", "blender", "compressor", "sander", "grinder", "screen", "generator")
+ROTORS = tuple([m for m in pool if m.endswith(ROTATING) and "tumble" not in m] for pool in MACHINES)
 DOORS = (
     words("""front door, back door, garage door, cellar door, patio door, balcony door, side door, kitchen door,
     main gate, garden gate, north gate, office door, warehouse door, loading gate, store room door, fire door,
@@ -107,7 +112,7 @@ NAMES = (
     nap, dough, glue, batch, rinse, homework, roast, lentils, sample, workout, beans, stew, broth, face mask,
     varnish, dog walk, first coat, yeast, filter change, lasagne"""),
     words("""noodles, muffins, quinoa, turkey, paint, meditation, sourdough, dumplings, second coat, coffee,
-    curing oven, yoga"""),
+    curing oven, steak"""),
 )
 TEXTS = (
     words("""call the plumber, water the plants, take out the trash, feed the cat, check the oil, pay the rent,
@@ -123,7 +128,7 @@ TEXTS = (
 # Words inside refused requests: never copied into a call.
 SAFETY = (
     words("""smoke alarm, gas detector, emergency stop, safety interlock, light curtain, pressure relief system,
-    fire sprinklers, safety guard, overheat protection, leak detector, high pressure alarm, door interlock,
+    fire sprinkler system, safety guard, overheat protection, leak detector, high pressure alarm, door interlock,
     flame sensor, overload protection, two-hand control, burst protection"""),
     words("""carbon monoxide detector, fire alarm, guard switch, emergency shutdown, low water cutoff,
     safety fence, gas alarm, thermal cutout"""),
@@ -158,19 +163,19 @@ NUMBERS: dict[str, tuple[list, list]] = {
     "seconds": ([10, 15, 20, 35, 40, 45, 55, 60, 80, 90], [25, 30, 50, 75]),
     "bar": ([1, 2, 3, 5, 6, 8, 9, 10, 12, 16, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 1.2, 2.8], [4, 7, 11, 14, 7.5, 8.5, 2.2]),
     "psi": ([20, 30, 35, 40, 45, 55, 60, 70, 75, 85, 90, 100, 110, 120], [25, 50, 65, 80, 95, 115]),
-    "rpm": ([n for n in range(300, 3001, 50) if n % 250], [n for n in range(500, 3001, 250)]),
+    "rpm": ([n for n in range(300, 3001, 50) if n % 250], list(range(500, 3001, 250))),
     "litres per minute": ([5, 8, 10, 14, 15, 18, 20, 24, 30, 36, 40, 45, 50, 60], [6, 12, 16, 25, 35, 42, 55]),
     "process celsius": (
         [n for n in range(40, 181) if n % 5 == 0 and n % 15] + [62, 68, 72, 78, 92],
-        [n for n in range(45, 181, 15)] + [63, 74, 82],
+        [*range(45, 181, 15), 63, 74, 82],
     ),
 }
 QUANTITIES = {
     "tank": ["temperature", "pressure", "level"],
-    "machine": ["temperature", "speed", "vibration", "voltage"],
+    "rotor": ["temperature", "speed", "vibration", "voltage"],
     "line": ["pressure", "flow", "temperature"],
 }
-SETTABLE = {"tank": ["temperature", "pressure", "level"], "machine": ["speed"], "line": ["pressure", "flow"]}
+SETTABLE = {"tank": ["temperature", "pressure", "level"], "rotor": ["speed"], "line": ["pressure", "flow"]}
 UNITS = {
     "temperature": ["celsius"],
     "pressure": ["bar", "psi"],
@@ -195,10 +200,11 @@ _CLOCK = [h * 60 + m for h in range(5, 24) for m in [0, 0, 0, 5, 10, 15, 15, 20,
 TIMES = ([t for t in _CLOCK if (t // 5) % 5 != 2], [t for t in _CLOCK if (t // 5) % 5 == 2])
 
 POOLS: dict[str, dict[str, list]] = {
-    kind: dict(zip(SPLITS, pair))
+    kind: dict(zip(SPLITS, pair, strict=True))
     for kind, pair in {
         "room": ROOMS,
         "machine": MACHINES,
+        "rotor": ROTORS,
         "door": DOORS,
         "valve": VALVES,
         "tank": TANKS,
@@ -217,6 +223,7 @@ POOLS: dict[str, dict[str, list]] = {
     }.items()
 }
 
+# fmt: on
 _ONES = words("""zero, one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen, fourteen,
 fifteen, sixteen, seventeen, eighteen, nineteen""")
 _TENS = words("-, -, twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety")
@@ -244,6 +251,8 @@ def say_time(minutes: int, form: str) -> str | None:
     if form == "24h":
         return f"{h:02d}:{m:02d}"
     if form == "ampm":
+        if h == 12:  # "12 pm" is read both ways
+            return None
         return f"{(h - 1) % 12 + 1}{f':{m:02d}' if m else ''} {'am' if h < 12 else 'pm'}"
     past = {
         5: "five past",
@@ -304,7 +313,7 @@ def duration(rng, split, style, adjective=False) -> Value:
     if adjective:
         n = pick("minutes")
         return Value(f"{say_number(n, style)} minute", f"PT{n}M", (("minutes", n),))
-    form = rng.choice(["m"] * 8 + ["h"] * 2 + ["s"] * 2 + ["hm"] * 3 + ["fixed"] * 2)
+    form = rng.choice(["m"] * 8 + ["h"] * 2 + ["s"] * 2 + ["hm"] + ["fixed"] * 2)
     if form == "fixed" and split == "train":
         text, iso = rng.choice(
             [
@@ -318,7 +327,7 @@ def duration(rng, split, style, adjective=False) -> Value:
         )
         return Value(text, iso, (("fixed duration", iso),))
     if form == "hm":
-        h, m = pick("hours"), pick("minutes")
+        h, m = pick("hours"), rng.choice([n for n in POOLS["minutes"][split] if n % 5 == 0 and n > 5])
         return Value(f"{say(h, 'hours')} and {say(m, 'minutes')}", f"PT{h}H{m}M", (("hours", h), ("minutes", m)))
     unit = {"h": "hours", "s": "seconds"}.get(form, "minutes")
     n = pick(unit)
@@ -328,9 +337,9 @@ def duration(rng, split, style, adjective=False) -> Value:
 def draw(kind: str, rng: random.Random, split: str, style: str, form: str) -> Value:
     """Draw one value of `kind` from the pools of `split`; `style` and `form` fix how numbers and times are said."""
     if kind == "percent":
-        return measured(rng, split, "percent", style, "%" if form == "24h" and style == "digits" else "percent")
+        return measured(rng, split, "percent", style, "%" if form == "short" and style == "digits" else "percent")
     if kind == "degrees":
-        scale = {"24h": "celsius", "past": "fahrenheit"}.get(form)
+        scale = form if form in ("celsius", "fahrenheit") else None
         pool = "fahrenheit" if scale == "fahrenheit" else "celsius"
         return measured(rng, split, pool, style, f"degrees {scale}" if scale else "degrees", scale)
     if kind == "delta":
@@ -353,4 +362,4 @@ def draw(kind: str, rng: random.Random, split: str, style: str, form: str) -> Va
         value = rng.choice(ENUMS[kind])
         return Value(value, value)
     value = rng.choice(POOLS[kind][split])
-    return Value(value, value, ((kind, value),), value)
+    return Value(value, value, (("machine" if kind == "rotor" else kind, value),), value)

@@ -1,0 +1,37 @@
+"""Loads a base model for training: in its 16-bit form, or in NF4 with double quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from edgetune.devices import compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_base(folder: Path, method: Literal["qlora", "lora"], device: str) -> PreTrainedModel:
+    """Load a `model` artifact with frozen weights; `qlora` holds its linear layers in NF4 (arXiv:2305.14314)."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = compute_dtype(device)
+    quantization = None
+    if method == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": torch.device(device)} if device != "cpu" else None,
+        quantization_config=quantization,
+        local_files_only=True,
+    )
+    model.requires_grad_(False)
+    return model

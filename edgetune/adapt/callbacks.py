@@ -1,0 +1,66 @@
+"""Trainer callbacks: progress with tokens/s, and checkpoints that say when they are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from edgetune.progress import Report
+
+SEAL = "complete"
+
+
+class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint after its last file is on disk: a kill in between must not be resumed from."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in sorted(folder.iterdir()):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        (folder / SEAL).touch()
+
+
+def last_sealed_checkpoint(work: Path) -> str | None:
+    """Give the newest whole checkpoint, and remove those that a kill cut short."""
+    whole = []
+    for folder in work.glob("checkpoint-*"):
+        if (folder / SEAL).exists():
+            whole.append((int(folder.name.rsplit("-", 1)[1]), folder))
+        else:
+            shutil.rmtree(folder)
+    return str(max(whole)[1]) if whole else None
+
+
+class ProgressReport(TrainerCallback):  # type: ignore[misc]
+    """Reports each step with loss and tokens/s of real (unpadded) tokens."""
+
+    def __init__(self, progress: Report, tokens_per_step: float) -> None:
+        self.progress = progress
+        self.tokens_per_step = tokens_per_step
+        self.loss = ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.3f}, "
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        done = state.global_step - self.first
+        rate = done * self.tokens_per_step / (time.monotonic() - self.began)
+        self.progress(state.global_step, state.max_steps, f"{self.loss}{rate:.0f} tokens/s")

@@ -1,0 +1,213 @@
+"""The AutoGPTQ checkpoint format, version 1: one safetensors file, read by transformers, gptqmodel, vLLM and others.
+
+    NAME.qweight int32 [C * bits / 32, R]    NAME.scales float16 [G, R]
+    NAME.qzeros  int32 [G, R * bits / 32]    NAME.g_idx  int32   [C]
+
+Version 1 stores zero points minus one, `gptq_v2` as they are. What is not quantized is float16, which the
+kernels of those readers want. Shapes: R out-features, C in-features, G groups.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgetune.artifact import Artifact, write_text
+from edgetune.compress.architectures import check_architecture
+from edgetune.compress.packing import check_pack, pack, unpack
+from edgetune.compress.scheme import Quantized, Scheme
+from edgetune.errors import ArtifactError, StageError, UnsupportedError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
+    "chat_template*", "additional_chat_templates/*", "generation_config.json", "golden.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def write_gptq(
+    folder: Path,
+    source: Artifact,
+    layers: Mapping[str, Quantized],
+    scheme: Scheme,
+    *,
+    method: str,
+    desc_act: bool = False,
+    static_groups: bool = False,
+    damp_percent: float | None = None,
+) -> None:
+    """Write a checkpoint of `source` with the weights of `layers` (by full name) quantized.
+
+    `desc_act` and the rest say how it was made. The file's own `desc_act` says what a reader has to know: whether
+    columns have left their groups, which static groups avoid. Raises StageError where a value leaves float16.
+    """
+    tensors: dict[str, Tensor] = {}
+    config = read_config(source.path)
+    tied, taken = config.get("tie_word_embeddings", False), set()
+    for file in _weight_files(source.path):
+        with _open(file) as stored:
+            for name in stored.keys():  # noqa: SIM118
+                if name.removesuffix(".weight") in layers:
+                    taken.add(name.removesuffix(".weight"))
+                elif not (tied and name == "lm_head.weight"):
+                    tensors[name] = _to_half(name, stored.get_tensor(name))
+    assert taken == set(layers), set(layers) - taken
+    for name, layer in layers.items():
+        check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(layer, scheme.bits).items()}
+    ordered = any(not torch.equal(layer.g_idx, _plain(layer)) for layer in layers.values())
+    quantization = {
+        "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
+        "desc_act": ordered, "static_groups": static_groups, "damp_percent": damp_percent, "lm_head": False,
+        "true_sequential": True, "checkpoint_format": "gptq", "pack_dtype": "int32", "model_name_or_path": None,
+        "model_file_base_name": "model",
+        "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},
+    }  # fmt: skip
+    config |= {name: "float16" for name in ("dtype", "torch_dtype") if name in config} or {"dtype": "float16"}
+    config["quantization_config"] = quantization
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
+    for name in source.manifest.files:
+        if any(fnmatch.fnmatch(name, pattern) for pattern in CARRIED):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+
+
+def read_gptq(folder: Path) -> dict[str, Quantized]:
+    """Read the quantized layers of a checkpoint, by full name.
+
+    Raises ArtifactError where it is damaged, UnsupportedError where it is of another kind.
+    """
+    return _read(folder)[0]
+
+
+def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Give the transformers model that a checkpoint stands for, in plain float weights. Raises as `read_gptq`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers, state = _read(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        check_architecture(config.to_dict())
+        del config.quantization_config
+        state |= {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
+        raise ArtifactError(f"{folder}: tensor {wrong[0]} is missing or not of this architecture; make it again")
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of a model or checkpoint folder. Raises ArtifactError."""
+    return _read_json(folder / "config.json")
+
+
+def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """Give the quantized layers and all other tensors."""
+    bits, offset = _settings(folder)
+    parts: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        with _open(file) as stored:
+            for name in stored.keys():  # noqa: SIM118
+                layer, _, part = name.rpartition(".")
+                if part in PARTS:
+                    parts.setdefault(layer, {})[part] = stored.get_tensor(name)
+                else:
+                    others[name] = stored.get_tensor(name)
+    if not parts:
+        raise ArtifactError(f"{folder} holds no quantized layer")
+    return {name: _unpacked(folder, name, found, bits, offset) for name, found in parts.items()}, others
+
+
+def _settings(folder: Path) -> tuple[int, int]:
+    """Give bits, and what is to be added to a stored zero point."""
+    config = read_config(folder).get("quantization_config")
+    config = config or _read_json(folder / "quantize_config.json")
+    method, form = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
+    if method != "gptq" or form not in ("gptq", "gptq_v2"):
+        raise UnsupportedError(f"{folder} is quantized as {method}/{form}; gptq/gptq and gptq/gptq_v2 can be read")
+    bits = config.get("bits")
+    if bits not in (2, 3, 4, 8) or config.get("dynamic") or config.get("pack_dtype", "int32") != "int32":
+        raise UnsupportedError(f"{folder}: one of 2, 3, 4, 8 bits for all layers in int32 words can be read")
+    return bits, 1 if form == "gptq" else 0
+
+
+def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
+    stored = (layer.zero_point - 1) % 2**bits
+    return {
+        "qweight": pack(layer.q.T, bits),
+        "qzeros": pack(stored, bits).T.contiguous(),  # along R
+        "scales": layer.scales.T.contiguous(),
+        "g_idx": layer.g_idx.contiguous(),
+    }
+
+
+def _unpacked(folder: Path, name: str, parts: dict[str, Tensor], bits: int, offset: int) -> Quantized:
+    try:
+        q = unpack(parts["qweight"], bits).T.contiguous().to(torch.uint8)
+        zero_point = (unpack(parts["qzeros"].T.contiguous(), bits) + offset) % 2**bits
+        scales = parts["scales"].T.contiguous()
+        (R, C), G = q.shape, scales.shape[1]
+        g_idx = parts.get("g_idx", torch.arange(C, dtype=torch.int32) // (C // G))
+        fits = scales.shape == zero_point.shape == (R, G) and g_idx.shape == (C,)
+        sound = fits and bool(torch.isfinite(scales).all()) and int(g_idx.min()) >= 0 and int(g_idx.max()) < G
+    except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise ArtifactError(f"{folder}: layer {name} is damaged or lacks a tensor ({error})") from error
+    if not sound:
+        raise ArtifactError(f"{folder}: layer {name} is damaged: shapes, scales or g_idx do not fit each other")
+    return Quantized(q, scales, zero_point, g_idx)
+
+
+def _plain(layer: Quantized) -> Tensor:
+    C, G = layer.q.shape[1], layer.scales.shape[1]
+    return torch.arange(C, dtype=layer.g_idx.dtype) // (C // G)
+
+
+def _to_half(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    if not bool(torch.isfinite(half).all()):
+        raise StageError(f"{name} holds values beyond float16, the dtype of a GPTQ checkpoint; make the model again")
+    return half.contiguous()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))]
+    return [folder / WEIGHTS]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{file} is damaged or missing ({str(error).splitlines()[0]}); make it again") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read ({str(error).splitlines()[0]}); make it again") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{file} is no JSON object; make it again")
+    return found

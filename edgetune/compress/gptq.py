@@ -1,0 +1,88 @@
+"""GPTQ (arXiv:2210.17323), section 3: round column by column, and let the columns that follow make up for it.
+
+Shapes: R out-features, C in-features, G groups. Inside, weights lie transposed, W [C, R], so that a column of
+the paper is contiguous memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetune.compress.hessian import inverse_factor
+from edgetune.compress.scheme import Quantized, Scheme, check_group, encode, find_grid
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Codes with their grid, the loss tr(E H E^T) on the damped H, and what fell back."""
+
+    quantized: Quantized
+    loss: float
+    fallbacks: tuple[str, ...]
+
+
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    *,
+    block_size: int = 128,
+    damp_percent: float = 0.01,
+    desc_act: bool = True,
+    static_groups: bool = True,
+    search: bool = False,
+) -> GptqResult:
+    """Quantize a weight so that its layer's output changes least.
+
+    weight [R, C], hessian [C, C] = 2/N X^T X. Weights that share an input may be stacked on rows: rows do not
+    see each other. `desc_act` visits columns in the order of falling diag(H). With `static_groups` the grids are
+    found beforehand, in the columns' own order, and g_idx is plain; without, each grid is found when its group
+    is reached. `search` takes grids of least squared error instead of the range's.
+    `block_size` changes speed, not the result. float64 weights are solved in float64.
+    Raises UnsupportedError where groups do not fit; StageError where H or a scale is unusable.
+    """
+    R, C = weight.shape
+    check_group("weight", C, scheme.group_size)
+    n = scheme.group_columns(C)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    W = weight.detach().to(dtype)
+    plain = torch.arange(C, device=W.device)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if desc_act else plain
+    g_idx = plain // n
+    if static_groups:
+        scales, zeros = find_grid(W.reshape(R, C // n, n), scheme, search=search)
+        scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [G, R]
+        group_of = g_idx[order].tolist()
+    else:
+        scales, zeros = W.new_ones(C // n, R), W.new_zeros(C // n, R)
+        group_of = g_idx.tolist()
+        g_idx = torch.empty_like(g_idx).scatter_(0, order, g_idx)
+    W = W.T[order].contiguous()  # [C, R], a copy
+
+    factor = inverse_factor(hessian[order][:, order], damp_percent)
+    Hinv = factor.upper.to(dtype)
+    d = Hinv.diagonal().tolist()
+    Q, loss = torch.empty_like(W), 0.0
+    block = -(-block_size // n) * n if n < C else block_size  # a group never straddles two blocks
+    for i1 in range(0, C, block):
+        i2 = min(i1 + block, C)
+        Err = torch.empty_like(W[i1:i2])
+        for i in range(i1, i2):
+            g = group_of[i]
+            if not static_groups and i % n == 0:
+                group = slice(i, i + n)
+                scales[g], zeros[g] = find_grid(W[group].T, scheme, search=search)
+            q = encode(W[i], scales[g], zeros[g], scheme.max_code)
+            Q[i] = q
+            err = (W[i] - q.sub_(zeros[g]).mul_(scales[g])).div_(d[i])
+            W[i + 1 : i2].addr_(Hinv[i, i + 1 : i2], err, alpha=-1)
+            Err[i - i1] = err
+        W[i2:].addmm_(Hinv[i1:i2, i2:].T, Err, alpha=-1)
+        loss += float(Err.square().sum(dtype=torch.float64))  # W - Q = Err U, so |Err|^2 is the loss
+
+    codes = torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous()
+    quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
+    return GptqResult(quantized, loss, factor.fallbacks)

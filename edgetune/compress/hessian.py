@@ -1,0 +1,87 @@
+"""The second-order statistics of a layer's inputs, and the triangular factor that GPTQ walks along.
+
+H = 2/N X^T X (arXiv:2210.17323, section 3). Shapes: N inputs seen, R out-features, C in-features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetune.errors import StageError
+
+RETRIES = (1, 10, 100)  # times damp_percent, tried in turn
+
+
+class Hessian:
+    """Running mean of 2 x x^T over all inputs seen, in float32 unless another dtype is named."""
+
+    def __init__(
+        self, in_features: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.H = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self.n_inputs = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in a batch [.., C]."""
+        X = inputs.reshape(-1, self.H.shape[0]).to(self.H.dtype)
+        seen = self.n_inputs + X.shape[0]
+        # A mean that runs, instead of a sum that is divided at the end: the size stays that of one input.
+        self.H.addmm_(X.T, X, beta=self.n_inputs / seen, alpha=2 / seen)
+        self.n_inputs = seen
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper triangular U with (H + damp)^-1 = U^T U."""
+
+    upper: Tensor  # [C, C] float64
+    damp_percent: float  # what was needed, not what was asked
+    n_dead: int
+    fallbacks: tuple[str, ...]
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float) -> InverseFactor:
+    """Damp H and factor its inverse, in float64.
+
+    hessian [C, C]. The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the
+    columns that were ever active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
+    Where H is not positive definite, ten and a hundred times the damping are tried, and said in `fallbacks`.
+    Raises StageError where H is not finite, or no damping helps.
+    """
+    H = hessian.to(torch.float64, copy=True)
+    if not bool(torch.isfinite(H).all()):
+        raise StageError("the Hessian is not finite: an activation overflowed; check the calibration rows")
+    diagonal = H.diagonal()
+    dead = diagonal <= 0
+    n_dead = int(dead.sum())
+    mean = float(diagonal[~dead].mean()) if n_dead < len(H) else 1.0
+    H[dead, :] = 0
+    H[:, dead] = 0
+    diagonal[dead] = mean
+    fallbacks = [f"{n_dead} of {len(H)} input columns were never active: rounded to nearest"] if n_dead else []
+    for times in RETRIES:
+        damped = H.clone()
+        damped.diagonal().add_(damp_percent * times * mean)
+        # H = M M^T with M upper is the Cholesky factor of H read backwards, and U = M^-1.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            upper = torch.linalg.solve_triangular(
+                lower.flip(0, 1), torch.eye(len(H), dtype=H.dtype, device=H.device), upper=True
+            )
+            if times > 1:
+                fallbacks.append(
+                    f"the Hessian needed damp_percent={damp_percent * times:g}, {damp_percent:g} was asked"
+                )
+            return InverseFactor(upper, damp_percent * times, n_dead, tuple(fallbacks))
+    raise StageError(
+        f"the Hessian is not positive definite, even with damp_percent={damp_percent * RETRIES[-1]:g}; "
+        "give more calibration rows or a larger damp_percent"
+    )
+
+
+def output_loss(difference: Tensor, hessian: Tensor) -> float:
+    """Give tr(E H E^T): twice the mean squared error that a weight difference [R, C] makes in a layer's output."""
+    return float((difference.to(hessian.dtype) @ hessian).mul_(difference).sum())

@@ -1,0 +1,313 @@
+"""The only walker over decoder blocks: shows each layer its inputs, and puts the quantized weight in its place.
+
+Blocks are done in order, and within a block the layers in the order in which they are called, so that each is
+calibrated on what the layers before it really give once they are quantized. Layers with a shared input share
+one Hessian and are solved stacked. Shapes: N rows, T tokens, B rows of a batch, C in-features, R out-features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgetune.artifact import Artifact
+from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
+from edgetune.compress.hessian import Hessian, output_loss
+from edgetune.compress.scheme import Quantized
+from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
+
+BATCH_TOKENS = 2048  # tokens in one forward
+Progress = Callable[[int, int, str], None]
+Solve = Callable[[Tensor, Tensor | None], tuple[Quantized, tuple[str, ...]]]  # weight [R, C], H [C, C] -> what was made
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One quantized layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
+
+    quantized: Quantized
+    relative_error: float
+    fallbacks: tuple[str, ...]
+
+
+@dataclass
+class _Batch:
+    """A batch of rows between two blocks, and what each block is called with beside it."""
+
+    first_row: int
+    hidden: Tensor  # [B, T, C]
+    block_kwargs: list[dict[str, Any]]
+
+
+class _CapturedError(Exception):
+    """Ends a forward as soon as the wanted inputs were seen."""
+
+
+def load_model(source: Artifact) -> nn.Module:
+    """Load a `model` artifact in the dtype of its file. Raises ArtifactError, UnsupportedError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+        check_architecture(config.to_dict())
+        model, info = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        raise ArtifactError(f"{source.path} lacks the tensor {sorted(info['missing_keys'])[0]}; make it again")
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def forward_dtype(device: str) -> torch.dtype:
+    """Give the dtype of calibration forwards: bfloat16 where the device multiplies it fast, else float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if torch.device(device).type == "cuda" or fast else torch.float32
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """Give the blocks of a supported model, each with all its linear layers. Raises UnsupportedError."""
+    check_architecture(model.config.to_dict())
+    blocks: nn.ModuleList = model.model.layers
+    for index, block in enumerate(blocks):
+        for name in (name for group in SHARED_INPUTS for name in group):
+            if type(block.get_submodule(name)) is not nn.Linear:
+                raise UnsupportedError(f"model.layers.{index}.{name} is no plain linear layer; merge adapters first")
+    return blocks
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: Any,
+    rows: NDArray[np.int64] | None,
+    solve: Solve,
+    *,
+    work: Path,
+    key: str,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, LayerResult]:
+    """Quantize every linear layer of every block; the model is left with the dequantized weights.
+
+    rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. Each finished block is
+    kept in `work` under `key`; a walk that is begun again puts those back and ends in the same bytes.
+    Raises StageError naming the layer, and the row where an activation is not finite.
+    """
+    blocks, dtype = decoder_blocks(model), forward_dtype(device)
+    batches = None if rows is None else _enter(model, rows, device, dtype)
+    results: dict[str, LayerResult] = {}
+    for index, block in enumerate(blocks):
+        prefix = f"model.layers.{index}"
+        original = dict(block.state_dict())
+        block.to(device=device, dtype=dtype)
+        file = work / f"{prefix}.safetensors"
+        done = _read_checkpoint(file, key, prefix)
+        if done is None:
+            done = _quantize_block(block, index, original, batches, solve, device)
+            _write_checkpoint(file, key, done)
+        for name, result in done.items():
+            _put(block, name.removeprefix(f"{prefix}."), result.quantized)
+        if batches is not None and index + 1 < len(blocks):
+            for batch in batches:
+                batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
+                _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
+        weights = {f"{name.removeprefix(f'{prefix}.')}.weight": done[name].quantized.dequantize() for name in done}
+        block.to("cpu")
+        block.load_state_dict(original | {n: w.to(original[n].dtype) for n, w in weights.items()}, assign=True)
+        results |= done
+        if progress is not None:
+            progress(index + 1, len(blocks), prefix)
+    return results
+
+
+@torch.no_grad()
+def second_moments(
+    model: Any, rows: NDArray[np.int64], *, device: str = "cpu", progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Give the mean of the squared inputs, float32 [C], of every linear layer, from one pass of the float model.
+
+    rows [N, T] are token ids. llama.cpp calls this an importance matrix (in_sum2 / counts).
+    """
+    blocks, dtype = decoder_blocks(model), forward_dtype(device)
+    batches = _enter(model, rows, device, dtype)
+    moments: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        original = dict(block.state_dict())
+        block.to(device=device, dtype=dtype)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            with _watch(block, index, batch, partial(_add_squares, sums)):
+                batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
+        for group in SHARED_INPUTS:
+            mean = (sums[group[0]] / rows.size).float().cpu()
+            moments |= {f"model.layers.{index}.{name}": mean for name in group}
+        block.to("cpu")
+        block.load_state_dict(original, assign=True)
+        if progress is not None:
+            progress(index + 1, len(blocks), f"model.layers.{index}")
+    return moments
+
+
+def _enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype) -> list[_Batch]:
+    """Run everything before the first block: embeddings, positions and masks, with recorders in place of blocks."""
+    vocabulary = int(model.config.vocab_size)
+    if rows.ndim != 2 or not rows.size or rows.min() < 0 or rows.max() >= vocabulary:
+        raise DataError(f"calibration rows must be ids [N, T] below {vocabulary}, found {rows.dtype} {rows.shape}")
+    inner, blocks = model.model, model.model.layers
+    recorders = [_Recorder() for _ in blocks]
+    n_rows, batches = max(1, BATCH_TOKENS // rows.shape[1]), []
+    inner.layers = nn.ModuleList(recorders)
+    try:
+        inner.to(device)
+        for first in range(0, len(rows), n_rows):
+            ids = torch.from_numpy(rows[first : first + n_rows]).to(device)
+            hidden = inner.embed_tokens(ids).to(dtype)
+            inner(inputs_embeds=hidden, use_cache=False)
+            batches.append(_Batch(first, hidden, [recorder.kwargs for recorder in recorders]))
+    finally:
+        inner.to("cpu")
+        inner.layers = blocks
+    return batches
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder block and remembers what it was called with."""
+
+    kwargs: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.kwargs = kwargs
+        return hidden_states
+
+
+def _quantize_block(
+    block: nn.Module,
+    index: int,
+    original: dict[str, Tensor],
+    batches: list[_Batch] | None,
+    solve: Solve,
+    device: str,
+) -> dict[str, LayerResult]:
+    done: dict[str, LayerResult] = {}
+    for group in SHARED_INPUTS:
+        names = [f"model.layers.{index}.{name}" for name in group]
+        weights = [original[f"{name}.weight"].to(device=device, dtype=torch.float32) for name in group]
+        for name, weight in zip(names, weights, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise StageError(f"{name} has a weight that is not finite; make the model again")
+        H = None if batches is None else _collect(block, index, group[0], batches, weights[0].shape[1], device)
+        try:
+            stacked, fallbacks = solve(torch.cat(weights), H)
+        except EdgetuneError as error:
+            raise type(error)(f"{' + '.join(names)}: {error}") from error
+        start = 0
+        for name, short, weight in zip(names, group, weights, strict=True):
+            quantized = stacked.rows(start, start + len(weight))
+            start += len(weight)
+            E = weight - quantized.dequantize()
+            loss, whole = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
+                output_loss(E, H), output_loss(weight, H)
+            )  # fmt: skip
+            done[name] = LayerResult(quantized.cpu(), float(f"{loss / whole if whole else 0.0:.3g}"), fallbacks)
+            _put(block, short, quantized)
+    return done
+
+
+def _collect(block: nn.Module, index: int, name: str, batches: list[_Batch], in_features: int, device: str) -> Tensor:
+    """Give the Hessian of a layer's inputs; each forward ends where the layer is reached."""
+    hessian = Hessian(in_features, device=device)
+
+    def see(called: str, X: Tensor) -> None:
+        if called == name:
+            hessian.add(X)
+            raise _CapturedError
+
+    for batch in batches:
+        with _watch(block, index, batch, see):
+            try:
+                block(batch.hidden, **batch.block_kwargs[index])
+            except _CapturedError:
+                continue
+    return hessian.H
+
+
+@contextmanager
+def _watch(block: nn.Module, index: int, batch: _Batch, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand the input [B, T, C] of the first layer of each group to `see`. Raises StageError where not finite."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            _check_finite(args[0], batch.first_row, f"the input of model.layers.{index}.{name}")
+            see(name, args[0])
+
+        return before
+
+    handles = [block.get_submodule(group[0]).register_forward_pre_hook(hook(group[0])) for group in SHARED_INPUTS]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_squares(sums: dict[str, Tensor], name: str, X: Tensor) -> None:
+    squares = X.float().square().sum((0, 1), dtype=torch.float64)  # [C]
+    sums[name] = sums[name] + squares if name in sums else squares
+
+
+def _check_finite(X: Tensor, first_row: int, what: str) -> None:
+    bad = ~torch.isfinite(X).flatten(1).all(1)  # [B]
+    if bool(bad.any()):
+        row = first_row + int(bad.nonzero()[0])
+        raise StageError(f"calibration row {row} makes {what} not finite; check the model's weights or leave it out")
+
+
+def _put(block: nn.Module, name: str, quantized: Quantized) -> None:
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, nn.Parameter), name
+    weight.data = quantized.dequantize(weight.dtype).to(weight.device)
+
+
+def _write_checkpoint(file: Path, key: str, done: dict[str, LayerResult]) -> None:
+    """Keep one finished block, whole or not at all."""
+    tensors = {f"{n}.{part}": t.contiguous() for n, r in done.items() for part, t in vars(r.quantized).items()}
+    layers = {n: {"relative_error": r.relative_error, "fallbacks": list(r.fallbacks)} for n, r in done.items()}
+    beside = file.with_suffix(".part")
+    save_file(tensors, beside, metadata={"edgetune": json.dumps({"key": key, "layers": layers})})
+    with beside.open("rb") as stream:
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def _read_checkpoint(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | None:
+    """Give a finished block again, or None where there is none of this walk."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {}).get("edgetune", "{}"))
+            if about.get("key") != key:
+                return None
+            found = {
+                name: LayerResult(
+                    Quantized(*(stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)),
+                    float(entry["relative_error"]),
+                    tuple(entry["fallbacks"]),
+                )
+                for name, entry in about["layers"].items()
+            }
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None  # cut by a kill, or never written: the block is done again and gives the same bytes
+    expected = {f"{prefix}.{name}" for group in SHARED_INPUTS for name in group}
+    return found if set(found) == expected else None

@@ -1,0 +1,131 @@
+"""The stages that quantize a model: round to nearest, and GPTQ. Torch is loaded when one runs, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.artifact import Artifact, draft, identity, require_space
+from edgetune.compress.architectures import linear_shapes
+from edgetune.compress.scheme import Scheme, check_group
+from edgetune.errors import UnsupportedError
+from edgetune.recipe import Gptq, Rtn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgetune.compress.scheme import Quantized
+    from edgetune.data.calibration import CalibrationSet
+
+RTN_STAGE = "compress.rtn/1"
+GPTQ_STAGE = "compress.gptq/1"
+
+
+def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
+    """Refuse what cannot be done, from the model's `config.json` alone. Raises UnsupportedError naming the layer."""
+    from edgetune.compress.packing import check_pack
+
+    for name, (out_features, in_features) in linear_shapes(model_config).items():
+        check_group(name, in_features, config.group_size)
+        check_pack(name, out_features, in_features, config.bits)
+
+
+def planned_identity(config: Rtn | Gptq, source_identity: str, calibration_digest: str | None) -> str:
+    """Give the identity of what `run` would make."""
+    return identity(
+        _stage(config), config.model_dump(mode="json"), [source_identity], _sources(config, calibration_digest)
+    )
+
+
+def run(
+    config: Rtn | Gptq,
+    source: Artifact,
+    out: Path,
+    *,
+    calibration: CalibrationSet | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Artifact:
+    """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the AutoGPTQ format.
+
+    GPTQ needs `calibration`; rounding does not read it. A run that was killed goes on after its last finished
+    block and ends in the same bytes. Raises UnsupportedError before any work, StageError naming the layer.
+    """
+    from edgetune.compress.checkpoint import read_config, write_gptq
+    from edgetune.compress.layerwise import load_model, quantize_blocks
+
+    model_config = read_config(source.path)
+    check(config, model_config)
+    wants_rows = isinstance(config, Gptq)
+    if wants_rows and calibration is None:
+        raise UnsupportedError("gptq needs calibration rows and got none; give data in the recipe, or use rtn")
+    rows = calibration.ids if wants_rows and calibration is not None else None
+    digest = calibration.digest if wants_rows and calibration is not None else None
+    require_space(out.parent, source.size_bytes)
+    scheme = Scheme(config.bits, config.group_size, config.sym)
+    with draft(
+        out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=[source],
+        sources=_sources(config, digest), versions=_versions(),
+    ) as pending:  # fmt: skip
+        model = load_model(source)
+        key = planned_identity(config, source.identity, digest)
+        results = quantize_blocks(
+            model, rows, _solver(config, scheme), work=pending.work, key=key, device=device, progress=progress
+        )
+        layers = {name: result.quantized for name, result in results.items()}
+        how: dict[str, Any] = {"method": "rtn"}
+        if isinstance(config, Gptq):
+            how = {
+                "method": "gptq", "desc_act": config.desc_act, "static_groups": config.static_groups,
+                "damp_percent": config.damp_percent,
+            }  # fmt: skip
+        write_gptq(pending.path, source, layers, scheme, **how)
+        errors = {name: result.relative_error for name, result in results.items()}
+        pending.seed, pending.calibration = seed, digest
+        pending.scheme = {
+            "bits": config.bits, "group_size": config.group_size, "sym": config.sym,
+            "desc_act": isinstance(config, Gptq) and config.desc_act,
+            "bits_per_weight": _bits_per_weight(scheme, model_config),
+        }  # fmt: skip
+        # Stacked layers share their fallbacks; each is said once, with the first layer that it befell.
+        pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
+        pending.notes = {"relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6)}
+    return pending.artifact
+
+
+def _solver(config: Rtn | Gptq, scheme: Scheme) -> Callable[[Tensor, Tensor | None], tuple[Quantized, tuple[str, ...]]]:
+    from edgetune.compress.gptq import gptq_quantize
+    from edgetune.compress.rtn import rtn_quantize
+
+    def solve(weight: Tensor, hessian: Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+        if not isinstance(config, Gptq):
+            return rtn_quantize(weight, scheme), ()
+        assert hessian is not None
+        result = gptq_quantize(
+            weight, hessian, scheme, block_size=config.block_size, damp_percent=config.damp_percent,
+            desc_act=config.desc_act, static_groups=config.static_groups,
+        )  # fmt: skip
+        return result.quantized, result.fallbacks
+
+    return solve
+
+
+def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any]) -> float:
+    """Bits for each quantized weight, scales and zero points counted, over all layers."""
+    sizes = [(R * C, C) for R, C in linear_shapes(model_config).values()]
+    return round(sum(n * scheme.bits_per_weight(C) for n, C in sizes) / sum(n for n, _ in sizes), 4)
+
+
+def _stage(config: Rtn | Gptq) -> str:
+    return GPTQ_STAGE if isinstance(config, Gptq) else RTN_STAGE
+
+
+def _sources(config: Rtn | Gptq, calibration_digest: str | None) -> dict[str, str]:
+    return {"calibration": calibration_digest} if isinstance(config, Gptq) and calibration_digest else {}
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("edgetune", "torch", "transformers")}

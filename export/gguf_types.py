@@ -1,0 +1,88 @@
+"""Which ggml type each tensor of a GGUF file gets. Decided here, tensor by tensor; llama.cpp decides nothing.
+
+The K-quants need rows in multiples of 256 and the others in multiples of 32. Where a row does not fit, llama.cpp
+takes another type in silence; here the choice is made before, and named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "IQ4_NL": 32, "Q4_1": 32, "Q4_0": 32}
+BLOCK |= {"Q6_K": 256, "Q5_K": 256, "Q4_K": 256}
+PLAIN = ("F32", "F16", "BF16")  # written as they are, nothing to quantize
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The types of one target: most matrices, those that suffer most, and the output head (or the tied embedding)."""
+
+    base: str
+    more: str  # value and down projections of the layers that `_more_bits` picks
+    head: str
+    embedding: str  # where it is not tied to the head
+
+
+# As llama.cpp mixes them (llama-quant.cpp, llama_tensor_get_type_impl).
+MIXES: dict[str, Mix] = {
+    "Q8_0": Mix("Q8_0", "Q8_0", "Q8_0", "Q8_0"),
+    "Q6_K": Mix("Q6_K", "Q6_K", "Q6_K", "Q6_K"),
+    "Q5_K_M": Mix("Q5_K", "Q6_K", "Q6_K", "Q5_K"),
+    "Q4_K_M": Mix("Q4_K", "Q6_K", "Q6_K", "Q4_K"),
+    "Q4_1": Mix("Q4_1", "Q4_1", "Q6_K", "Q4_1"),
+    "Q4_0": Mix("Q4_0", "Q4_0", "Q6_K", "Q4_0"),
+}
+
+# What stands in for a type whose block does not divide the row. See docs/decisions.md for the measurement.
+NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
+
+
+def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict[str, str], list[str]]:
+    """Give the ggml type of each tensor, and a line for each way in which it is not the target's own.
+
+    `shapes` maps GGUF tensor names to [R, C] (or [C] for norms and biases, which stay F32).
+    """
+    n_layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
+    tied = "output.weight" not in shapes
+    types: dict[str, str] = {}
+    replaced: Counter[tuple[int, str, str]] = Counter()
+    n_matrices = sum(len(shape) > 1 for shape in shapes.values())
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            types[name] = "F32"
+            continue
+        wanted = target if target in PLAIN else _of_mix(MIXES[target], name, n_layers, tied)
+        types[name] = fitting(wanted, shape[-1])
+        if types[name] != wanted:
+            replaced[shape[-1], types[name], wanted] += 1
+    lines = [
+        f"{count} of {n_matrices} matrices have rows of {width}: {found} instead of {wanted}"
+        for (width, found, wanted), count in sorted(replaced.items())
+    ]
+    return types, lines
+
+
+def fitting(wanted: str, width: int) -> str:
+    """Give the type itself where its block divides the row, else what stands in for it, else F16."""
+    for kind in (wanted, NARROW.get(wanted, wanted)):
+        if width % BLOCK[kind] == 0:
+            return kind
+    return "F16"
+
+
+def _of_mix(mix: Mix, name: str, n_layers: int, tied: bool) -> str:
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        return mix.head
+    if name == "token_embd.weight":
+        return mix.embedding
+    layer = re.match(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight$", name)
+    return mix.more if layer and _more_bits(int(layer[1]), n_layers) else mix.base
+
+
+def _more_bits(layer: int, n_layers: int) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2

@@ -1,0 +1,141 @@
+"""A byte-level BPE tokenizer, as tokenizer.json holds it, in the terms of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgetune.errors import SourceError, UnsupportedError
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+
+_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+# llama.cpp's name -> how the tokenizers library writes the same splitting. A tokenizer that splits otherwise is refused:
+# with a wrong splitter most texts still come out right, and the rest silently wrong.
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
+    "llama-bpe": [_split(_LLAMA3), _BYTES],
+    "qwen2": [_split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")), _BYTES],
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What goes under `tokenizer.` in a GGUF file."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    special: dict[str, int]  # bos, eos, eot, unk, pad
+    stop_ids: list[int]
+    chat_template: str
+    remarks: list[str] = field(default_factory=list)
+
+
+def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
+    """Read the tokenizer of a model folder whose embedding has `n_vocab` rows.
+
+    Raises UnsupportedError for a kind of tokenizer that is not written here, SourceError where files are missing.
+    """
+    tokenizer = _json(folder / "tokenizer.json")
+    settings = _json(folder / "tokenizer_config.json")
+    model = tokenizer["model"]
+    pre = _supported(tokenizer, folder)
+    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
+    types = [UNUSED] * n_vocab
+    added = tokenizer.get("added_tokens", [])
+    last = max([*model["vocab"].values(), *(t["id"] for t in added)])
+    if last >= n_vocab:
+        raise SourceError(f"{folder}: the tokenizer has an id {last}, the embedding {n_vocab} rows")
+    for text, token in model["vocab"].items():
+        tokens[token], types[token] = text, NORMAL
+    remarks = []
+    for entry in added:
+        tokens[entry["id"]] = entry["content"]
+        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
+        if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            remarks.append(f"added token {entry['content']!r} strips its neighbours in training, not in llama.cpp")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ids = {**model["vocab"], **{t["content"]: t["id"] for t in added}}
+    stops = _stop_ids(folder)
+    special = _special(settings, ids, stops)
+    return Vocabulary(pre, tokens, types, merges, special, stops, _template(folder, settings), remarks)
+
+
+def _supported(tokenizer: dict[str, Any], folder: Path) -> str:
+    model = tokenizer["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise UnsupportedError(
+            f"{folder}: tokenizer model {model.get('type')}{' with byte fallback' if model.get('byte_fallback') else ''}"
+            " cannot be written to GGUF here; supported: byte-level BPE"
+        )
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UnsupportedError(f"{folder}: BPE with a subword prefix or suffix cannot be written to GGUF")
+    found = tokenizer.get("pre_tokenizer") or {}
+    steps = [_plain(step) for step in found.get("pretokenizers", [found])]
+    for name, wanted in PRE_TOKENIZERS.items():
+        if steps == wanted and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
+            return name
+    raise UnsupportedError(
+        f"{folder}: this pre-tokenizer has no known name in llama.cpp: {json.dumps(found)[:160]}; "
+        f"known: {', '.join(PRE_TOKENIZERS)}"
+    )
+
+
+def _plain(step: dict[str, Any]) -> dict[str, Any]:
+    """A pre-tokenizer step without what does not change how it splits."""
+    return {key: value for key, value in step.items() if key != "trim_offsets"}
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    """The end tokens that the checkpoint declares: generation_config.json, or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (found := _json(folder / name).get("eos_token_id")) is not None:
+            return sorted(found) if isinstance(found, list) else [found]
+    raise SourceError(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def _special(settings: dict[str, Any], ids: dict[str, int], stops: list[int]) -> dict[str, int]:
+    special: dict[str, int] = {}
+    for short in ("bos", "eos", "unk", "pad"):
+        token = settings.get(f"{short}_token")
+        text = token["content"] if isinstance(token, dict) else token
+        if text is not None and text in ids:
+            special[short] = ids[text]
+    if special.get("eos") not in stops:
+        special["eos"] = stops[0]
+    others = [stop for stop in stops if stop != special["eos"]]
+    special.update(zip(("eot", "eom"), others, strict=False))
+    return special
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = settings.get("chat_template") or ""
+    if not isinstance(found, str):
+        raise UnsupportedError(f"{folder}: several named chat templates; keep the one that was trained with")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    return found

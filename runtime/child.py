@@ -1,0 +1,183 @@
+"""The child side of `Worker`: `python -m edgetune.runtime.child` holds one engine and serves its parent.
+
+It reads one JSON request a line and answers with JSON lines, `{"progress": ..}` any number of times and then
+`{"result": ..}` or `{"error": ..}`, on a pipe of its own. It imports the engine that is asked for and nothing heavy
+beside it, and it ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import importlib
+import json
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetune.errors import EdgetuneError, EngineError, UsageError
+from edgetune.runtime.engine import Engine, load_engine
+
+# what a verb is called in an error message
+DOING = {"load": "loading", "tokenize": "tokenizing", "score": "scoring", "generate_timed": "generating"}
+PR_SET_PDEATHSIG = 1
+
+
+def doing(verb: str) -> str:
+    """Say what a verb does, for an error message."""
+    return DOING.get(verb, f"doing {verb!r}")
+
+
+class Child:
+    """The verbs, over one engine."""
+
+    def __init__(self, emit: Callable[[dict[str, Any]], None]) -> None:
+        self._emit = emit
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("nothing is loaded yet; call load first")
+        return self._engine
+
+    def load(
+        self,
+        engine: str,
+        path: str,
+        n_ctx: int,
+        n_threads: int,
+        settings: dict[str, Any],
+        engine_class: str | None = None,
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        if engine_class is None:
+            self._engine = load_engine(engine, Path(path), n_ctx=n_ctx, n_threads=n_threads, **settings)
+        else:
+            module, _, attribute = engine_class.partition(":")
+            made = getattr(importlib.import_module(module), attribute)
+            self._engine = made.load(Path(path), n_ctx=n_ctx, n_threads=n_threads, **settings)
+        load_ms = (time.perf_counter() - started) * 1e3
+        return {"version": self.engine.version, "n_vocab": self.engine.n_vocab, "load_ms": load_ms}
+
+    def tokenize(self, text: str) -> dict[str, Any]:
+        return {"ids": self.engine.tokenize(text)}
+
+    def score(self, **request: Any) -> dict[str, Any]:
+        from edgetune.runtime.accuracy import score_in_child
+
+        return score_in_child(self.engine, request, self._emit)
+
+    def generate_timed(self, ids: list[int], continuation: list[int]) -> dict[str, Any]:
+        """Read a prompt, then feed fixed ids; a stamp before and one after each choice of a token, in seconds."""
+        return {"stamps": timed(self.engine, ids, continuation)}
+
+    def memory(self) -> dict[str, Any]:
+        return {"peak_rss_bytes": peak_rss_bytes()}
+
+    def close(self) -> dict[str, Any]:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        return {}
+
+
+def timed(engine: Engine, ids: Sequence[int], continuation: Sequence[int]) -> list[float]:
+    """Stamp len(continuation) + 1 choices of a token. Each choice is made and thrown away: the next id is given, so
+    that every engine does the same work on the same ids. The garbage collector rests meanwhile."""
+    clock = time.perf_counter
+    gc.collect()
+    gc.disable()
+    try:
+        stamps = [clock()]
+        logits = engine.prefill(ids)
+        chosen = [float(logits[logits.argmax()])]
+        stamps.append(clock())
+        for token in continuation:
+            logits = engine.decode(token)
+            chosen.append(float(logits[logits.argmax()]))
+            stamps.append(clock())
+    finally:
+        gc.enable()
+    for n, value in enumerate(chosen):
+        if not math.isfinite(value):
+            raise EngineError(f"{engine.name} gave logits that are not finite after {n} new tokens")
+    return stamps
+
+
+def peak_rss_bytes() -> int:
+    """Give this process's own peak resident memory. `ru_maxrss` would also hold the parent's, from before exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Serve requests until the parent closes or goes."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # native libraries print to fd 1; that must not be the pipe
+    faulthandler.enable()
+    if "--die-with-parent" in sys.argv and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests, inbox), daemon=True).start()
+
+    def emit(reply: dict[str, Any]) -> None:
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+    child = Child(lambda progress: emit({"progress": progress}))
+    verbs: dict[str, Callable[..., dict[str, Any]]] = {
+        "load": child.load, "tokenize": child.tokenize, "score": child.score, "memory": child.memory,
+        "generate_timed": child.generate_timed, "close": child.close,
+    }  # fmt: skip
+    while True:
+        request = inbox.get()
+        verb = request["verb"]
+        try:
+            result = verbs[verb](**request["arguments"])
+        except EdgetuneError as error:
+            emit({"error": {"type": type(error).__name__, "message": str(error)}})
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            emit({"error": {"type": "EngineError", "message": _describe(child, verb, request["arguments"], error)}})
+        else:
+            emit({"result": result})
+        if verb == "close":
+            replies.close()
+            os._exit(0)  # no native destructor may crash or hang after the work is done
+
+
+def _describe(child: Child, verb: str, arguments: dict[str, Any], error: Exception) -> str:
+    engine = arguments.get("engine") or (child._engine.name if child._engine else "the child")
+    text = str(error).strip().splitlines()
+    return f"{engine} failed while {doing(verb)}: {type(error).__name__}{': ' + text[0] if text else ''}"
+
+
+def _read_requests(requests: Any, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Pass requests on; the end of the pipe means that the parent is gone."""
+    for line in requests:
+        inbox.put(json.loads(line))
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

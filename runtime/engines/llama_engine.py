@@ -1,0 +1,348 @@
+"""llama.cpp through its C interface: no Python class between a token and its logits.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.backends import require
+from edgetune.errors import EngineError
+from edgetune.runtime.engine import Logits, TokenRow
+
+N_BATCH = 512  # tokens of one decode call, and of one physical batch
+N_ROWS = 31  # rows of one batch of score_rows; sequence 0 holds what they share
+_LOG_WARN = 3  # ggml_log_level
+_FLASH = {None: -1, False: 0, True: 1}  # llama_flash_attn_type: auto, off, on
+
+
+class LlamaEngine:
+    """One GGUF file in llama.cpp, with a small context for generation and, once asked for, one for scoring."""
+
+    name = "llama.cpp"
+
+    def __init__(self, model: Any, *, n_ctx: int, n_threads: int, flash_attention: bool | None, kv_f32: bool) -> None:
+        self._lib = require("llama_cpp")
+        self._model = model
+        self._vocab = self._lib.llama_model_get_vocab(model)
+        self._n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        # A position beyond what the model was trained for gives logits, and wrong ones.
+        self.n_ctx = min(n_ctx, int(self._lib.llama_model_n_ctx_train(model)))
+        self._n_threads, self._flash, self._kv_f32 = n_threads, flash_attention, kv_f32
+        self._batch = _Batch(self._lib.llama_batch, N_BATCH)
+        self._ctx: Any = None
+        self._score_ctx: Any = None
+        self._n_past = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        flash_attention: bool | None = None,
+        mmap: bool = True,
+        kv_type: Literal["f16", "f32"] = "f16",
+        debug: bool = False,
+    ) -> LlamaEngine:
+        """Load a .gguf file, or an artifact folder that holds exactly one.
+
+        `n_ctx` is what one row or generation may hold, and is cut to what the model was trained for.
+        Raises EngineError with llama.cpp's own last words; a hostile file may also kill the process.
+        """
+        lib = require("llama_cpp")
+        file = gguf_file(path)
+        _listen(lib, debug)
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mmap else lib.LLAMA_LOAD_MODE_NONE
+        model = lib.llama_model_load_from_file(str(file).encode(), params)
+        if not model:
+            raise EngineError(f"llama.cpp cannot load {file}: {_last_words()}")
+        engine = cls(model, n_ctx=n_ctx, n_threads=n_threads, flash_attention=flash_attention, kv_f32=kv_type == "f32")
+        engine._ctx = engine._context(engine.n_ctx, n_rows=1, n_outputs=1)
+        return engine
+
+    @property
+    def version(self) -> str:
+        flags = self._lib.llama_print_system_info().decode().replace("CPU :", "").split("|")
+        found = [flag.split("=")[0].strip() for flag in flags if flag.strip().endswith("= 1")]
+        return (
+            f"llama-cpp-python {metadata.version('llama-cpp-python')} "
+            f"(llama.cpp {self._lib.llama_version().decode()}; {' '.join(found)})"
+        )
+
+    @property
+    def n_vocab(self) -> int:
+        return self._n_vocab
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that llama.cpp takes for the end of a generation."""
+        is_end = self._lib.llama_vocab_is_eog
+        return frozenset(token for token in range(self._n_vocab) if is_end(self._vocab, token))
+
+    @property
+    def bos_id(self) -> int | None:
+        token = int(self._lib.llama_vocab_bos(self._vocab))
+        return token if token >= 0 else None
+
+    @property
+    def add_bos(self) -> bool:
+        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def chat_template(self) -> str:
+        found: bytes | None = self._lib.llama_model_chat_template(self._model, None)
+        return (found or b"").decode()
+
+    def tokenize(self, text: str) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        out = (ctypes.c_int32 * room)()
+        n = int(self._lib.llama_tokenize(self._vocab, data, len(data), out, room, False, True))
+        if n < 0:
+            raise EngineError(f"llama.cpp cannot tokenize {text[:40]!r} ({n})")
+        return list(out[:n])
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        self._check(len(ids), ids)
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), False)
+        self._n_past = 0
+        for begin in range(0, len(ids), N_BATCH):
+            part = ids[begin : begin + N_BATCH]
+            self._batch.clear()
+            self._batch.add(part, self._n_past, 0)
+            if begin + len(part) == len(ids):
+                self._batch.want_last()
+            self._decode(self._ctx)
+            self._n_past += len(part)
+        return self._last_logits()
+
+    def decode(self, token: int) -> Logits:
+        self._check(self._n_past + 1, (token,))
+        self._batch.one(token, self._n_past)
+        self._decode(self._ctx)
+        self._n_past += 1
+        return self._last_logits()
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        self._check(len(ids), ids)
+        context = self._scoring()
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), False)
+        out = np.empty((len(ids), self._n_vocab), dtype=np.float32)
+        self._read(context, ids, 0, 0, 0, out)
+        return out
+
+    def score_rows(self, rows: Sequence[TokenRow]) -> Iterator[Logits]:
+        if not rows:
+            return
+        for row in rows:
+            self._check(len(row.ids), row.ids)
+        context = self._scoring()
+        memory = self._lib.llama_get_memory(context)
+        self._lib.llama_memory_clear(memory, False)
+        n_shared = _common_prefix(rows)
+        if n_shared:
+            self._read(context, rows[0].ids[:n_shared], 0, 0, n_shared, None)
+            for sequence in range(1, N_ROWS + 1):
+                self._lib.llama_memory_seq_cp(memory, 0, sequence, 0, n_shared)
+        for pack in _packs(rows, n_shared):
+            if len(pack) == 1:  # maybe longer than a batch
+                row = pack[0]
+                out = np.empty((len(row.target), self._n_vocab), dtype=np.float32)
+                self._read(context, row.ids[n_shared:-1], n_shared, 1, row.start - 1, out)
+                yield out
+            else:
+                self._batch.clear()
+                for sequence, row in enumerate(pack, start=1):
+                    # The last token predicts nothing that is scored.
+                    self._batch.add(row.ids[n_shared:-1], n_shared, sequence, row.start - 1)
+                self._decode(context)
+                pointer = self._lib.llama_get_logits(context)
+                n_targets = sum(len(row.target) for row in pack)
+                logits = np.ctypeslib.as_array(pointer, (n_targets, self._n_vocab))  # in the order of the batch
+                begin = 0
+                for row in pack:
+                    yield logits[begin : begin + len(row.target)].copy()
+                    begin += len(row.target)
+            for sequence in range(1, len(pack) + 1):
+                self._lib.llama_memory_seq_rm(memory, sequence, n_shared, -1)
+
+    def close(self) -> None:
+        for context in (self._ctx, self._score_ctx):
+            if context:
+                self._lib.llama_free(context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._ctx = self._score_ctx = self._model = None
+
+    def _scoring(self) -> Any:
+        """The context that scores: made when first asked for, so that a latency run never pays for it."""
+        if self._score_ctx is None:
+            self._score_ctx = self._context(self.n_ctx + N_BATCH, n_rows=N_ROWS + 1, n_outputs=N_BATCH)
+        return self._score_ctx
+
+    def _context(self, n_cells: int, *, n_rows: int, n_outputs: int) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = n_cells
+        params.n_batch = params.n_ubatch = N_BATCH
+        params.n_seq_max = n_rows
+        params.kv_unified = True  # rows share the cells of their prefix
+        params.n_outputs_max = n_outputs
+        params.n_threads = params.n_threads_batch = self._n_threads
+        params.flash_attn_type = _FLASH[self._flash]
+        params.no_perf = True
+        if self._kv_f32:
+            params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise EngineError(f"llama.cpp cannot make a context of {n_cells} tokens: {_last_words()}")
+        return context
+
+    def _check(self, n_tokens: int, ids: Sequence[int]) -> None:
+        if self._model is None:
+            raise EngineError("this engine is closed")
+        if not 0 < n_tokens <= self.n_ctx:
+            raise EngineError(f"{n_tokens} tokens do not fit a context of n_ctx={self.n_ctx}")
+        if min(ids) < 0 or max(ids) >= self._n_vocab:
+            raise EngineError(f"token ids lie between {min(ids)} and {max(ids)}, the vocabulary has {self._n_vocab}")
+
+    def _read(
+        self, context: Any, ids: Sequence[int], position: int, sequence: int, wanted_from: int, out: Logits | None
+    ) -> None:
+        """Read one row, in as many batches as it takes, and fill `out` with logits from position `wanted_from` on."""
+        filled = 0
+        for begin in range(0, len(ids), N_BATCH):
+            part = ids[begin : begin + N_BATCH]
+            self._batch.clear()
+            n_wanted = self._batch.add(part, position + begin, sequence, wanted_from)
+            self._decode(context)
+            if out is not None and n_wanted:
+                pointer = self._lib.llama_get_logits(context)
+                out[filled : filled + n_wanted] = np.ctypeslib.as_array(pointer, (n_wanted, self._n_vocab))
+                filled += n_wanted
+
+    def _decode(self, context: Any) -> None:
+        status = self._lib.llama_decode(context, self._batch.struct)
+        if status != 0:
+            raise EngineError(f"llama_decode gave {status} on {self._batch.struct.n_tokens} tokens: {_last_words()}")
+
+    def _last_logits(self) -> Logits:
+        pointer = self._lib.llama_get_logits_ith(self._ctx, -1)
+        return np.array(np.ctypeslib.as_array(pointer, (self._n_vocab,)))  # the next call overwrites theirs
+
+
+class _Batch:
+    """A llama_batch whose arrays are numpy's, filled by slices."""
+
+    def __init__(self, struct: Any, size: int) -> None:
+        self.token = np.zeros(size, np.int32)
+        self.pos = np.zeros(size, np.int32)
+        self.sequence = np.zeros(size, np.int32)
+        self.want = np.zeros(size, np.int8)
+        self._n_seq_id = np.ones(size, np.int32)
+        self._seq_id = (self.sequence.ctypes.data + 4 * np.arange(size)).astype(np.uintp)  # one pointer a token
+        kinds = {name: kind for name, kind, *_ in struct._fields_}
+
+        def at(name: str, array: NDArray[Any]) -> Any:
+            return ctypes.cast(array.ctypes.data, kinds[name])
+
+        self.struct = struct(
+            n_tokens=0, token=at("token", self.token), embd=None, pos=at("pos", self.pos),
+            n_seq_id=at("n_seq_id", self._n_seq_id), seq_id=at("seq_id", self._seq_id), logits=at("logits", self.want),
+        )  # fmt: skip
+
+    def clear(self) -> None:
+        self.struct.n_tokens = 0
+
+    def add(self, ids: Sequence[int], position: int, sequence: int, wanted_from: int | None = None) -> int:
+        """Append tokens of one sequence; give how many of them lie at or after `wanted_from` and want logits."""
+        begin, end = self.struct.n_tokens, self.struct.n_tokens + len(ids)
+        self.token[begin:end] = ids
+        self.pos[begin:end] = positions = np.arange(position, position + len(ids))
+        self.sequence[begin:end] = sequence
+        wanted = positions >= wanted_from if wanted_from is not None else np.zeros(len(ids), bool)
+        self.want[begin:end] = wanted
+        self.struct.n_tokens = end
+        return int(wanted.sum())
+
+    def want_last(self) -> None:
+        self.want[self.struct.n_tokens - 1] = 1
+
+    def one(self, token: int, position: int) -> None:
+        self.token[0], self.pos[0], self.sequence[0], self.want[0] = token, position, 0, 1
+        self.struct.n_tokens = 1
+
+
+def gguf_file(path: Path) -> Path:
+    """Give the one .gguf file that a path means. Raises EngineError."""
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) != 1:
+            raise EngineError(f"{path} holds {len(found)} .gguf files; one is needed")
+        return found[0]
+    if not path.is_file():
+        raise EngineError(f"{path} is no file")
+    return path
+
+
+def _common_prefix(rows: Sequence[TokenRow]) -> int:
+    """Tokens that all rows begin with, ending before the first position whose logits are wanted."""
+    longest = min(row.start for row in rows) - 1
+    first = np.asarray(rows[0].ids[:longest])
+    for row in rows[1:]:
+        differs = np.flatnonzero(first != np.asarray(row.ids[: len(first)]))
+        if differs.size:
+            first = first[: differs[0]]
+    return len(first)
+
+
+def _packs(rows: Sequence[TokenRow], n_shared: int) -> Iterator[list[TokenRow]]:
+    """Cut rows, in order, into batches. A row that does not fit one is alone."""
+    pack: list[TokenRow] = []
+    n_tokens = 0
+    for row in rows:
+        n_row = len(row.ids) - n_shared - 1
+        if pack and (n_tokens + n_row > N_BATCH or len(pack) == N_ROWS):
+            yield pack
+            pack, n_tokens = [], 0
+        pack.append(row)
+        n_tokens += n_row
+    yield pack
+
+
+# llama.cpp has one log callback for the process; its last warnings explain the next error.
+_lines: deque[str] = deque(maxlen=20)
+_callbacks: list[Any] = []
+
+
+def _listen(lib: Any, debug: bool) -> None:
+    def keep(level: int, text: bytes, _: Any) -> None:
+        line = text.decode(errors="replace")
+        if debug:
+            sys.stderr.write(line)
+        if level >= _LOG_WARN and len(line.strip()) > 1:
+            _lines.append(line.strip())
+
+    callback = lib.llama_log_callback(keep)
+    _callbacks[:] = [*_callbacks[-1:], callback]  # the one that is replaced may still be running
+    _lines.clear()
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
+
+
+def _last_words() -> str:
+    return "; ".join(list(_lines)[-2:]) or "it gave no reason"

@@ -1,0 +1,202 @@
+"""The torch engine: a Hugging Face checkpoint, a dequantized GPTQ checkpoint, or a base with a peft adapter.
+
+Shapes: B rows, T tokens, N target positions, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgetune.artifact import MANIFEST
+from edgetune.errors import EngineError, UsageError
+from edgetune.runtime.engine import Logits, TokenRow
+
+BATCH_TOKENS = 2048  # padded tokens of one forward pass
+HEAD_POSITIONS = 256  # positions of one pass through the output head, to bound the float32 logits
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchEngine:
+    """A causal language model in torch, run greedily with a key/value cache."""
+
+    name = "torch"
+
+    def __init__(self, model: Any, path: Path, *, n_ctx: int, device: str, n_threads_before: int) -> None:
+        self._causal = (
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )  # peft's layers stay inside
+        self._decoder = self._causal.get_decoder()
+        self._head = self._causal.get_output_embeddings()
+        self._config = self._causal.config.get_text_config(decoder=True)
+        self._path = path
+        self._n_ctx = n_ctx
+        self._device = torch.device(device)
+        self._n_threads_before = n_threads_before
+        self._tokenizer: Any = None
+        self._cache: Any = None
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        adapter: str | None = None,
+        quantize_base: bool = False,
+    ) -> TorchEngine:
+        """Load a `model` or `gptq` artifact, or a base folder with a peft adapter folder on it.
+
+        `quantize_base` puts the base in NF4 with double quantization (arXiv:2305.14314) and computes in `dtype`.
+        Raises UsageError for an unknown dtype or device and EngineError where the folder cannot be loaded.
+        """
+        if dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {dtype!r} for the torch engine; known: {', '.join(DTYPES)}")
+        if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device {device!r} was asked for and torch sees no CUDA device; use cpu")
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        try:
+            model = _load_base(path, DTYPES[dtype], device, quantize_base)
+            if adapter is not None:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            torch.set_num_threads(before)
+            raise EngineError(f"torch cannot load {path}: {_first_line(error)}") from error
+        model.eval()
+        return cls(model, path, n_ctx=n_ctx, device=device, n_threads_before=before)
+
+    @property
+    def version(self) -> str:
+        return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._config.vocab_size)
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Forget all context, read `ids`, and give the logits of the last position, [V]."""
+        self._cache = transformers.DynamicCache(config=self._config)
+        return self._append(ids)
+
+    def decode(self, token: int) -> Logits:
+        """Append one token to the context and give its logits, [V]."""
+        assert self._cache is not None, "decode needs a prefill before it"
+        return self._append([token])
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Give the logits of every position of one row, [T, V]."""
+        self._check(len(ids), ids)
+        hidden = self._decoder(input_ids=self._tensor([list(ids)]), use_cache=False).last_hidden_state[0]  # [T, C]
+        return np.concatenate([self._logits(part) for part in torch.split(hidden, HEAD_POSITIONS)])
+
+    @torch.inference_mode()
+    def score_rows(self, rows: Sequence[TokenRow]) -> Iterator[Logits]:
+        """Give, row by row in order, the logits that predict row.target, [N, V].
+
+        Rows of like length run together, padded on the right, where causal attention never looks. Only the
+        hidden states of the target positions are kept; the head runs when a row is asked for.
+        """
+        hidden: dict[int, Tensor] = {}
+        for batch in _batches(rows):
+            width = max(len(rows[i].ids) - 1 for i in batch)  # the last id is only a target
+            self._check(width, *(rows[i].ids for i in batch))
+            padded = [[*rows[i].ids[:-1], *[0] * (width + 1 - len(rows[i].ids))] for i in batch]
+            states = self._decoder(input_ids=self._tensor(padded), use_cache=False).last_hidden_state  # [B, T, C]
+            for place, i in enumerate(batch):
+                hidden[i] = states[place, rows[i].start - 1 : len(rows[i].ids) - 1].clone()
+        for i in range(len(rows)):
+            yield np.concatenate([self._logits(part) for part in torch.split(hidden.pop(i), HEAD_POSITIONS)])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn rendered text into ids: special tokens parsed, no BOS added."""
+        if self._tokenizer is None:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def close(self) -> None:
+        self._cache = self._causal = self._decoder = self._head = None
+        torch.set_num_threads(self._n_threads_before)
+
+    @torch.inference_mode()
+    def _append(self, ids: Sequence[int]) -> Logits:
+        self._check(self._cache.get_seq_length() + len(ids), ids)
+        out = self._decoder(input_ids=self._tensor([list(ids)]), past_key_values=self._cache, use_cache=True)
+        return self._logits(out.last_hidden_state[0, -1])
+
+    def _logits(self, hidden: Tensor) -> NDArray[np.float32]:
+        """Run the output head and what a few architectures put behind it, [.., C] -> [.., V]."""
+        logits = self._head(hidden).float()
+        if (scale := getattr(self._config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(self._config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(self._config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        array: NDArray[np.float32] = logits.cpu().numpy()
+        return array
+
+    def _check(self, n_tokens: int, *rows: Sequence[int]) -> None:
+        if n_tokens > self._n_ctx:
+            raise EngineError(f"torch was asked for {n_tokens} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx")
+        if not all(rows):
+            raise EngineError("torch was asked to read an empty row; give at least one token")
+        top, low = max(map(max, rows)), min(map(min, rows))
+        if top >= self.n_vocab or low < 0:
+            raise EngineError(
+                f"token id {top if top >= self.n_vocab else low} is not in the vocabulary of {self.n_vocab}; "
+                f"use the tokenizer of {self._path}"
+            )
+
+    def _tensor(self, ids: list[list[int]]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self._device)
+
+
+def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool) -> Any:
+    """Load the checkpoint of a folder; the manifest says whether it is a GPTQ one."""
+    manifest = path / MANIFEST
+    kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"] if manifest.is_file() else "model"
+    if kind == "adapter":
+        raise UsageError(f"{path} is an adapter; give the base folder as path and this folder as `adapter`")
+    if kind == "gptq":
+        from edgetune.compress.checkpoint import load_dequantized
+
+        if quantize_base:
+            raise UsageError(f"{path} is already a GPTQ checkpoint; quantize_base is for 16-bit bases")
+        return load_dequantized(path, dtype).to(device)
+    settings: dict[str, Any] = {}
+    if quantize_base:
+        settings["device_map"] = {"": device}
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **settings)
+    return model if quantize_base else model.to(device)
+
+
+def _batches(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
+    """Group row numbers, longest first, so that a padded batch stays within BATCH_TOKENS."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    while order:
+        n = max(1, BATCH_TOKENS // len(rows[order[0]].ids))
+        yield order[:n]
+        order = order[n:]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,153 @@
+"""The reference pack: what the reference model said, in megabytes, so that divergence needs no 16-bit model.
+
+Shapes: P target positions of all rows, N of one row, K kept tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.errors import ArtifactError, UsageError
+from edgetune.runtime.engine import Logits
+
+TOP_K = 64
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ReferencePack:
+    """The K likeliest tokens of the reference at each target position, and the probability of all others together.
+
+    KL divergence is taken over these K + 1 buckets. Merging outcomes can only hide divergence (data-processing
+    inequality), so it is a lower bound of the true one. What is hidden is the divergence within the tail, weighed
+    by the tail's mass: at most tail mass times the largest log ratio between the two models' tails, each made to
+    sum to one.
+    """
+
+    workload: str  # digest of the rows it was made of
+    subject: str  # artifact digest of the reference
+    n_vocab: int
+    starts: NDArray[np.int64]  # [rows + 1], where each row's positions begin
+    ids: NDArray[np.uint32]  # [P, K], likeliest first; ties by lowest id, as argmax does
+    log_probs: NDArray[np.float32]  # [P, K], natural log
+    tail: NDArray[np.float32]  # [P], log of the mass of all other tokens; -inf where there are none
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def mean_tail_mass(self) -> float:
+        """Probability outside of the kept tokens, mean over positions: how much the bound can hide."""
+        return float(np.exp(self.tail.astype(np.float64)).mean()) if len(self.tail) else 0.0
+
+    def compare(self, row: int, logits: Logits) -> tuple[float, int]:
+        """Give a row's KL divergence from the reference, in nats summed over its target, and its equal argmaxes.
+
+        `logits` is [N, V]. Raises UsageError where the row has another number of positions or the vocabulary differs.
+        """
+        part = slice(int(self.starts[row]), int(self.starts[row + 1]))
+        n_positions = part.stop - part.start
+        if logits.shape != (n_positions, self.n_vocab):
+            raise UsageError(
+                f"the reference pack has {n_positions} positions of {self.n_vocab} tokens in row {row}, the candidate "
+                f"{logits.shape[0]} of {logits.shape[1]}; compare models of one vocabulary on the same rows"
+            )
+        ids = self.ids[part].astype(np.int64)
+        log_q, tail_q = _buckets(logits, ids)
+        log_p = np.column_stack([self.log_probs[part], self.tail[part]]).astype(np.float64)  # [N, K + 1]
+        log_p -= _log_sum_exp(log_p)[:, None]  # float32 does not quite sum to one
+        p = np.exp(log_p)
+        with np.errstate(invalid="ignore"):
+            terms = np.where(p > 0, p * (log_p - np.column_stack([log_q, tail_q])), 0.0)
+        return float(terms.sum()), int((logits.argmax(1) == ids[:, 0]).sum())
+
+    def save(self, path: Path) -> None:
+        """Write the pack as one compressed npz file."""
+        names = np.array([self.workload, self.subject])
+        with path.open("wb") as stream:
+            np.savez_compressed(
+                stream, names=names, n_vocab=np.int64(self.n_vocab), starts=self.starts, ids=self.ids,
+                log_probs=self.log_probs, tail=self.tail,
+            )  # fmt: skip
+
+    @classmethod
+    def read(cls, path: Path) -> ReferencePack:
+        """Read a pack. Raises ArtifactError where the file is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                workload, subject = map(str, data["names"])
+                return cls(
+                    workload, subject, int(data["n_vocab"]), data["starts"], data["ids"], data["log_probs"],
+                    data["tail"],
+                )  # fmt: skip
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ArtifactError(f"{path} is not a reference pack: {str(error).splitlines()[0]}") from error
+
+
+class PackBuilder:
+    """Collects rows of a reference pack, one after the other."""
+
+    def __init__(self) -> None:
+        self._ids: list[NDArray[np.uint32]] = []
+        self._log_probs: list[NDArray[np.float32]] = []
+        self._tail: list[NDArray[np.float32]] = []
+        self._n_vocab = 0
+
+    def add(self, logits: Logits, k: int = TOP_K) -> None:
+        """Add the next row's logits, [N, V]."""
+        self._n_vocab = logits.shape[1]
+        k = min(k, self._n_vocab)
+        wide = logits.astype(np.float64)
+        near = np.sort(np.argpartition(-wide, k - 1, axis=1)[:, :k], axis=1)  # ascending ids, so that ties keep order
+        order = np.argsort(-np.take_along_axis(wide, near, axis=1), axis=1, kind="stable")
+        ids = np.take_along_axis(near, order, axis=1)
+        top = wide.argmax(1)  # a tie at the cut may have left the lowest id out
+        ids[:, 0] = np.where((ids == top[:, None]).any(1), ids[:, 0], top)
+        log_probs, tail = _buckets(logits, ids)
+        self._ids.append(ids.astype(np.uint32))
+        self._log_probs.append(log_probs.astype(np.float32))
+        self._tail.append(tail.astype(np.float32))
+
+    def build(self, workload: str, subject: str) -> ReferencePack:
+        """Give the pack of the rows that were added."""
+        starts = np.cumsum([0, *map(len, self._ids)]).astype(np.int64)
+        return ReferencePack(
+            workload, subject, self._n_vocab, starts, np.concatenate(self._ids), np.concatenate(self._log_probs),
+            np.concatenate(self._tail),
+        )  # fmt: skip
+
+
+def join(packs: Sequence[ReferencePack], workload: str) -> ReferencePack:
+    """Put the packs of consecutive rows together."""
+    starts = [np.zeros(1, np.int64)]
+    for pack in packs:
+        starts.append(pack.starts[1:] + starts[-1][-1])
+    return ReferencePack(
+        workload, packs[0].subject, packs[0].n_vocab, np.concatenate(starts),
+        np.concatenate([p.ids for p in packs]), np.concatenate([p.log_probs for p in packs]),
+        np.concatenate([p.tail for p in packs]),
+    )  # fmt: skip
+
+
+def _buckets(logits: Logits, ids: NDArray[np.int64]) -> tuple[Doubles, Doubles]:
+    """Give the log-probabilities of `ids`, [N, K], and the log of the mass of all others, [N]."""
+    wide = logits.astype(np.float64)
+    kept = np.take_along_axis(wide, ids, axis=1)
+    np.put_along_axis(wide, ids, -np.inf, axis=1)
+    rest = _log_sum_exp(wide)
+    total = np.logaddexp(_log_sum_exp(kept), rest)
+    return kept - total[:, None], rest - total
+
+
+def _log_sum_exp(values: Doubles) -> Doubles:
+    top = values.max(1)
+    safe = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(np.exp(values - safe[:, None]).sum(1)) + safe)

@@ -1,0 +1,144 @@
+"""Figures from raw samples: what each column of the report is computed from. Nothing is written for people here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from edgetune.runtime import statistics
+from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Report, RowScore
+from edgetune.runtime.metrics import SlotCounts, micro_f1
+
+LEVEL = 0.95  # of intervals that no budget names, two-sided
+SEED = 0  # of the bootstraps that only the page shows
+
+
+class Figure(NamedTuple):
+    """A value and, where it has one, its interval. None where nothing was measured."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class Judged(NamedTuple):
+    """The accuracy budget, or its defaults where the recipe judges no accuracy."""
+
+    metric: str
+    confidence: float
+    max_loss: float | None
+
+
+def accuracy_budget(report: Report) -> Judged:
+    """Read the accuracy budget from the recipe."""
+    found = (report.recipe.get("budgets") or {}).get("accuracy") or {}
+    return Judged(found.get("metric", "exact_match"), found.get("confidence", LEVEL), found.get("max_loss"))
+
+
+def paired(score: Accuracy, reference: Accuracy) -> bool:
+    """Say whether two measurements scored the same rows."""
+    return score.workload == reference.workload and len(score.rows) == len(reference.rows)
+
+
+def accuracy_figures(
+    score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check] = ()
+) -> dict[str, Figure]:
+    """Give the accuracy columns of one subject, in percent, points, rows and nats.
+
+    The loss takes its bounds from the verdict's own check where there is one, so that page and verdict agree.
+    """
+    rows, n = score.rows, len(score.rows)
+    right = sum(row.exact for row in rows)
+    n_tokens = sum(row.n_tokens for row in rows)
+    made: dict[str, Figure] = {}
+    if n:
+        # with no beneficial flip, the score bounds are Wilson's for the share of wrong rows
+        wrong = statistics.paired_difference_bounds(n - right, 0, n, (1 + LEVEL) / 2)
+        made["exact"] = Figure(right / n * 100, (1 - wrong.high) * 100, (1 - wrong.low) * 100)
+    counts = _slots(rows)
+    if counts:
+        made["slot_f1"] = Figure(micro_f1(counts) * 100)
+    if score.text is not None and sum(score.text.n_tokens):
+        made["ppl"] = Figure(math.exp(min(700.0, sum(score.text.nll) / sum(score.text.n_tokens))))
+    if score is reference or not n or not paired(score, reference):
+        return made
+    made["loss"] = _loss(score, reference, budget, checks)
+    changed = statistics.flips([r.exact for r in rows], [r.exact for r in reference.rows])
+    made["harmful"], made["beneficial"] = Figure(changed.harmful), Figure(changed.beneficial)
+    kl = [row.kl for row in rows if row.kl is not None]
+    agree = [row.n_agree for row in rows if row.n_agree is not None]
+    if len(kl) == n:
+        made["kl"] = Figure(sum(kl) / n_tokens)
+    if len(agree) == n:
+        made["agree"] = Figure(sum(agree) / n_tokens * 100)
+    return made
+
+
+def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check]) -> Figure:
+    for check in checks:
+        if "loss" in check.budget and check.value is not None and check.low is not None and check.high is not None:
+            return Figure(check.value * 100, check.low * 100, check.high * 100)
+    level = 2 * budget.confidence - 1  # each bound one-sided at the budget's confidence
+    mine, theirs = _slots(score.rows), _slots(reference.rows)
+    if budget.metric == "slot_f1" and mine and theirs:
+        gain = statistics.paired_bootstrap_f1(mine, theirs, seed=SEED, confidence=level)
+    else:
+        gain = statistics.paired_bootstrap(
+            [float(r.exact) for r in score.rows], [float(r.exact) for r in reference.rows], seed=SEED, confidence=level
+        )
+    return Figure(-gain.value * 100, -gain.high * 100, -gain.low * 100)
+
+
+def _slots(rows: Sequence[RowScore]) -> list[SlotCounts] | None:
+    made = []
+    for row in rows:
+        if row.slot_true_positives is None or row.slot_predicted is None or row.slot_gold is None:
+            return None
+        made.append(SlotCounts(row.slot_true_positives, row.slot_predicted, row.slot_gold))
+    return made or None
+
+
+def latency_figures(latency: Latency) -> dict[str, Figure]:
+    """Give the latency and memory columns of one subject: those of its longest prompt, the hardest case."""
+    made = {
+        "load": Figure(latency.load_ms),
+        "size": Figure(latency.subject.size_bytes / 1e6),
+        "memory": Figure(latency.peak_rss_bytes / 1e6),
+    }
+    case = hardest(latency)
+    return made | (case_figures(latency.cases[case]) if case is not None else {})
+
+
+def hardest(latency: Latency) -> int | None:
+    """Give the place of the case with the longest prompt."""
+    return max(range(len(latency.cases)), key=lambda i: latency.cases[i].prompt_tokens, default=None)
+
+
+def case_figures(case: LatencyCase) -> dict[str, Figure]:
+    """Give percentiles and rates of one case, warm-up left out. Milliseconds and tokens per second."""
+    kept = [g for g in case.generations if not g.warmup]
+    waits = [g.itl_ms for g in kept if g.itl_ms]
+    made: dict[str, Figure] = {}
+    if kept:
+        firsts = [[g.ttft_ms] for g in kept]
+        made["ttft_p50"], made["ttft_p95"] = _percentile(firsts, 50), _percentile(firsts, 95)
+        if made["ttft_p50"].value:
+            made["prefill"] = Figure(case.prompt_tokens / made["ttft_p50"].value * 1000)
+    if waits:
+        made["itl_p50"], made["itl_p95"] = _percentile(waits, 50), _percentile(waits, 95)
+        made["decode"] = Figure(sum(map(len, waits)) / sum(map(sum, waits)) * 1000)
+    return made
+
+
+def _percentile(groups: Sequence[Sequence[float]], q: float) -> Figure:
+    return Figure(*statistics.percentile_interval(groups, q, seed=SEED, confidence=LEVEL))
+
+
+def bits_per_weight(manifest: dict[str, Any]) -> float | None:
+    """Read bits per weight from a manifest: its scheme, else its notes. None where neither says it."""
+    for part in (manifest.get("scheme"), manifest.get("notes")):
+        found = (part or {}).get("bits_per_weight")
+        if isinstance(found, int | float):
+            return float(found)
+    return None

@@ -1,0 +1,420 @@
+"""The view model: what a report shows, as strings and numbers that know where they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from edgetune.runtime.evidence import Accuracy, Check, Latency, Machine, Report, RowScore, Seam
+from edgetune.runtime.report import measures
+from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number, seconds
+
+VERDICTS = ("ship", "inconclusive", "do not ship", "failed")  # the order of rows
+N_CHANGES = 8  # changed answers that the page shows of each candidate
+HISTORY = "history"  # training[HISTORY]: dicts with step and loss or eval_loss
+
+
+class RowText(NamedTuple):
+    """Prompt and gold answer of one held-out row, which the evidence knows by digest only."""
+
+    prompt: str
+    gold: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: its text, the number to sort by, its interval, and its place in report.json."""
+
+    text: str = DASH
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject of the table."""
+
+    name: str
+    role: str  # "candidate", "reference" or "base"
+    verdict: str  # empty for reference and base
+    engine: str
+    cells: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """One budget of one candidate, in the unit of its heading."""
+
+    text: str
+    interval: str
+    verdict: str
+    reason: str
+    value: float | None
+    low: float | None
+    high: float | None
+    limit: float
+
+
+@dataclass(frozen=True)
+class BudgetColumn:
+    column: str  # key of the column that it bounds, or empty
+    title: str
+    limit: str
+    bound: float
+    checks: dict[str, Budgeted]  # candidate -> check
+
+
+@dataclass(frozen=True)
+class Decision:
+    candidate: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One latency case of one subject; `waits` are the raw inter-token latencies, warm-up left out."""
+
+    name: str
+    prompt_tokens: int
+    n_runs: int
+    waits: list[float]
+    cells: dict[str, Cell]
+    source: str
+
+
+@dataclass(frozen=True)
+class Hop:
+    name: str
+    branch: str  # candidate, or empty on the trunk that all share
+    engine: str
+    n_rows: int
+    exact: float  # percent
+    before: float | None  # percent, of the hop that this one follows
+    change: str
+    cells: list[str]  # token accuracy, nll, kl
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row whose answer changed."""
+
+    row: int
+    kind: str
+    prompt: str
+    gold: str
+    reference: str
+    candidate: str
+    split: int  # characters that gold and candidate share at their start
+    nll: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    candidate: str
+    harmful: int
+    beneficial: int
+    shown: list[Change]
+
+
+@dataclass(frozen=True)
+class View:
+    name: str
+    edgetune: str
+    headline: str
+    lead: str
+    decisions: list[Decision]
+    budgets: list[BudgetColumn]
+    candidates: list[Row]
+    yardsticks: list[Row]  # reference and base
+    cases: dict[int, list[Case]]  # prompt tokens -> one case of each subject
+    hops: list[Hop]
+    changes: list[Changes]
+    training: list[tuple[float, float]]
+    heldout: list[tuple[float, float]]
+    training_facts: list[tuple[str, str]]
+    machine: list[tuple[str, str]]
+    method: list[str]
+    stages: list[tuple[str, str, str, str]]
+    commands: dict[str, list[str]]
+    notes: list[tuple[str, str]]  # subject, what fell back, failed or is to be known
+    columns: tuple[Column, ...] = field(default=COLUMNS)
+
+    def bound(self, key: str) -> float | None:
+        """Give the budget of a column, in the column's unit."""
+        return next((b.bound for b in self.budgets if b.column == key), None)
+
+
+def build_view(report: Report, texts: Sequence[RowText] = ()) -> View:
+    """Turn evidence into what is shown. `texts` names prompt and gold of the held-out rows, in their order."""
+    order = sorted(report.verdicts, key=lambda v: VERDICTS.index(v.verdict))
+    names = [v.candidate for v in order]
+    decisions = [Decision(v.candidate, v.verdict, v.reason) for v in order]
+    scores = {a.subject.name: (i, a) for i, a in enumerate(report.accuracy)}
+    speeds = {x.subject.name: (i, x) for i, x in enumerate(report.latency)}
+    verdict_of = {v.candidate: v.verdict for v in order}
+    plain = [n for n in (report.reference, *scores, *speeds) if n not in verdict_of]
+    rows = [_row(report, name, verdict_of.get(name, ""), scores, speeds) for name in (*names, *dict.fromkeys(plain))]
+    return View(
+        name=report.name,
+        edgetune=report.edgetune,
+        headline=_headline(decisions),
+        lead=_lead(report, scores),
+        decisions=decisions,
+        budgets=_budgets(report, names),
+        candidates=rows[: len(names)],
+        yardsticks=[row for row in rows[len(names) :] if any(c.value is not None for c in row.cells.values())],
+        cases=_cases(report, [*names, *dict.fromkeys(plain)]),
+        hops=list(_hops(report.seams, set(names))),
+        changes=list(_changes(report, names, texts)),
+        training=_curve(report.training, "loss"),
+        heldout=_curve(report.training, "eval_loss"),
+        training_facts=_facts(report.training),
+        machine=_machine(report.machine),
+        method=_method(report),
+        stages=[_stage(stage) for stage in report.stages],
+        commands={name: report.commands[name] for name in names if report.commands.get(name)},
+        notes=list(_notes(report, scores)),
+    )
+
+
+def _headline(decisions: list[Decision]) -> str:
+    ship = [d.candidate for d in decisions if d.verdict == "ship"]
+    if len(ship) > 1:
+        return f"Ship any of {', '.join(ship[:-1])} and {ship[-1]}" if len(ship) < 5 else f"{len(ship)} may ship"
+    if ship:
+        return f"Ship {ship[0]}"
+    if any(d.verdict == "inconclusive" for d in decisions):
+        return "Nothing is proven fit to ship"
+    return "Do not ship"
+
+
+def _lead(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> str:
+    counts = [(v, sum(d.verdict == v for d in report.verdicts)) for v in VERDICTS]
+    words = {"ship": "within every budget", "inconclusive": "inconclusive", "do not ship": "over budget",
+             "failed": "failed"}  # fmt: skip
+    said = ", ".join(f"{n} {words[v]}" for v, n in counts if n)
+    many = "candidate" if len(report.verdicts) == 1 else "candidates"
+    lead = f"{len(report.verdicts)} {many}: {said}."
+    if report.reference in scores:
+        n_rows = len(scores[report.reference][1].rows)
+        lead += f" Judged against {report.reference!r} on {n_rows:,} held-out rows, with the files that would ship."
+    return lead
+
+
+def _row(
+    report: Report,
+    name: str,
+    verdict: str,
+    scores: dict[str, tuple[int, Accuracy]],
+    speeds: dict[str, tuple[int, Latency]],
+) -> Row:
+    cells: dict[str, Cell] = {column.key: Cell() for column in COLUMNS}
+    engine = ""
+    if name in scores:
+        i, score = scores[name]
+        reference = scores.get(report.reference, (i, score))[1]
+        checks = next((v.checks for v in report.verdicts if v.candidate == name), [])
+        found = measures.accuracy_figures(score, reference, measures.accuracy_budget(report), checks)
+        cells |= _as_cells(found, f"accuracy[{i}]")
+        cells["size"] = _cell("size", measures.Figure(score.subject.size_bytes / 1e6), f"accuracy[{i}]")
+        engine = f"{score.subject.engine} {score.subject.engine_version}"
+    if name in speeds:
+        i, speed = speeds[name]
+        hardest = measures.hardest(speed)
+        for key, cell in _as_cells(measures.latency_figures(speed), f"latency[{i}]").items():
+            cells[key] = replace(cell, source=cell.source.replace("cases[]", f"cases[{hardest}]"))
+        engine = f"{speed.subject.engine} {speed.subject.engine_version}"
+    bpw = measures.bits_per_weight(report.artifacts.get(name, {}))
+    cells["bpw"] = _cell("bpw", measures.Figure(bpw), f"artifacts.{name}")
+    role = "candidate" if verdict else "reference" if name == report.reference else "base"
+    return Row(name, role, verdict, engine, cells)
+
+
+def _as_cells(figures: dict[str, measures.Figure], place: str) -> dict[str, Cell]:
+    return {key: _cell(key, figure, place) for key, figure in figures.items()}
+
+
+def _cell(key: str, figure: measures.Figure, place: str) -> Cell:
+    column = BY_KEY[key]
+    if figure.value is None:
+        return Cell()
+    signed = key == "loss"
+    note = ""
+    if figure.low is not None and figure.high is not None:
+        low, high = (number(x, column.digits, signed=signed) for x in (figure.low, figure.high))
+        note = f"{low} to {high}"
+    stored = column.source
+    for head in ("accuracy[]", "latency[].cases[]" if ".cases[" in place else "latency[]", "artifacts.*"):
+        stored = stored.replace(head, place)
+    return Cell(
+        number(figure.value, column.digits, signed=signed), figure.value, figure.low, figure.high, note, stored
+    )
+
+
+def _budgets(report: Report, names: list[str]) -> list[BudgetColumn]:
+    checks = {v.candidate: {c.budget: c for c in v.checks} for v in report.verdicts}
+    keys = dict.fromkeys(key for name in names for key in checks[name])
+    made = []
+    for key in keys:
+        about = budget(key)
+        found = {name: checks[name][key] for name in names if key in checks[name]}
+        limit = next(iter(found.values())).limit * about.factor
+        written = f"at most {limit:,.10g} {about.unit}".strip()
+        judged = {name: _budgeted(check, about.factor, about.digits) for name, check in found.items()}
+        made.append(BudgetColumn(about.column, about.title, written, limit, judged))
+    return made
+
+
+def _budgeted(check: Check, factor: float, digits: int) -> Budgeted:
+    value, low, high = (None if x is None else x * factor for x in (check.value, check.low, check.high))
+    interval = f"{number(low, digits)} to {number(high, digits)}" if low is not None and high is not None else ""
+    return Budgeted(
+        number(value, digits), interval, check.verdict, check.reason, value, low, high, check.limit * factor
+    )
+
+
+def _cases(report: Report, names: list[str]) -> dict[int, list[Case]]:
+    made: dict[int, list[Case]] = {}
+    for i, latency in sorted(enumerate(report.latency), key=lambda pair: names.index(pair[1].subject.name)):
+        for j, case in enumerate(latency.cases):
+            kept = [g for g in case.generations if not g.warmup]
+            place = f"latency[{i}].cases[{j}]"
+            cells = _as_cells(measures.case_figures(case), place)
+            waits = [x for g in kept for x in g.itl_ms]
+            made.setdefault(case.prompt_tokens, []).append(
+                Case(latency.subject.name, case.prompt_tokens, len(kept), waits, cells, place)
+            )
+    return dict(sorted(made.items(), reverse=True))
+
+
+def _hops(seams: list[Seam], candidates: set[str]) -> Iterator[Hop]:
+    """Follow the ledger. A hop named "candidate: step" leaves the trunk that all candidates share."""
+    last: dict[str, float] = {}
+    for seam in seams:
+        branch, _, step = seam.hop.partition(": ")
+        if branch not in candidates:
+            branch, step = "", seam.hop
+        exact = seam.exact_match * 100
+        before = last.get(branch, last.get(""))
+        last[branch] = exact
+        change = DASH if before is None else number(exact - before, 1, signed=True)
+        cells = [
+            number(seam.token_accuracy * 100, 2),
+            number(seam.nll_per_token, 4),
+            number(seam.kl_per_token, 4),
+        ]
+        yield Hop(step, branch, seam.engine, seam.n_rows, exact, before, change, cells)
+
+
+def _changes(report: Report, names: list[str], texts: Sequence[RowText]) -> Iterator[Changes]:
+    """Give, for each candidate, rows that the reference had right and it has wrong (or back), worst first."""
+    found = {a.subject.name: a for a in report.accuracy}
+    reference = found.get(report.reference)
+    for name in names:
+        score = found.get(name)
+        if reference is None or score is None or not measures.paired(score, reference):
+            continue
+        pairs = list(zip(score.rows, reference.rows, strict=True))
+        harmful = [i for i, (c, r) in enumerate(pairs) if r.exact and not c.exact]
+        beneficial = [i for i, (c, r) in enumerate(pairs) if c.exact and not r.exact]
+        harmful.sort(key=lambda i: pairs[i][1].nll - pairs[i][0].nll)
+        beneficial.sort(key=lambda i: pairs[i][0].nll - pairs[i][1].nll)
+        chosen = harmful[:N_CHANGES] + beneficial[: min(2, max(0, N_CHANGES - len(harmful)))]
+        shown = [_change(i, *pairs[i], texts[i] if i < len(texts) else None) for i in chosen]
+        yield Changes(name, len(harmful), len(beneficial), shown)
+
+
+def _change(i: int, row: RowScore, reference: RowScore, text: RowText | None) -> Change:
+    gold = text.gold if text else ""
+    output = gold if row.exact else row.output or ""
+    split = next((k for k, (a, b) in enumerate(zip(gold, output, strict=False)) if a != b), min(len(gold), len(output)))
+    return Change(
+        row=i,
+        kind="turned wrong" if reference.exact else "turned right",
+        prompt=text.prompt if text else "",
+        gold=gold,
+        reference="same as gold" if reference.exact else reference.output or "wrong; output was not kept",
+        candidate="same as gold" if row.exact else row.output or "wrong; output was not kept",
+        split=split if gold and not row.exact and row.output else 0,
+        nll=f"{number(reference.nll, 2)} → {number(row.nll, 2)}",
+    )
+
+
+def _curve(training: dict[str, Any] | None, key: str) -> list[tuple[float, float]]:
+    history = (training or {}).get(HISTORY, [])
+    points = [(float(p["step"]), float(p[key])) for p in history if "step" in p and p.get(key) is not None]
+    return [point for point in points if all(map(math.isfinite, point))]
+
+
+def _facts(training: dict[str, Any] | None) -> list[tuple[str, str]]:
+    facts = {k: v for k, v in (training or {}).items() if isinstance(v, str | int | float)}
+    return [(key, f"{value:,.6g}" if isinstance(value, float) else str(value)) for key, value in facts.items()]
+
+
+def _machine(machine: Machine) -> list[tuple[str, str]]:
+    return [
+        ("Processor", f"{machine.cpu}, {machine.cores} cores"),
+        ("Instructions", ", ".join(machine.cpu_flags) or "none that engines use"),
+        ("Memory", f"{machine.memory_mib:,} MiB"),
+        ("GPU", machine.gpu or "none"),
+        ("System", machine.platform),
+        ("Python", machine.python),
+    ]
+
+
+def _method(report: Report) -> list[str]:
+    said = [
+        "Exact match is teacher-forced: at every position of the gold answer, its end included, the most likely token "
+        "is the gold token. Under greedy decoding that is the same as generating the answer and comparing it.",
+        "Each measurement runs in a child process of its own; candidates are interleaved so that drift hits all alike; "
+        "warm-up runs are kept apart and left out.",
+    ]
+    bench = report.recipe.get("bench", {})
+    if bench:
+        lengths = " and ".join(str(n) for n in bench.get("prompt_tokens", []))
+        said.append(
+            f"Latency: prompts of {lengths} tokens, {bench.get('new_tokens')} new tokens, {bench.get('repeats')} "
+            f"measured runs after {bench.get('warmup')} warm-up runs, {bench.get('threads')} threads."
+        )
+    accuracy = measures.accuracy_budget(report)
+    said.append(
+        f"Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds at {accuracy.confidence:.0%}, those "
+        "of the verdict: Tango's score bounds for exact match, a paired bootstrap over rows for slot F1. Percentiles have "
+        "95 % bootstrap intervals over whole generations, because tokens of one generation share its disturbances."
+    )
+    return said
+
+
+def _stage(stage: dict[str, Any]) -> tuple[str, str, str, str]:
+    took = stage.get("seconds")
+    return (
+        str(stage.get("name", DASH)),
+        DASH if took is None else seconds(float(took)),
+        "from the store" if stage.get("done_before") else "made now",
+        str(stage.get("identity") or DASH)[:12],
+    )
+
+
+def _notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
+    for failure in report.failures:
+        yield failure.subject, f"{failure.stage} failed: {failure.reason}"
+    for name, manifest in report.artifacts.items():
+        for fallback in manifest.get("fallbacks", []):
+            yield name, f"fell back: {fallback}"
+    for measured in (*report.accuracy, *report.latency):
+        if measured.load.busy:
+            what = "accuracy" if isinstance(measured, Accuracy) else "latency"
+            share = number(measured.load.others_during * 100, 0)
+            yield measured.subject.name, f"the machine was busy during {what}: other processes held {share} % of it"
+    reference = scores.get(report.reference)
+    for name, (_, score) in scores.items():
+        if reference and not measures.paired(score, reference[1]):
+            yield name, "scored on other rows than the reference: no loss, no flips"
+    for warning in report.warnings:
+        yield "", warning

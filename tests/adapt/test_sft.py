@@ -1,0 +1,99 @@
+"""QLoRA on the tiny Llama: the loss, the masks, resume after a kill with identical bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoTokenizer, TrainerCallback
+
+from edgetune.adapt import sft
+from edgetune.artifact import Artifact
+from edgetune.data.formats import Row
+from edgetune.data.golden import Golden
+from edgetune.data.render import Rendered, render
+from edgetune.errors import DataError
+from edgetune.recipe import Adapt
+
+CONFIG = Adapt(r=4, alpha=8, batch_size=4, max_steps=6, eval_steps=2, eval_rows=4, learning_rate=1e-2, report_to=[])
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_model: Artifact) -> list[Rendered]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
+    made = []
+    for n in range(24):
+        turns = (("user", f"set the light to {n} percent"), ("assistant", f'{{"level":{n}}}'))
+        made.append(render(Row(turns, None, n + 1), tokenizer, [2]))
+    return made
+
+
+def train(source: Artifact, out: Path, rows: list[Rendered], config: Adapt = CONFIG, **kwargs: object) -> Artifact:
+    golden = Golden.read(source.path)
+    return sft.run(config, source, out, rows=rows, golden=golden, **kwargs)  # type: ignore[arg-type]
+
+
+def test_loss_falls_and_the_adapter_names_no_path(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+    made = train(tiny_model, tmp_path / "adapter", rows)
+    losses = [loss for _, loss in made.manifest.notes["heldout_loss"]]
+    assert losses[-1] < losses[0]
+    assert made.identity == sft.planned_identity(CONFIG, tiny_model.identity, rows, 0)
+    text = (made.path / "adapter_config.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(tiny_model.path) not in text
+    assert tiny_model.identity in text
+
+
+def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows: list[Rendered]) -> None:
+    model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
+    batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13)], pad=0)
+    with torch.no_grad():
+        every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        keep = batch["labels"][:, 1:] != sft.IGNORE
+        with head.only(keep):
+            few = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = functional.cross_entropy(every[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="mean")
+    found = functional.cross_entropy(few, batch["labels"][:, 1:][keep])
+    assert few.shape[0] == sum(rows[i].n_labels for i in (0, 13))
+    torch.testing.assert_close(found, expected)
+
+
+class Dies(TrainerCallback):  # type: ignore[misc]
+    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny_model, tmp_path / "whole", rows)
+    make = sft.make_trainer
+    with monkeypatch.context() as patch:
+
+        def dying(*args: object, **kwargs: object) -> object:
+            trainer = make(*args, **kwargs)  # type: ignore[arg-type]
+            trainer.add_callback(Dies())
+            return trainer
+
+        patch.setattr(sft, "make_trainer", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_model, tmp_path / "cut", rows)
+    assert not (tmp_path / "cut").exists()
+    work = tmp_path / ".cut.work"
+    assert (work / "checkpoint-4" / "complete").exists()
+    (work / "checkpoint-5").mkdir()  # a checkpoint that a kill cut short
+    steps: list[int] = []
+    resumed = train(tiny_model, tmp_path / "cut", rows, progress=lambda done, total, label: steps.append(done))
+    assert steps == [5, 6]
+    assert resumed.manifest.files == whole.manifest.files
+    assert not work.exists()
+
+
+def test_rows_without_labels_are_refused(tiny_model: Artifact, tmp_path: Path) -> None:
+    empty = Rendered((1, 2, 3), (False, False, False), 1, "", 1)
+    with pytest.raises(DataError, match="no labelled token"):
+        train(tiny_model, tmp_path / "adapter", [empty] * 10)
+    assert list(tmp_path.iterdir()) == []
