@@ -27,6 +27,7 @@ class Data(Closed):
 
     train: str = Field(description="JSONL file with training rows")
     heldout: str = Field(description="JSONL file with held-out rows; a row that is also in train is refused")
+    general: str | None = Field(None, description="JSONL with general text; the prose of Python's own manual if absent")
     format: Literal["auto", "alpaca", "chat", "text"] = "auto"
     max_length: Count = Field(512, description="tokens; longer training rows are left out and counted")
     train_rows: Count | None = Field(None, description="use the first N training rows")
@@ -45,6 +46,7 @@ class Adapt(Closed):
     max_steps: Count | None = None
     batch_size: Count = Field(16, description="rows an optimizer step")
     micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
+    keep_dense: bool = Field(False, description="qlora: keep dequantized weights; faster, as large as the 16-bit base")
     warmup_ratio: Share = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from edgetune.adapt.base import load_base
+from edgetune.adapt.lora_linear import use_fused_layers
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.golden import Golden
@@ -77,8 +79,14 @@ class CompletionTrainer(Trainer):
     ) -> Any:
         labels = inputs["labels"][:, 1:]
         keep = labels != IGNORE
+        cache = read_prefix(model, inputs["prefix"], len(labels)) if inputs["prefix"].numel() else None
         with self.head.only(keep):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         loss = functional.cross_entropy(outputs.logits.float(), labels[keep], reduction="sum")
         if num_items_in_batch is None:
             loss = loss / keep.sum()
@@ -89,20 +97,48 @@ class CompletionTrainer(Trainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
-def collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    """Pad rows on the right: input_ids, attention_mask and labels, each [B, T]."""
-    longest = max(len(row["input_ids"]) for row in rows)
+def read_prefix(model: nn.Module, prefix: Tensor, n_rows: int) -> Any:
+    """Read the tokens that all rows begin with once, [1, P], and give their key/value cache for B rows.
+
+    Gradients flow back through the cache, so the result is that of reading the prefix in every row.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_repeat_interleave(n_rows)
+    return cache
+
+
+def collate(rows: Sequence[dict[str, Any]], pad: int, share_prefix: bool) -> dict[str, Tensor]:
+    """Split off the unlabelled tokens that all rows begin with, and pad the rest on the right.
+
+    Gives prefix [1, P], input_ids and labels [B, T] and attention_mask [B, P + T].
+    """
+    n_prefix = _common_prefix(rows) if share_prefix and len(rows) > 1 else 0
+    longest = max(len(row["input_ids"]) for row in rows) - n_prefix
     batch = {
+        "prefix": torch.tensor([rows[0]["input_ids"][:n_prefix]], dtype=torch.long),
         "input_ids": torch.full((len(rows), longest), pad),
-        "attention_mask": torch.zeros((len(rows), longest), dtype=torch.long),
+        "attention_mask": torch.zeros((len(rows), n_prefix + longest), dtype=torch.long),
         "labels": torch.full((len(rows), longest), IGNORE),
     }
     for index, row in enumerate(rows):
-        n = len(row["input_ids"])
-        batch["input_ids"][index, :n] = torch.tensor(row["input_ids"])
-        batch["attention_mask"][index, :n] = 1
-        batch["labels"][index, :n] = torch.tensor(row["labels"])
+        n = len(row["input_ids"]) - n_prefix
+        batch["input_ids"][index, :n] = torch.tensor(row["input_ids"][n_prefix:])
+        batch["attention_mask"][index, : n_prefix + n] = 1
+        batch["labels"][index, :n] = torch.tensor(row["labels"][n_prefix:])
     return batch
+
+
+def _common_prefix(rows: Sequence[dict[str, Any]]) -> int:
+    """Length of what all rows share before their first label, one unlabelled token left to each."""
+    first = rows[0]["input_ids"]
+    limit = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in rows) - 1
+    for n in range(limit):
+        if any(row["input_ids"][n] != first[n] for row in rows):
+            return n
+    return max(limit, 0)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -189,6 +225,7 @@ def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, Labelle
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+    use_fused_layers(lora, keep_dense=config.keep_dense)
     model = get_peft_model(base, lora)
     return model, LabelledHead(base.get_output_embeddings())
 
@@ -256,7 +293,7 @@ def make_trainer(
         trainer = CompletionTrainer(
             model,
             arguments,
-            data_collator=lambda batch: collate(batch, pad=0),
+            data_collator=partial(collate, pad=0, share_prefix=arguments.world_size == 1),
             train_dataset=Rows(train),
             eval_dataset=Rows(evaluate),
             callbacks=callbacks,

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, TrainerCallback
 
 from edgetune.adapt import sft
+from edgetune.adapt.lora_linear import FusedLora
 from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
@@ -48,7 +49,7 @@ def test_loss_falls_and_the_adapter_names_no_path(tiny_model: Artifact, rows: li
 
 def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows: list[Rendered]) -> None:
     model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
-    batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13)], pad=0)
+    batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13)], pad=0, share_prefix=False)
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         keep = batch["labels"][:, 1:] != sft.IGNORE
@@ -58,6 +59,29 @@ def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows:
     found = functional.cross_entropy(few, batch["labels"][:, 1:][keep])
     assert few.shape[0] == sum(rows[i].n_labels for i in (0, 13))
     torch.testing.assert_close(found, expected)
+
+
+def test_a_shared_prefix_changes_neither_loss_nor_gradient(tiny_model: Artifact, rows: list[Rendered]) -> None:
+    found = []
+    for share in (False, True):
+        torch.manual_seed(0)
+        model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)  # zero at first, which would hide the gradient of A
+        trainer = sft.make_trainer(
+            CONFIG, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None
+        )
+        batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13, 5)], pad=0, share_prefix=share)
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss.detach(), gradients, batch["prefix"].shape[1]))
+    (plain, plain_gradient, none), (shared, shared_gradient, n_prefix) = found
+    assert none == 0
+    assert n_prefix > 5
+    torch.testing.assert_close(shared, plain)
+    torch.testing.assert_close(shared_gradient, plain_gradient, rtol=1e-3, atol=1e-5)
 
 
 class Dies(TrainerCallback):  # type: ignore[misc]
@@ -97,3 +121,27 @@ def test_rows_without_labels_are_refused(tiny_model: Artifact, tmp_path: Path) -
     with pytest.raises(DataError, match="no labelled token"):
         train(tiny_model, tmp_path / "adapter", [empty] * 10)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_fused_layer_equals_pefts(tiny_model: Artifact, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(3, 43).view(2, 20)
+    found = []
+    for fused, dense in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(sft, "use_fused_layers", lambda *_, **__: None)
+            config = CONFIG.model_copy(update={"method": method, "keep_dense": dense})
+            model, _ = sft.attach(config, tiny_model.path, "cpu")
+        assert any(isinstance(m, FusedLora) for m in model.modules()) == fused
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        loss = functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss.detach(), gradients))
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,110 @@
+"""A LoRA linear layer with its own backward (arXiv:2106.09685): y = x W^T + s x A^T B^T.
+
+It saves its input and nothing else: x A^T is computed again in the backward, W is frozen. peft's layer also keeps
+copies of its output and of every cast. Same numbers, less memory, fewer passes over it.
+
+Shapes: N tokens, C in-features, R out-features, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class LoraProduct(torch.autograd.Function):
+    """x [N, C], A [r, C], B [R, r] -> y [N, R], for a layer that gives its frozen weight [R, C] when asked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, layer: FusedLora) -> Tensor:
+        W = layer.frozen_weight(x.dtype)
+        y = functional.linear(x, W, layer.base_bias)
+        u = x @ A.t().to(x.dtype)
+        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B.t().to(y.dtype), alpha=scale)
+        ctx.save_for_backward(x, A, B)
+        ctx.scale, ctx.layer = scale, layer
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])  # [N, R]
+        x_flat = x.view(-1, x.shape[-1])  # [N, C]
+        gB = (g @ B.to(g.dtype)).mul_(ctx.scale)  # [N, r]
+        u = x_flat @ A.t().to(x.dtype)  # [N, r]
+        grad_A = (gB.t() @ x_flat).to(A.dtype)
+        grad_B = (g.t() @ u).mul_(ctx.scale).to(B.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = g @ ctx.layer.frozen_weight(g.dtype)
+            grad_x.addmm_(gB, A.to(g.dtype))
+            grad_x = grad_x.view_as(x)
+        return grad_x, grad_A, grad_B, None, None
+
+
+class FusedLora(nn.Module):
+    """What both kinds of layer share; mixed in before peft's class, whose forward remains for all other cases."""
+
+    keep_dense = False  # hold the dequantized weight instead of making it anew for each product
+    _dense: Tensor | None = None
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        bias: Tensor | None = self.get_base_layer().bias  # type: ignore[operator]
+        return bias
+
+    def frozen_weight(self, dtype: torch.dtype) -> Tensor:
+        """Give the base's weight [R, C] as a plain tensor."""
+        if self._dense is not None:
+            return self._dense
+        weight = self.get_base_layer().weight  # type: ignore[operator]
+        dense: Tensor = weight
+        if isinstance(weight, bnb.nn.Params4bit):
+            dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        dense = dense.to(dtype)
+        if self.keep_dense and dense is not weight:
+            self._dense = dense
+        return dense
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None  # type: ignore[index, arg-type]
+        plain = (
+            name in self.lora_A  # type: ignore[operator]
+            and not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
+            and isinstance(self.lora_dropout[name], nn.Identity)  # type: ignore[index]
+        )
+        if not plain:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[index]
+        y: Tensor = LoraProduct.apply(x.contiguous(), A, B, self.scaling[name], self)  # type: ignore[index]
+        return y
+
+
+class FusedLinear(FusedLora, PeftLinear):  # type: ignore[misc]
+    """LoRA on a 16-bit linear layer."""
+
+
+class FusedLinear4bit(FusedLora, PeftLinear4bit):  # type: ignore[misc]
+    """LoRA on an NF4 linear layer."""
+
+
+class DenseLinear4bit(FusedLinear4bit):
+    """LoRA on an NF4 linear layer whose dequantized weight is kept: faster, and as large as the unquantized base."""
+
+    keep_dense = True
+
+
+def use_fused_layers(config: LoraConfig, *, keep_dense: bool) -> None:
+    """Make peft put the fused layers where it would put its own."""
+    four_bit = DenseLinear4bit if keep_dense else FusedLinear4bit
+    config._register_custom_module({bnb.nn.Linear4bit: four_bit, nn.Linear: FusedLinear})
