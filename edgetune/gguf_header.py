@@ -124,4 +124,4 @@ def _n_bytes(tensor: TensorInfo) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, width = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.ggml_type)]
-    return math.prod(tensor.shape) // block * width
+    return int(math.prod(tensor.shape) // block * width)

@@ -202,10 +202,15 @@ def load_recipe(path: Path) -> Recipe:
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check a recipe that was already read. Raises RecipeError."""
+    return parse_as(Recipe, raw, where)
+
+
+def parse_as(model: type[M], raw: dict[str, Any], where: str) -> M:
+    """Check a part of a recipe. Raises RecipeError with the key, what was found and what to do."""
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(error.errors()[0])}") from error
+        raise RecipeError(f"{where}: {_explain(model, error.errors()[0])}") from error
 
 
 def _exactly_one(model: M) -> M:
@@ -215,11 +220,11 @@ def _exactly_one(model: M) -> M:
     return model
 
 
-def _explain(error: Any) -> str:
+def _explain(model: type[BaseModel], error: Any) -> str:
     loc = [str(part) for part in error["loc"]]
     key = ".".join(loc) or "recipe"
     if error["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1])
+        known = _keys_at(model, loc[:-1])
         near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
         return f"unknown key {key!r}{hint}"
@@ -229,9 +234,9 @@ def _explain(error: Any) -> str:
     return f"{key}: {message} (found {error['input']!r})" if error["type"] != "value_error" else f"{key}: {message}"
 
 
-def _keys_at(loc: list[str]) -> list[str]:
-    """Known keys of the model that a location leads to, found by walking the JSON Schema."""
-    schema = Recipe.model_json_schema()
+def _keys_at(model: type[BaseModel], loc: list[str]) -> list[str]:
+    """Known keys of the part of a model that a location leads to, found by walking the JSON Schema."""
+    schema = model.model_json_schema()
     node: dict[str, Any] = schema
     for part in loc:
         node = _resolve(schema, node)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune.artifact import Artifact, draft, file_digest, identity, json_digest
-from edgetune.backends import require
 from edgetune.errors import SourceError
+from edgetune.gguf_header import GgufHeader, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
 GOLDEN = (
     [
         {"role": "user", "content": "Name three metals, 1 line."},
@@ -62,12 +64,7 @@ class Source:
         if self.form == "folder":
             config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             return config
-        from transformers import AutoConfig
-
-        loaded = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        found: dict[str, Any] = loaded.to_dict()
-        found["architectures"] = found.get("architectures") or [_architecture(loaded)]
-        return found
+        return gguf_config(read_header(self.path), self.path)
 
 
 def find(base: str, revision: str | None = None) -> Source:
@@ -132,23 +129,8 @@ def _package_file(name: str) -> Path:
 def _gguf(path: Path, base: str) -> Source:
     if not path.is_file():
         raise SourceError(f"base {base!r}: no such file {path}")
-    check_gguf(path)
+    read_header(path)
     return Source(base, "gguf", path, file_digest(path))
-
-
-def check_gguf(path: Path) -> None:
-    """Read a GGUF file's header and see that each tensor lies within the file. Raises SourceError."""
-    gguf = require("gguf")
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise SourceError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
-    try:
-        reader = gguf.GGUFReader(path)
-        for tensor in reader.tensors:
-            if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
-                raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: truncated or damaged GGUF file ({_line(error)}); get it again") from error
 
 
 def _folder(path: Path, base: str) -> Source:
@@ -185,7 +167,11 @@ def _download(base: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(base, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"])  # fmt: skip # noqa: E501
+            snapshot_download(
+                base,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"],
+            )
         )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise SourceError(f"base {base!r}: no such folder, and the hub did not give it ({_line(error)})") from error
@@ -227,10 +213,29 @@ def _read_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def _architecture(config: object) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])  # type: ignore[attr-defined]
+def gguf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
+    """Give the keys of a config.json that planning reads, from a GGUF header. Raises SourceError."""
+    metadata = header.metadata
+    arch = metadata.get("general.architecture")
+    if arch not in GGUF_ARCHITECTURES:
+        raise SourceError(f"{path}: a GGUF file of architecture {arch!r}; known: {', '.join(GGUF_ARCHITECTURES)}")
+    try:
+        heads = int(metadata[f"{arch}.attention.head_count"])
+        hidden = int(metadata[f"{arch}.embedding_length"])
+        return {
+            "architectures": [GGUF_ARCHITECTURES[arch]],
+            "model_type": arch,
+            "hidden_size": hidden,
+            "intermediate_size": int(metadata[f"{arch}.feed_forward_length"]),
+            "num_hidden_layers": int(metadata[f"{arch}.block_count"]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(metadata.get(f"{arch}.attention.head_count_kv", heads)),
+            "head_dim": int(metadata.get(f"{arch}.attention.key_length", hidden // heads)),
+            "vocab_size": int(metadata["tokenizer.ggml.tokens"]),
+            "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in header.tensors),
+        }
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise SourceError(f"{path}: the GGUF header lacks what {arch} needs ({_line(error)})") from error
 
 
 def _line(error: BaseException) -> str:

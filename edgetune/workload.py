@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +9,10 @@ from typing import TYPE_CHECKING
 from edgetune.artifact import Artifact
 from edgetune.data import checks
 from edgetune.data.calibration import CalibrationSet, make_calibration
-from edgetune.data.formats import read_rows
+from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
 from edgetune.data.golden import Golden, make_golden
 from edgetune.data.render import Rendered, render
-from edgetune.errors import DataError
 from edgetune.recipe import Calibration, Data
 
 if TYPE_CHECKING:
@@ -69,6 +67,11 @@ def check_files(data: Data) -> None:
     checks.refuse_leaks(train, heldout, Path(data.train), Path(data.heldout))
 
 
+def heldout_rows(data: Data) -> list[Row]:
+    """Read the held-out rows as they were written."""
+    return read_rows(Path(data.heldout), data.format, data.heldout_rows)
+
+
 def load(data: Data, base: Artifact) -> Workload:
     """Read, check and render the rows for a base model. Raises DataError."""
     from transformers import AutoTokenizer
@@ -88,11 +91,12 @@ def load(data: Data, base: Artifact) -> Workload:
         heldout=heldout,
         n_too_long=n_too_long,
         golden=make_golden(tokenizer, talks, stop),
-        calibration_text=_ids(tokenizer, general_text(general, "calibrate")),
-        measured_text=_ids(tokenizer, general_text(general, "measure")),
+        calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
+        measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenize general text, no special tokens; the first 400,000 characters are plenty."""
     ids: list[int] = tokenizer(text[:400_000], add_special_tokens=False)["input_ids"]
     return ids

@@ -24,6 +24,7 @@ class Mix:
     more: str  # value and down projections of the layers that `_more_bits` picks
     head: str
     embedding: str  # where it is not tied to the head
+    down: str | None = None  # every down projection, where not as `base` and `more` say
 
 
 # As llama.cpp mixes them (llama-quant.cpp, llama_tensor_get_type_impl).
@@ -36,8 +37,15 @@ MIXES: dict[str, Mix] = {
     "Q4_0": Mix("Q4_0", "Q4_0", "Q6_K", "Q4_0"),
 }
 
-# What stands in for a type whose block does not divide the row. See docs/decisions.md for the measurement.
-NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
+# Where the hidden size is no multiple of 256, most matrices cannot take a K-quant. llama.cpp then mixes Q5_0, Q4_K and
+# a head of Q8_0; about six bits everywhere costs the same bytes and half the KL divergence (docs/decisions.md).
+NARROW_MIXES: dict[str, Mix] = {
+    "Q5_K_M": Mix("Q5_1", "Q8_0", "Q8_0", "Q5_1", down="Q6_K"),
+    "Q4_K_M": Mix("Q5_1", "Q8_0", "Q5_1", "Q5_1", down="Q6_K"),
+}
+
+# What stands in for a type whose block does not divide a row.
+NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_1"}
 
 
 def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict[str, str], list[str]]:
@@ -47,21 +55,25 @@ def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict
     """
     n_layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
     tied = "output.weight" not in shapes
+    narrow = shapes["token_embd.weight"][-1] % 256 != 0
     types: dict[str, str] = {}
     replaced: Counter[tuple[int, str, str]] = Counter()
     n_matrices = sum(len(shape) > 1 for shape in shapes.values())
     for name, shape in shapes.items():
         if len(shape) == 1:
             types[name] = "F32"
-            continue
-        wanted = target if target in PLAIN else _of_mix(MIXES[target], name, n_layers, tied)
-        types[name] = fitting(wanted, shape[-1])
-        if types[name] != wanted:
-            replaced[shape[-1], types[name], wanted] += 1
-    lines = [
-        f"{count} of {n_matrices} matrices have rows of {width}: {found} instead of {wanted}"
-        for (width, found, wanted), count in sorted(replaced.items())
-    ]
+        elif target in PLAIN:
+            types[name] = target
+        else:
+            asked = _of_mix(MIXES[target], name, n_layers, tied)
+            mix = NARROW_MIXES.get(target, MIXES[target]) if narrow else MIXES[target]
+            types[name] = fitting(_of_mix(mix, name, n_layers, tied), shape[-1])
+            if types[name] != asked:
+                replaced[shape[-1], types[name], asked] += 1
+    lines = []
+    for (width, found, asked), count in sorted(replaced.items()):
+        why = "" if width % BLOCK[asked] else " (the other rows are no multiple of 256, so six bits go to all)"
+        lines.append(f"{count} of {n_matrices} matrices have rows of {width}: {found} instead of {asked}{why}")
     return types, lines
 
 
@@ -78,6 +90,8 @@ def _of_mix(mix: Mix, name: str, n_layers: int, tied: bool) -> str:
         return mix.head
     if name == "token_embd.weight":
         return mix.embedding
+    if mix.down and name.endswith("ffn_down.weight"):
+        return mix.down
     layer = re.match(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight$", name)
     return mix.more if layer and _more_bits(int(layer[1]), n_layers) else mix.base
 

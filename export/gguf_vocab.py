@@ -23,7 +23,7 @@ _LLAMA3 = (
     r"\s+(?!\S)|\s+"
 )
 
-# llama.cpp's name -> how the tokenizers library writes the same splitting. A tokenizer that splits otherwise is refused:
+# llama.cpp's name -> the same splitting as the tokenizers library writes it. Another splitting is refused:
 # with a wrong splitter most texts still come out right, and the rest silently wrong.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES | {"use_regex": True}],
@@ -70,6 +70,8 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
         if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             remarks.append(f"added token {entry['content']!r} strips its neighbours in training, not in llama.cpp")
+    if tokenizer.get("normalizer"):
+        remarks.append("the tokenizer composes characters (NFC) in training, llama.cpp does not")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = {**model["vocab"], **{t["content"]: t["id"] for t in added}}
     stops = _stop_ids(folder)
@@ -80,10 +82,11 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
 def _supported(tokenizer: dict[str, Any], folder: Path) -> str:
     model = tokenizer["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UnsupportedError(
-            f"{folder}: tokenizer model {model.get('type')}{' with byte fallback' if model.get('byte_fallback') else ''}"
-            " cannot be written to GGUF here; supported: byte-level BPE"
-        )
+        kind = f"{model.get('type')} with byte fallback" if model.get("byte_fallback") else model.get("type")
+        raise UnsupportedError(f"{folder}: a tokenizer of type {kind} is not written to GGUF; byte-level BPE is")
+    normalizer = (tokenizer.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        raise UnsupportedError(f"{folder}: llama.cpp has no normalizer {normalizer} before byte-level BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UnsupportedError(f"{folder}: BPE with a subword prefix or suffix cannot be written to GGUF")
     found = tokenizer.get("pre_tokenizer") or {}

@@ -96,17 +96,17 @@ def score(
     diverge from, `build_reference` where to write this subject's own. Of the first `generate_rows` rows (None: of
     all, 0: of none) those that are not exact are continued greedily, and slots are counted where all targets are JSON
     objects. `work` keeps finished chunks, so that a run that was killed goes on there. `timeout_s` bounds the load
-    and each chunk. Raises DataError, UsageError and EngineError.
+    and the time between two signs of progress. Raises DataError, UsageError and EngineError.
     """
-    if not rows:
-        raise DataError(f"there are no rows to score {job.name} on; give at least one held-out row")
+    stop = frozenset(stop_ids)
+    _check_rows(rows, stop)
     workload = workload_digest(rows)
     with tempfile.TemporaryDirectory() as scratch, Worker(job) as worker:
         meter = LoadMeter()
         n_ctx = max([*(max(len(r.ids), r.start + max_new_tokens) for r in rows), *(len(r.ids) for r in text_rows)])
         version = worker.load(n_ctx=n_ctx, timeout_s=timeout_s)["version"]
         request: dict[str, Any] = {
-            "workload": workload, "text_workload": workload_digest(text_rows), "stop_ids": sorted(stop_ids),
+            "workload": workload, "text_workload": workload_digest(text_rows), "stop_ids": sorted(stop),
             "max_new_tokens": max_new_tokens, "generate_rows": len(rows) if generate_rows is None else generate_rows,
             "subject": job.artifact_digest, "build": build_reference is not None,
         }  # fmt: skip
@@ -131,6 +131,16 @@ def score(
         text=TextScore(nll=text["nll"], n_tokens=text["n_tokens"]) if text else None,
         seconds=round(sum(c["seconds"] for c in chunks) + (text["seconds"] if text else 0.0), 3), load=load,
     )  # fmt: skip
+
+
+def _check_rows(rows: Sequence[ScoredRow], stop: frozenset[int]) -> None:
+    """Refuse rows whose exact match would not be that of greedy decoding: a target ends at its first stop token."""
+    if not rows:
+        raise DataError("there are no rows to score on; give at least one held-out row")
+    for number, row in enumerate(rows):
+        *inner, last = row.tokens.target
+        if last not in stop or not stop.isdisjoint(inner):
+            raise DataError(f"row {number}: a target must end at its first stop token {sorted(stop)}, found ..{last}")
 
 
 def _row_scores(
@@ -213,6 +223,7 @@ def score_in_child(engine: Engine, request: dict[str, Any], emit: Callable[[dict
                     scored[i]["output_ids"] = continue_greedily(
                         engine, row, scored[i].pop("argmax"), frozenset(request["stop_ids"]), request["max_new_tokens"]
                     )
+                    emit({"done": first + i, "of": len(rows)})
                 scored[i].pop("argmax", None)
             if builder is not None:
                 builder.build(request["workload"], request["subject"]).save(file.with_suffix(".npz"))

@@ -69,6 +69,10 @@ class Engine(Protocol):
         """Turn rendered text into ids with the artifact's own tokenizer: special tokens parsed, no BOS added."""
         ...
 
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turn ids into text with the artifact's own tokenizer; special tokens are left out."""
+        ...
+
     def close(self) -> None: ...
 
 

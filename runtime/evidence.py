@@ -89,6 +89,7 @@ class LatencyCase(Record):
     prompt_tokens: int
     new_tokens: int
     generations: list[Generation]
+    steady: bool | None = None  # medians of the last two warm-ups within 5%; None where that was not looked at
 
 
 class Latency(Record):
@@ -140,6 +141,13 @@ class Verdict(Record):
     reason: str
 
 
+class RowText(Record):
+    """Prompt and gold answer of one held-out row, which accuracy evidence knows by digest only."""
+
+    prompt: str
+    gold: str
+
+
 class Report(Record):
     """Everything that the report page shows; written as report.json."""
 
@@ -159,3 +167,4 @@ class Report(Record):
     warnings: list[str]
     stages: list[dict[str, Any]]  # name, seconds, done_before, identity
     training: dict[str, Any] | None
+    texts: list[RowText] = []  # of the held-out rows, in their order

@@ -71,7 +71,7 @@ class LoadMeter:
     Ours are this process and what it started. Time that a hypervisor took away counts as used by others.
     """
 
-    def __init__(self, before_s: float = 0.5) -> None:
+    def __init__(self, before_s: float = 0.25) -> None:
         """Watch for `before_s` seconds how busy others are before we begin; blocks for that time."""
         first = self._sample()
         time.sleep(before_s)

@@ -84,7 +84,10 @@ def paired_bootstrap(
     confidence: float = 0.95,
     n_resamples: int = RESAMPLES,
 ) -> Interval:
-    """Give the mean of candidate - reference over the same rows, with a two-sided percentile interval."""
+    """Give the mean of candidate - reference over the same rows, with a two-sided percentile interval.
+
+    Too narrow for few rows: at 60 rows with 8% flips a 90% interval held the truth in 85% of 2,000 simulated trials.
+    """
     difference = np.asarray(candidate, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     return _bootstrap(difference[:, None], lambda sums: sums[:, 0] / len(difference), seed, confidence, n_resamples)
 

@@ -83,3 +83,9 @@ def make_tiny_model(out: Path, *, seed: int = 0, tie: bool = True, layers: int =
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tiny random Llama artifact with tied embeddings; shared, so never written to."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_wide(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tiny random Llama with heads of 16, which every exporter takes; shared, so never written to."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "wide", hidden=64)

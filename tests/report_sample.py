@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from edgetune.recipe import Budgets
 from edgetune.runtime.evidence import (
     Accuracy,
-    Check,
     Failure,
     Generation,
     Latency,
@@ -17,19 +17,29 @@ from edgetune.runtime.evidence import (
     Machine,
     Report,
     RowScore,
+    RowText,
     Seam,
     Subject,
     TextScore,
     Verdict,
 )
-from edgetune.runtime.report.view import RowText
+from edgetune.runtime.verdict import judge
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 HOSTILE_LINK = "<a href='https://evil.example/'>\u202egpj.x</a> & \"quotes\""
 QUIET = Load(others_before=0.01, others_during=0.02, busy=False)
 BUSY = Load(others_before=0.05, others_during=0.31, busy=True)
 ROOMS = ("kitchen", "bedroom", "hall", "office", "garage")
-N_LAYERS_MB = {"base": 269.1, "reference": 269.1, "q4-gguf": 105.5, "q4-onnx": 121.9, "student-q4": 64.2}
+N_LAYERS_MB = {"base": 269.1, "reference": 269.1, "q4-gguf": 105.5, "q4-onnx": 117.9, "student-q4": 64.2}
+BUDGETS = {
+    "accuracy": {"metric": "exact_match", "max_loss": 0.02, "confidence": 0.95},
+    "itl_ms_p95": 25, "ttft_ms_p95": 350, "size_mb": 120, "peak_memory_mb": 400,
+}  # fmt: skip
+FAILURE = Failure(
+    subject="q2-rtn",
+    stage="export.onnx/1",
+    reason="bits=2 is not a width that MatMulNBits of onnxruntime 1.31 computes; use 4 or 8",
+)
 EngineName = Literal["torch", "llama.cpp", "onnxruntime"]
 
 
@@ -51,7 +61,7 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
         "base": _rows(rng, ref_exact, harm=0.985, help_=0.01, shift=1.6),
         "reference": _rows(rng, ref_exact, harm=0.0, help_=0.0, shift=0.0),
         "q4-gguf": _rows(rng, ref_exact, harm=0.006, help_=0.12, shift=0.004),
-        "q4-onnx": _rows(rng, ref_exact, harm=0.019, help_=0.1, shift=0.011),
+        "q4-onnx": _rows(rng, ref_exact, harm=0.024, help_=0.1, shift=0.011),
         "student-q4": _rows(rng, ref_exact, harm=0.08, help_=0.05, shift=0.09),
     }
     subjects = {
@@ -62,7 +72,16 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
         "student-q4": _subject("student-q4", "gguf", "llama.cpp", "0.3.36"),
     }
     speed = {"reference": (3.1, 41.0), "q4-gguf": (1.05, 11.6), "q4-onnx": (1.25, 15.2), "student-q4": (0.62, 6.9)}
+    accuracy = [
+        Accuracy(
+            subject=subjects[name], workload="5f0c" * 16, rows=rows[name], text=_text(rng, name), seconds=61.0 + i,
+            load=BUSY if name == "q4-onnx" else QUIET,
+        )
+        for i, name in enumerate(rows)
+    ]  # fmt: skip
+    latency = [_latency(rng, subjects[name], *speed[name]) for name in speed]
     return Report(
+        texts=texts(),
         name="device-commands",
         edgetune="0.1.0",
         recipe={
@@ -70,32 +89,18 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
             "data": {"train": "calib_data/commands/train.jsonl", "heldout": "calib_data/commands/heldout.jsonl"},
             "candidates": {name: {} for name in (*list(rows)[2:], "q2-rtn")},
             "bench": {"prompt_tokens": [32, 256], "new_tokens": 64, "threads": 2, "repeats": 10, "warmup": 2},
-            "budgets": {
-                "accuracy": {"metric": "exact_match", "max_loss": 0.02, "confidence": 0.95},
-                "itl_ms_p95": 25, "ttft_ms_p95": 350, "size_mb": 120, "peak_memory_mb": 400,
-            },
+            "budgets": BUDGETS,
         },
         machine=Machine(
             cpu="AMD EPYC 9R14", cpu_flags=["avx2", "avx512f", "avx512_vnni"], cores=2, memory_mib=7_821, gpu=None,
             platform="Linux-6.1.0-x86_64-with-glibc2.36", python="3.11.2",
         ),
         reference="reference",
-        accuracy=[
-            Accuracy(
-                subject=subjects[name], workload="5f0c" * 16, rows=rows[name], text=_text(rng, name), seconds=61.0 + i,
-                load=BUSY if name == "q4-onnx" else QUIET,
-            )
-            for i, name in enumerate(rows)
-        ],
-        latency=[_latency(rng, subjects[name], *speed[name]) for name in speed],
+        accuracy=accuracy,
+        latency=latency,
         seams=_seams(),
-        verdicts=_verdicts(ref_exact, rows),
-        failures=[
-            Failure(
-                subject="q2-rtn", stage="export.onnx/1",
-                reason="bits=2 is not a width that MatMulNBits of onnxruntime 1.31 computes; use 4 or 8",
-            )
-        ],
+        verdicts=_verdicts(Budgets.model_validate(BUDGETS), accuracy, latency),
+        failures=[FAILURE],
         artifacts={name: _manifest(name, subjects[name].kind) for name in list(rows)[2:]},
         commands={
             "q4-gguf": ["edgetune generate runs/device-commands/q4-gguf 'set the hall light to 30 percent'",
@@ -103,7 +108,7 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
             "q4-onnx": ["edgetune serve runs/device-commands/q4-onnx --port 8080 --threads 2"],
             "student-q4": [f"edgetune generate runs/device-commands/student-q4 '{HOSTILE}'"],
         },
-        warnings=["q4-onnx: other processes used 31 % of the cores while accuracy was measured"],
+        warnings=["3 of 4,803 training rows are longer than max_length=512 and were left out"],
         stages=[
             {"name": "source", "seconds": 3.2, "done_before": True, "identity": "a1" * 32},
             {"name": "adapt.sft", "seconds": 1284.0, "done_before": False, "identity": "b2" * 32},
@@ -190,40 +195,16 @@ def _seams() -> list[Seam]:
     ]
 
 
-def _verdicts(ref_exact: np.ndarray[Any, Any], rows: dict[str, list[RowScore]]) -> list[Verdict]:
-    made = []
-    figures = {"q4-gguf": (12.9, 283.0, 105.5, 227.2), "q4-onnx": (17.4, 331.0, 121.9, 248.5),
-               "student-q4": (7.6, 165.0, 64.2, 173.5)}  # fmt: skip
-    for name, (itl, ttft, size, memory) in figures.items():
-        loss = ref_exact.astype(float) - np.array([r.exact for r in rows[name]], dtype=float)
-        half = 1.645 * loss.std() / np.sqrt(len(loss))
-        mean, low, high = float(loss.mean()), float(loss.mean() - half), float(loss.mean() + half)
-        checks = [_check("exact_match loss", 0.02, mean, low, high), _check("itl_ms p95", 25, itl),
-                  _check("ttft_ms p95", 350, ttft), _check("size_mb", 120, size),
-                  _check("peak_memory_mb", 400, memory)]  # fmt: skip
-        order = ("do not ship", "inconclusive", "ship")
-        worst = min(checks, key=lambda c: order.index(c.verdict))
-        reason = "every budget is kept" if worst.verdict == "ship" else worst.reason
-        made.append(Verdict(candidate=name, verdict=worst.verdict, checks=checks, reason=reason))
-    made.append(
-        Verdict(
-            candidate="q2-rtn",
-            verdict="failed",
-            checks=[],
-            reason="export.onnx/1: bits=2 is not a width that MatMulNBits of onnxruntime 1.31 computes; use 4 or 8",
+def _verdicts(budgets: Budgets, accuracy: list[Accuracy], latency: list[Latency]) -> list[Verdict]:
+    scores, speeds = {a.subject.name: a for a in accuracy}, {x.subject.name: x for x in latency}
+    made = [
+        judge(
+            name, budgets, size_bytes=scores[name].subject.size_bytes, accuracy=scores[name],
+            reference=scores["reference"], latency=speeds[name],
         )
-    )
-    return made
-
-
-def _check(budget: str, limit: float, value: float, low: float | None = None, high: float | None = None) -> Check:
-    if low is None or high is None:
-        verdict: Literal["ship", "do not ship", "inconclusive"] = "ship" if value <= limit else "do not ship"
-        reason = f"{budget} is {value:g}, the budget is {limit:g}"
-        return Check(budget=budget, limit=limit, value=value, verdict=verdict, reason=reason)
-    verdict = "ship" if high <= limit else "do not ship" if low > limit else "inconclusive"
-    reason = f"{budget} is {value:.4f} (95 %: {low:.4f} to {high:.4f}), the budget is {limit:g}"
-    return Check(budget=budget, limit=limit, value=value, low=low, high=high, verdict=verdict, reason=reason)
+        for name in ("student-q4", "q4-gguf", "q4-onnx")
+    ]  # fmt: skip
+    return [*made, judge("q2-rtn", budgets, failures=[FAILURE])]
 
 
 def _manifest(name: str, kind: str) -> dict[str, Any]:
@@ -242,9 +223,8 @@ def _manifest(name: str, kind: str) -> dict[str, Any]:
 
 
 def _training(rng: np.random.Generator) -> dict[str, Any]:
-    history: list[dict[str, float]] = []
-    for step in range(5, 305, 5):
-        history.append({"step": step, "loss": float(0.02 + 1.9 * np.exp(-step / 28) + rng.normal(0, 0.006) ** 2 * 90)})
-        if step % 50 == 0:
-            history.append({"step": step, "eval_loss": float(0.031 + 1.9 * np.exp(-step / 30))})
-    return {"method": "qlora", "r": 16, "alpha": 32, "steps": 300, "best_step": 300, "history": history}
+    """What adapt.sft notes in the adapter's manifest."""
+    loss = [[s, float(0.02 + 1.9 * np.exp(-s / 28) + abs(rng.normal(0, 0.02)))] for s in range(5, 305, 5)]
+    heldout = [[s, float(0.031 + 1.9 * np.exp(-s / 30))] for s in range(50, 301, 50)]
+    rows = {"train": 4736, "early_stopping": 64}
+    return {"steps": 300, "loss": loss, "heldout_loss": heldout, "rows": rows, "trained_parameters": 4_884_480}

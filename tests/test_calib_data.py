@@ -169,7 +169,7 @@ def test_heldout_templates_are_disjoint_and_training_has_many(maker, made):
     assert sum(len(cores) >= 25 for cores in per_intent.values()) >= 20
 
 
-def test_heldout_slot_values_are_disjoint(maker, made):  # noqa: ARG001
+def test_heldout_slot_values_are_disjoint(maker, made):
     train, heldout = (pool_values(made[split]) for split in ("train", "heldout"))
     assert {"room", "machine", "door", "valve", "tank", "line", "title", "time", "percent", "minutes"} <= set(heldout)
     for pool, values in heldout.items():
@@ -187,7 +187,7 @@ def test_heldout_slots_never_show_a_trained_name(made):
         assert values["train"] & values["heldout"] <= {"all", "lights"}, slot
 
 
-def test_heldout_is_fair(maker, made):  # noqa: ARG001
+def test_heldout_is_fair(maker, made):
     """Key sets, closed words and number words of held-out rows all occur in training."""
     from commands_values import say_number
 

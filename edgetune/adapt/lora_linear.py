@@ -85,8 +85,8 @@ class FusedLora(nn.Module):
         if not plain:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[index]
-        y: Tensor = LoraProduct.apply(x.contiguous(), A, B, self.scaling[name], self)  # type: ignore[index]
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[index, union-attr]
+        y: Tensor = LoraProduct.apply(x.contiguous(), A, B, self.scaling[name], self)  # type: ignore[index, no-untyped-call]
         return y
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt.base import load_base
-from edgetune.adapt.lora_linear import use_fused_layers
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
+from edgetune.adapt.lora_linear import use_fused_layers
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered
@@ -62,7 +61,7 @@ class LabelledHead:
             self._keep = None
 
 
-class CompletionTrainer(Trainer):
+class CompletionTrainer(Trainer):  # type: ignore[misc]
     """Hugging Face's Trainer with the loss at labelled positions only."""
 
     def __init__(self, *args: Any, head: LabelledHead, **kwargs: Any) -> None:

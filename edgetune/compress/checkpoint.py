@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgetune.artifact import Artifact, write_text
-from edgetune.compress.architectures import check_architecture
+from edgetune.compress.architectures import SUPPORTED, check_architecture
 from edgetune.compress.packing import check_pack, pack, unpack
 from edgetune.compress.scheme import Quantized, Scheme
 from edgetune.errors import ArtifactError, StageError, UnsupportedError
@@ -95,19 +95,21 @@ def read_gptq(folder: Path) -> dict[str, Quantized]:
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Give the transformers model that a checkpoint stands for, in plain float weights. Raises as `read_gptq`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     layers, state = _read(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         check_architecture(config.to_dict())
         del config.quantization_config
         state |= {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, SUPPORTED[config.model_type]).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise ArtifactError(f"{folder}: tensor {wrong[0]} is missing or not of this architecture; make it again")

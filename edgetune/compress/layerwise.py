@@ -27,10 +27,11 @@ from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
 from edgetune.compress.hessian import Hessian, output_loss
 from edgetune.compress.scheme import Quantized
+from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
+from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
-Progress = Callable[[int, int, str], None]
 Solve = Callable[[Tensor, Tensor | None], tuple[Quantized, tuple[str, ...]]]  # weight [R, C], H [C, C] -> what was made
 
 
@@ -72,12 +73,6 @@ def load_model(source: Artifact) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def forward_dtype(device: str) -> torch.dtype:
-    """Give the dtype of calibration forwards: bfloat16 where the device multiplies it fast, else float32."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if torch.device(device).type == "cuda" or fast else torch.float32
-
-
 def decoder_blocks(model: Any) -> nn.ModuleList:
     """Give the blocks of a supported model, each with all its linear layers. Raises UnsupportedError."""
     check_architecture(model.config.to_dict())
@@ -98,7 +93,7 @@ def quantize_blocks(
     work: Path,
     key: str,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Report = silent,
 ) -> dict[str, LayerResult]:
     """Quantize every linear layer of every block; the model is left with the dequantized weights.
 
@@ -106,7 +101,7 @@ def quantize_blocks(
     kept in `work` under `key`; a walk that is begun again puts those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
     """
-    blocks, dtype = decoder_blocks(model), forward_dtype(device)
+    blocks, dtype = decoder_blocks(model), compute_dtype(device)
     batches = None if rows is None else _enter(model, rows, device, dtype)
     results: dict[str, LayerResult] = {}
     for index, block in enumerate(blocks):
@@ -128,20 +123,19 @@ def quantize_blocks(
         block.to("cpu")
         block.load_state_dict(original | {n: w.to(original[n].dtype) for n, w in weights.items()}, assign=True)
         results |= done
-        if progress is not None:
-            progress(index + 1, len(blocks), prefix)
+        progress(index + 1, len(blocks), prefix)
     return results
 
 
 @torch.no_grad()
 def second_moments(
-    model: Any, rows: NDArray[np.int64], *, device: str = "cpu", progress: Progress | None = None
+    model: Any, rows: NDArray[np.int64], *, device: str = "cpu", progress: Report = silent
 ) -> dict[str, Tensor]:
     """Give the mean of the squared inputs, float32 [C], of every linear layer, from one pass of the float model.
 
     rows [N, T] are token ids. llama.cpp calls this an importance matrix (in_sum2 / counts).
     """
-    blocks, dtype = decoder_blocks(model), forward_dtype(device)
+    blocks, dtype = decoder_blocks(model), compute_dtype(device)
     batches = _enter(model, rows, device, dtype)
     moments: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
@@ -156,8 +150,7 @@ def second_moments(
             moments |= {f"model.layers.{index}.{name}": mean for name in group}
         block.to("cpu")
         block.load_state_dict(original, assign=True)
-        if progress is not None:
-            progress(index + 1, len(blocks), f"model.layers.{index}")
+        progress(index + 1, len(blocks), f"model.layers.{index}")
     return moments
 
 

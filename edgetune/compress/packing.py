@@ -6,11 +6,12 @@ For 2, 4 and 8 bits that is 32 / bits values in a word; for 3 bits, 32 values in
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from edgetune.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def values_in_unit(bits: int) -> int:
@@ -31,6 +32,8 @@ def check_pack(name: str, out_features: int, in_features: int, bits: int) -> Non
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """Pack values [K, n] below 2^bits along their first axis; returns int32 [K * bits / 32, n]."""
+    import torch
+
     unit = values_in_unit(bits)
     K, n = values.shape
     assert K % unit == 0, (K, unit)
@@ -45,6 +48,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Undo `pack`: int32 [W, n] to int32 values [W * 32 / bits, n]."""
+    import torch
+
     unit = values_in_unit(bits)
     n_words = unit * bits // 32
     W, n = words.shape
@@ -60,4 +65,6 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def _signed(words: Tensor) -> Tensor:
+    import torch
+
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

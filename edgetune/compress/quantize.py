@@ -11,6 +11,7 @@ from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
 from edgetune.errors import UnsupportedError
+from edgetune.progress import Report, silent
 from edgetune.recipe import Gptq, Rtn
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run(
     calibration: CalibrationSet | None = None,
     device: str = "cpu",
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Report = silent,
 ) -> Artifact:
     """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the AutoGPTQ format.
 
@@ -90,7 +91,6 @@ def run(
             "desc_act": isinstance(config, Gptq) and config.desc_act,
             "bits_per_weight": _bits_per_weight(scheme, model_config),
         }  # fmt: skip
-        # Stacked layers share their fallbacks; each is said once, with the first layer that it befell.
         pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
         pending.notes = {"relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6)}
     return pending.artifact
@@ -106,7 +106,7 @@ def _solver(config: Rtn | Gptq, scheme: Scheme) -> Callable[[Tensor, Tensor | No
         assert hessian is not None
         result = gptq_quantize(
             weight, hessian, scheme, block_size=config.block_size, damp_percent=config.damp_percent,
-            desc_act=config.desc_act, static_groups=config.static_groups,
+            desc_act=config.desc_act, static_groups=config.static_groups, search=True,
         )  # fmt: skip
         return result.quantized, result.fallbacks
 

@@ -63,7 +63,7 @@ class Quantized:
     def rows(self, start: int, stop: int) -> Quantized:
         """Give the same for the rows start .. stop, where several weights were stacked."""
         part = slice(start, stop)
-        return Quantized(self.q[part], self.scales[part], self.zero_point[part], self.g_idx)
+        return Quantized(self.q[part], self.scales[part], self.zero_point[part], self.g_idx.clone())
 
     def cpu(self) -> Quantized:
         return Quantized(self.q.cpu(), self.scales.cpu(), self.zero_point.cpu(), self.g_idx.cpu())

@@ -48,6 +48,6 @@ def make_calibration(
         for index in rng.permutation(len(task)):
             stream += task[index]
     rows = [stream[i * n_tokens : (i + 1) * n_tokens] for i in range(n_samples - n_general)]
-    starts = np.linspace(0, len(general) - n_tokens, n_general).astype(int) if n_general else []
+    starts: list[int] = np.linspace(0, len(general) - n_tokens, n_general).astype(int).tolist()
     rows += [list(general[start : start + n_tokens]) for start in starts]
     return CalibrationSet(np.asarray(rows, dtype=np.int64))

@@ -38,11 +38,10 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     Raises DataError where the model has no chat template, or the template cannot carry the row.
     """
     if row.text is not None:
-        ids = tokenizer(row.text, add_special_tokens=False)["input_ids"]
-        ids = [*ids, tokenizer.eos_token_id]
-        if len(ids) < 2:
+        whole_text = (*tokenizer(row.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        if len(whole_text) < 2:
             raise DataError(f"line {row.line}: the text gives no token")
-        return Rendered(tuple(ids), (False, *[True] * (len(ids) - 1)), 1, row.text, row.line)
+        return Rendered(whole_text, (False, *[True] * (len(whole_text) - 1)), 1, row.text, row.line)
     if not tokenizer.chat_template:
         raise DataError("the model has no chat template, and the rows are conversations; use a chat model or text rows")
     ids: list[int] = []

@@ -44,6 +44,7 @@ class LlamaEngine:
         self._ctx: Any = None
         self._score_ctx: Any = None
         self._n_past = 0
+        self._readings = 0  # how often the scoring context was begun anew
 
     @classmethod
     def load(
@@ -118,6 +119,16 @@ class LlamaEngine:
             raise EngineError(f"llama.cpp cannot tokenize {text[:40]!r} ({n})")
         return list(out[:n])
 
+    def detokenize(self, ids: Sequence[int]) -> str:
+        given = (ctypes.c_int32 * len(ids))(*ids)
+        room = 16 * len(ids) + 16
+        return self._detokenize_into(given, room).decode("utf-8", errors="replace")
+
+    def _detokenize_into(self, given: Any, room: int) -> bytes:
+        out = ctypes.create_string_buffer(room)
+        n = int(self._lib.llama_detokenize(self._vocab, given, len(given), out, room, True, False))
+        return self._detokenize_into(given, -n) if n < 0 else out.raw[:n]
+
     def prefill(self, ids: Sequence[int]) -> Logits:
         self._check(len(ids), ids)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), False)
@@ -141,8 +152,7 @@ class LlamaEngine:
 
     def score(self, ids: Sequence[int]) -> Logits:
         self._check(len(ids), ids)
-        context = self._scoring()
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), False)
+        context = self._begin_scoring()
         out = np.empty((len(ids), self._n_vocab), dtype=np.float32)
         self._read(context, ids, 0, 0, 0, out)
         return out
@@ -152,9 +162,9 @@ class LlamaEngine:
             return
         for row in rows:
             self._check(len(row.ids), row.ids)
-        context = self._scoring()
+        context = self._begin_scoring()
+        mine = self._readings
         memory = self._lib.llama_get_memory(context)
-        self._lib.llama_memory_clear(memory, False)
         n_shared = _common_prefix(rows)
         if n_shared:
             self._read(context, rows[0].ids[:n_shared], 0, 0, n_shared, None)
@@ -177,8 +187,10 @@ class LlamaEngine:
                 logits = np.ctypeslib.as_array(pointer, (n_targets, self._n_vocab))  # in the order of the batch
                 begin = 0
                 for row in pack:
+                    self._still(mine)
                     yield logits[begin : begin + len(row.target)].copy()
                     begin += len(row.target)
+            self._still(mine)
             for sequence in range(1, len(pack) + 1):
                 self._lib.llama_memory_seq_rm(memory, sequence, n_shared, -1)
 
@@ -190,11 +202,17 @@ class LlamaEngine:
             self._lib.llama_model_free(self._model)
         self._ctx = self._score_ctx = self._model = None
 
-    def _scoring(self) -> Any:
-        """The context that scores: made when first asked for, so that a latency run never pays for it."""
+    def _begin_scoring(self) -> Any:
+        """The empty context that scores: made when first asked for, so that a latency run never pays for it."""
         if self._score_ctx is None:
             self._score_ctx = self._context(self.n_ctx + N_BATCH, n_rows=N_ROWS + 1, n_outputs=N_BATCH)
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._score_ctx), False)
+        self._readings += 1
         return self._score_ctx
+
+    def _still(self, mine: int) -> None:
+        if self._readings != mine or self._model is None:
+            raise EngineError("score_rows was cut short by another call that scores; take all of its rows first")
 
     def _context(self, n_cells: int, *, n_rows: int, n_outputs: int) -> Any:
         params = self._lib.llama_context_default_params()

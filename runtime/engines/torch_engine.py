@@ -124,10 +124,16 @@ class TorchEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """Turn rendered text into ids: special tokens parsed, no BOS added."""
+        ids: list[int] = self._own_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._own_tokenizer().decode(list(ids), skip_special_tokens=True))
+
+    def _own_tokenizer(self) -> Any:
         if self._tokenizer is None:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._tokenizer
 
     def close(self) -> None:
         self._cache = self._causal = self._decoder = self._head = None

@@ -16,6 +16,15 @@ from edgetune.runtime.report.view import Row, View
 
 FOLDER = Path(__file__).parent
 GROUPS = {"summary": "Summary", "accuracy": "Accuracy", "latency": "Latency", "footprint": "Footprint", "all": "All"}
+SECTIONS = {
+    "candidates": "Candidates",
+    "latency": "Latency",
+    "seams": "Accuracy",
+    "changes": "Answers",
+    "run": "Run it",
+    "machine": "Method",
+    "sign": "Sign-off",
+}
 COSTS = {"size": "Size on disk", "itl_p95": "ITL p95", "memory": "Peak memory"}
 
 
@@ -30,11 +39,12 @@ def render_html(view: View, *, evidence: str = "report.json", digest: str = "") 
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"shown": shown, "slug": plots.slug, "number": number}
+    environment.filters |= {"shown": shown, "slug": plots.slug, "number": number, "path": path}
     environment.globals |= {"gauge": plots.gauge, "dash": DASH}
     scatters = _scatters(view)
     return environment.get_template("page.html.jinja").render(
         view=view,
+        sections=[(key, text) for key, text in SECTIONS.items() if _is_shown(view, key)],
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -50,10 +60,20 @@ def render_html(view: View, *, evidence: str = "report.json", digest: str = "") 
     )
 
 
+def _is_shown(view: View, section: str) -> bool:
+    held = {"latency": view.cases, "seams": view.hops, "changes": view.changes, "run": view.commands}
+    return bool(held.get(section, True))
+
+
 def shown(text: str) -> Markup:
     """Escape a text and spell out characters that do not show or that turn the line around (U+202E)."""
     spelled = (c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cf"} else f"\\u{ord(c):04x}" for c in text)
     return escape("".join(spelled))
+
+
+def path(source: str) -> Markup:
+    """Let a long path break after its dots only."""
+    return Markup("<wbr>").join(part for part in source.replace(".", ".\0").split("\0"))
 
 
 def _policy(style: str, script: str) -> str:

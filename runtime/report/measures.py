@@ -11,7 +11,6 @@ from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Rep
 from edgetune.runtime.metrics import SlotCounts, micro_f1
 
 LEVEL = 0.95  # of intervals that no budget names, two-sided
-SEED = 0  # of the bootstraps that only the page shows
 
 
 class Figure(NamedTuple):
@@ -42,7 +41,7 @@ def paired(score: Accuracy, reference: Accuracy) -> bool:
 
 
 def accuracy_figures(
-    score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check] = ()
+    score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check] = (), *, seed: int = 0
 ) -> dict[str, Figure]:
     """Give the accuracy columns of one subject, in percent, points, rows and nats.
 
@@ -59,11 +58,11 @@ def accuracy_figures(
     counts = _slots(rows)
     if counts:
         made["slot_f1"] = Figure(micro_f1(counts) * 100)
-    if score.text is not None and sum(score.text.n_tokens):
+    if score.text is not None and sum(score.text.n_tokens) > 0:
         made["ppl"] = Figure(math.exp(min(700.0, sum(score.text.nll) / sum(score.text.n_tokens))))
     if score is reference or not n or not paired(score, reference):
         return made
-    made["loss"] = _loss(score, reference, budget, checks)
+    made["loss"] = _loss(score, reference, budget, checks, seed)
     changed = statistics.flips([r.exact for r in rows], [r.exact for r in reference.rows])
     made["harmful"], made["beneficial"] = Figure(changed.harmful), Figure(changed.beneficial)
     kl = [row.kl for row in rows if row.kl is not None]
@@ -75,17 +74,17 @@ def accuracy_figures(
     return made
 
 
-def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check]) -> Figure:
+def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check], seed: int) -> Figure:
     for check in checks:
         if "loss" in check.budget and check.value is not None and check.low is not None and check.high is not None:
             return Figure(check.value * 100, check.low * 100, check.high * 100)
     level = 2 * budget.confidence - 1  # each bound one-sided at the budget's confidence
     mine, theirs = _slots(score.rows), _slots(reference.rows)
     if budget.metric == "slot_f1" and mine and theirs:
-        gain = statistics.paired_bootstrap_f1(mine, theirs, seed=SEED, confidence=level)
+        gain = statistics.paired_bootstrap_f1(mine, theirs, seed=seed, confidence=level)
     else:
         gain = statistics.paired_bootstrap(
-            [float(r.exact) for r in score.rows], [float(r.exact) for r in reference.rows], seed=SEED, confidence=level
+            [float(r.exact) for r in score.rows], [float(r.exact) for r in reference.rows], seed=seed, confidence=level
         )
     return Figure(-gain.value * 100, -gain.high * 100, -gain.low * 100)
 
@@ -99,40 +98,44 @@ def _slots(rows: Sequence[RowScore]) -> list[SlotCounts] | None:
     return made or None
 
 
-def latency_figures(latency: Latency) -> dict[str, Figure]:
-    """Give the latency and memory columns of one subject: those of its longest prompt, the hardest case."""
+def latency_figures(latency: Latency, cases: Sequence[dict[str, Figure]]) -> tuple[dict[str, Figure], dict[str, int]]:
+    """Give the latency and memory columns of one subject, and for each timed one the place of its case.
+
+    `cases` are the figures of each case. As in the verdict, each is that of the prompt length whose p95 is worst.
+    """
     made = {
         "load": Figure(latency.load_ms),
         "size": Figure(latency.subject.size_bytes / 1e6),
         "memory": Figure(latency.peak_rss_bytes / 1e6),
     }
-    case = hardest(latency)
-    return made | (case_figures(latency.cases[case]) if case is not None else {})
+    places: dict[str, int] = {}
+    for judge, keys in (
+        ("ttft_p95", ("ttft_p50", "ttft_p95", "prefill")),
+        ("itl_p95", ("itl_p50", "itl_p95", "decode")),
+    ):
+        held = [i for i, figures in enumerate(cases) if judge in figures]
+        if held:
+            worst = max(held, key=lambda i: cases[i][judge].value or 0.0)
+            made |= {key: cases[worst][key] for key in keys if key in cases[worst]}
+            places |= dict.fromkeys(keys, worst)
+    return made, places
 
 
-def hardest(latency: Latency) -> int | None:
-    """Give the place of the case with the longest prompt."""
-    return max(range(len(latency.cases)), key=lambda i: latency.cases[i].prompt_tokens, default=None)
-
-
-def case_figures(case: LatencyCase) -> dict[str, Figure]:
+def case_figures(case: LatencyCase, *, seed: int = 0) -> dict[str, Figure]:
     """Give percentiles and rates of one case, warm-up left out. Milliseconds and tokens per second."""
     kept = [g for g in case.generations if not g.warmup]
+    firsts = [[g.ttft_ms] for g in kept]
     waits = [g.itl_ms for g in kept if g.itl_ms]
     made: dict[str, Figure] = {}
-    if kept:
-        firsts = [[g.ttft_ms] for g in kept]
-        made["ttft_p50"], made["ttft_p95"] = _percentile(firsts, 50), _percentile(firsts, 95)
-        if made["ttft_p50"].value:
-            made["prefill"] = Figure(case.prompt_tokens / made["ttft_p50"].value * 1000)
+    for name, groups in (("ttft", firsts), ("itl", waits)):
+        for q in (50, 95) if groups else ():
+            found = statistics.percentile_interval(groups, q, seed=seed, confidence=LEVEL)
+            made[f"{name}_p{q}"] = Figure(*found)
+    if firsts and made["ttft_p50"].value:
+        made["prefill"] = Figure(case.prompt_tokens / made["ttft_p50"].value * 1000)
     if waits:
-        made["itl_p50"], made["itl_p95"] = _percentile(waits, 50), _percentile(waits, 95)
         made["decode"] = Figure(sum(map(len, waits)) / sum(map(sum, waits)) * 1000)
     return made
-
-
-def _percentile(groups: Sequence[Sequence[float]], q: float) -> Figure:
-    return Figure(*statistics.percentile_interval(groups, q, seed=SEED, confidence=LEVEL))
 
 
 def bits_per_weight(manifest: dict[str, Any]) -> float | None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
 from edgetune.runtime.report.columns import number
 
-WIDE, NARROW = 760, 340
+Floats = NDArray[np.float64]
+WIDE, NARROW = 900, 340
 MARKS = {"ship": "circle", "inconclusive": "triangle", "do not ship": "square", "": "diamond"}
 
 
@@ -37,14 +40,14 @@ def ticks(low: float, high: float, n: int) -> list[float]:
         return [low]
     raw = (high - low) / max(1, n)
     power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.8)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _digits(marks: Sequence[float]) -> int:
-    gap = min((b - a for a, b in zip(marks, marks[1:], strict=False)), default=1)
-    return max(0, -math.floor(math.log10(gap) + 1e-9)) + (1 if 0 < gap < 1 and f"{gap:e}".startswith("2.5") else 0)
+    gap = min((b - a for a, b in pairwise(marks)), default=1)
+    return max(0, -math.floor(math.log10(gap) + 1e-9))
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,7 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def scatter(
-    points: Sequence[Point], *, title: str, unit: str, x_limit: float | None, y_limit: float | None
-) -> Markup:
+def scatter(points: Sequence[Point], *, title: str, unit: str, x_limit: float | None, y_limit: float | None) -> Markup:
     """Draw loss (points of the score, up is worse) against a cost; budgets are dashed, the front is a line."""
     label = f"Loss against {title}. " + " ".join(_said(p, title, unit) for p in points)
     return picture({s: _scatter(points, w, title, unit, x_limit, y_limit, label) for s, w in
@@ -142,15 +143,19 @@ def _mark(p: Point, cx: float, y: Scale, said: str) -> Markup:
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
     """Name the points; a label that would run out of the picture or over another one moves."""
-    taken: list[tuple[float, float, float]] = [(x(p.x) - 8, x(p.x) + 8, y(p.y)) for p in points]
+    taken = [(x(p.x) - 8, x(p.x) + 8, y(p.y)) for p in points]
+    for p in points:  # whiskers
+        taken += [(x(p.x) - 3, x(p.x) + 3, float(at)) for at in np.arange(y(p.high), y(p.low), 8)]
     made = []
-    for p in sorted(points, key=lambda p: y(p.y)):
-        wide = 7.4 * len(p.name)
+    for p in sorted(points, key=lambda p: -p.x):
+        wide = 8.4 * len(p.name)
         right = x(p.x) + 12
         options = [(right, "start", dy) for dy in (4, -10, 18)] + [(x(p.x) - 12, "end", dy) for dy in (4, -10, 18)]
+        options += [(x(p.x), "middle", dy) for dy in (-14, 24)]
         fits = []
         for left, anchor, dy in options:
-            a, b = (left, left + wide) if anchor == "start" else (left - wide, left)
+            a = left - wide * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
+            b = a + wide
             crowd = sum(not (b < t[0] or a > t[1]) and abs(y(p.y) + dy - 4 - t[2]) < 13 for t in taken)
             fits.append((crowd + 10 * (a < x.start or b > x.end + 8), a, b, left, anchor, dy))
         _, a, b, left, anchor, dy = min(fits, key=lambda f: f[0])
@@ -160,15 +165,11 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
 
 
 def _axes(x: Scale, y: Scale, height: float, n: int) -> list[Markup]:
-    made = []
-    marks = ticks(y.low, y.high, 6)
-    for value in marks:
-        made.append(tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"))
-        made.append(tag("text", number(value, _digits(marks)), x=x.start - 8, y=y(value) + 4, class_="tick end"))
-    marks = ticks(x.low, x.high, n)
-    for value in marks:
-        made.append(tag("text", number(value, _digits(marks)), x=x(value), y=height - 28, class_="tick middle"))
-    return made
+    up, along = ticks(y.low, y.high, 6), ticks(x.low, x.high, n)
+    grid = [tag("line", x1=x.start, x2=x.end, y1=y(v), y2=y(v), class_="grid") for v in up]
+    left = [tag("text", number(v, _digits(up)), x=x.start - 8, y=y(v) + 4, class_="tick end") for v in up]
+    below = [tag("text", number(v, _digits(along)), x=x(v), y=height - 28, class_="tick middle") for v in along]
+    return [*grid, *left, *below]
 
 
 def distributions(rows: Sequence[tuple[str, str, Sequence[float]]], *, limit: float | None) -> Markup:
@@ -191,7 +192,6 @@ def _distributions(
     height = step * len(rows) + 46
     top = max(float(np.quantile(s, 0.99)) for _, _, s in rows) * 1.06
     x = Scale(0, max(top, (limit or 0) * 1.08), left, width - 14)
-    edges = np.linspace(0, x.high, 141)
     marks = ticks(0, x.high, 10 if wide else 5)
     floor = height - 40
     parts = [tag("line", x1=x(v), x2=x(v), y1=8, y2=floor, class_="grid") for v in marks]
@@ -202,33 +202,37 @@ def _distributions(
         parts.append(tag("text", "p95 budget", x=x(limit) - 5, y=10, class_="limit-text end"))
     for i, (name, verdict, samples) in enumerate(rows):
         base = step * (i + 1) + 2
-        counts = np.histogram(np.clip(samples, 0, x.high), edges)[0]
-        tall = counts / counts.max() * bar
-        outline = "".join(
-            f"L{x(a):.1f} {base - h:.1f}L{x(b):.1f} {base - h:.1f}"
-            for a, b, h in zip(edges[:-1], edges[1:], tall, strict=True)
-            if h > 0 or counts.sum() == 0
-        )
-        first = edges[np.flatnonzero(counts)[0]]
-        last = edges[np.flatnonzero(counts)[-1] + 1]
-        middle, p95 = float(np.median(samples)), float(np.quantile(samples, 0.95))
-        beyond = int((np.asarray(samples) > x.high).sum())
-        said = f"{name}: p50 {number(middle, 2)} ms, p95 {number(p95, 2)} ms, {len(samples):,} tokens"
-        said += f", {beyond} beyond the picture" if beyond else ""
-        parts.append(
-            tag(
-                "g",
-                tag("line", x1=x.start, x2=x.end, y1=base, y2=base, class_="zero"),
-                tag("path", d=f"M{x(first):.1f} {base}{outline}L{x(last):.1f} {base}Z", class_="bars"),
-                tag("line", x1=x(middle), x2=x(middle), y1=base - bar, y2=base + 5, class_="median"),
-                tag("line", x1=x(p95), x2=x(p95), y1=base - bar, y2=base + 5, class_="p95"),
-                tag("rect", x=x.start, y=base - bar, width=x.end - x.start, height=bar, class_="near"),
-                tag("text", name, x=left - 12 if wide else x.end, y=base - 14 if wide else base - bar - 3,
-                    class_="name end"),
-                class_=f"mark {slug(verdict)}", tabindex="0", data_tip=said, role="img", aria_label=said,
-            )  # fmt: skip
-        )
+        at = {"x": left - 12, "y": base - 14} if wide else {"x": x.end, "y": base - bar - 3}
+        label_of = tag("text", name, **at, class_="name end")
+        parts.append(_hill(name, verdict, np.asarray(samples), x, base, bar, label_of))
     return tag("svg", *parts, viewbox=f"0 0 {width} {height}", role="img", aria_label=label)
+
+
+def _hill(name: str, verdict: str, samples: Floats, x: Scale, base: float, tall: float, label: Markup) -> Markup:
+    """Draw one histogram of height `tall` that stands on `base`."""
+    edges = np.linspace(0, x.high, 141)
+    counts = np.histogram(np.clip(samples, 0, x.high), edges)[0]
+    filled = np.flatnonzero(counts)
+    span = slice(int(filled[0]), int(filled[-1]) + 1)
+    outline = "".join(
+        f"L{x(a):.1f} {base - h:.1f}L{x(b):.1f} {base - h:.1f}"
+        for a, b, h in zip(edges[:-1][span], edges[1:][span], (counts / counts.max() * tall)[span], strict=True)
+    )
+    middle, p95 = float(np.median(samples)), float(np.quantile(samples, 0.95))
+    beyond = int((samples > x.high).sum())
+    said = f"{name}: p50 {number(middle, 2)} ms, p95 {number(p95, 2)} ms, {len(samples):,} tokens"
+    said += f", {beyond} beyond the picture" if beyond else ""
+    first, last = x(float(edges[span.start])), x(float(edges[span.stop]))
+    return tag(
+        "g",
+        tag("line", x1=x.start, x2=x.end, y1=base, y2=base, class_="zero"),
+        tag("path", d=f"M{first:.1f} {base}{outline}L{last:.1f} {base}Z", class_="bars"),
+        tag("line", x1=x(middle), x2=x(middle), y1=base - tall, y2=base + 5, class_="median"),
+        tag("line", x1=x(p95), x2=x(p95), y1=base - tall, y2=base + 5, class_="p95"),
+        tag("rect", x=x.start, y=base - tall, width=x.end - x.start, height=tall, class_="near"),
+        label,
+        class_=f"mark {slug(verdict)}", tabindex="0", data_tip=said, role="img", aria_label=said,
+    )  # fmt: skip
 
 
 def curve(train: Sequence[tuple[float, float]], heldout: Sequence[tuple[float, float]]) -> Markup:
@@ -261,31 +265,36 @@ def _curve(
 
 def hop_bar(before: float | None, after: float, low: float, high: float) -> Markup:
     """Draw one step of the ledger: a bar from the hop before to this one on a common axis, percent."""
-    x = Scale(low, high, 4, 216)
+    x = Scale(low, high, 4, 156)
     start = after if before is None else before
     a, b = sorted((max(low, start), max(low, after)))
     way = "flat" if abs(after - start) < 1e-9 else "gain" if after > start else "fall"
-    parts = [tag("line", x1=4, x2=216, y1=11, y2=11, class_="zero")]
+    parts = [tag("line", x1=4, x2=156, y1=11, y2=11, class_="zero")]
     parts.append(tag("rect", x=x(a), y=5, width=max(0.0, x(b) - x(a)), height=12, class_=f"step {way}"))
     if after < low:
         parts.append(tag("path", d="M10 5l-6 6l6 6z", class_="cut"))
     else:
         parts.append(tag("line", x1=x(after), x2=x(after), y1=1, y2=21, class_="at"))
-    return tag("svg", *parts, viewbox="0 0 220 22", width=220, height=22, aria_hidden="true", class_="hop")
+    return tag("svg", *parts, viewbox="0 0 160 22", width=160, height=22, aria_hidden="true", class_="hop")
 
 
 def gauge(value: float | None, low: float | None, high: float | None, limit: float, verdict: str) -> Markup:
-    """Draw a value against its limit, which stands at two thirds; an interval is a thin line."""
-    if value is None:
+    """Draw a value against its limit: a bar from zero, its interval as a thin line, the limit as an upright one."""
+    if value is None or limit <= 0:
         return Markup("")
-    bottom = min(0.0, value, low if low is not None else 0.0)
-    x = Scale(bottom, limit * 1.5 if limit > 0 else 1, 1, 119)
-    end = x(min(x.high, max(value, bottom)))
+    below = min(value, low if low is not None else value) < 0
+    x = Scale(-limit * 0.75 if below else 0.0, limit * 1.5, 1, 119)
+
+    def at(figure: float) -> float:
+        return x(min(x.high, max(x.low, figure)))
+
+    a, b = sorted((at(0), at(value)))
     parts = [tag("rect", x=1, y=4, width=118, height=6, rx=3, class_="track")]
-    zero = x(0.0)
-    parts.append(tag("rect", x=min(zero, end), y=4, width=abs(end - zero), height=6, rx=1, class_="fill"))
+    parts.append(tag("rect", x=a, y=4, width=max(2.0, b - a), height=6, class_="fill"))
+    if below:
+        parts.append(tag("line", x1=x(0), x2=x(0), y1=3, y2=11, class_="zero"))
     if low is not None and high is not None:
-        parts.append(tag("line", x1=x(max(bottom, low)), x2=x(min(x.high, high)), y1=7, y2=7, class_="whisker"))
+        parts.append(tag("line", x1=at(low), x2=at(high), y1=7, y2=7, class_="whisker"))
     parts.append(tag("line", x1=x(limit), x2=x(limit), y1=0, y2=14, class_="limit-mark"))
     return tag("svg", *parts, viewbox="0 0 120 14", width=120, height=14, aria_hidden="true",
                class_=f"gauge {slug(verdict)}")  # fmt: skip

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
-from edgetune.runtime.evidence import Accuracy, Check, Latency, Machine, Report, RowScore, Seam
-from edgetune.runtime.report import measures
-from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number, seconds
+from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam
+from edgetune.runtime.report import background, measures
+from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
 
 VERDICTS = ("ship", "inconclusive", "do not ship", "failed")  # the order of rows
-N_CHANGES = 8  # changed answers that the page shows of each candidate
-HISTORY = "history"  # training[HISTORY]: dicts with step and loss or eval_loss
-
-
-class RowText(NamedTuple):
-    """Prompt and gold answer of one held-out row, which the evidence knows by digest only."""
-
-    prompt: str
-    gold: str
+N_CHANGES = 5  # changed answers that the page shows of each candidate
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Hop:
     exact: float  # percent
     before: float | None  # percent, of the hop that this one follows
     change: str
-    cells: list[str]  # token accuracy, nll, kl
+    cells: list[str]  # token accuracy in percent, nll and kl per token in nats
 
 
 @dataclass(frozen=True)
@@ -150,8 +140,8 @@ class View:
         return next((b.bound for b in self.budgets if b.column == key), None)
 
 
-def build_view(report: Report, texts: Sequence[RowText] = ()) -> View:
-    """Turn evidence into what is shown. `texts` names prompt and gold of the held-out rows, in their order."""
+def build_view(report: Report) -> View:
+    """Turn evidence into what is shown."""
     order = sorted(report.verdicts, key=lambda v: VERDICTS.index(v.verdict))
     names = [v.candidate for v in order]
     decisions = [Decision(v.candidate, v.verdict, v.reason) for v in order]
@@ -159,7 +149,10 @@ def build_view(report: Report, texts: Sequence[RowText] = ()) -> View:
     speeds = {x.subject.name: (i, x) for i, x in enumerate(report.latency)}
     verdict_of = {v.candidate: v.verdict for v in order}
     plain = [n for n in (report.reference, *scores, *speeds) if n not in verdict_of]
-    rows = [_row(report, name, verdict_of.get(name, ""), scores, speeds) for name in (*names, *dict.fromkeys(plain))]
+    timed = [[measures.case_figures(case, seed=_seed(report)) for case in x.cases] for x in report.latency]
+    rows = [
+        _row(report, name, verdict_of.get(name, ""), scores, speeds, timed) for name in (*names, *dict.fromkeys(plain))
+    ]
     return View(
         name=report.name,
         edgetune=report.edgetune,
@@ -169,28 +162,30 @@ def build_view(report: Report, texts: Sequence[RowText] = ()) -> View:
         budgets=_budgets(report, names),
         candidates=rows[: len(names)],
         yardsticks=[row for row in rows[len(names) :] if any(c.value is not None for c in row.cells.values())],
-        cases=_cases(report, [*names, *dict.fromkeys(plain)]),
+        cases=_cases(report, [*names, *dict.fromkeys(plain)], timed),
         hops=list(_hops(report.seams, set(names))),
-        changes=list(_changes(report, names, texts)),
-        training=_curve(report.training, "loss"),
-        heldout=_curve(report.training, "eval_loss"),
-        training_facts=_facts(report.training),
-        machine=_machine(report.machine),
-        method=_method(report),
-        stages=[_stage(stage) for stage in report.stages],
+        changes=list(_changes(report, names, report.texts)),
+        training=background.curve(report.training, "loss"),
+        heldout=background.curve(report.training, "heldout_loss"),
+        training_facts=background.facts(report.training),
+        machine=background.machine_facts(report.machine),
+        method=background.method(report),
+        stages=[background.stage_line(stage) for stage in report.stages],
         commands={name: report.commands[name] for name in names if report.commands.get(name)},
-        notes=list(_notes(report, scores)),
+        notes=list(background.notes(report, scores)),
     )
+
+
+def _seed(report: Report) -> int:
+    return int(report.recipe.get("seed") or 0)
 
 
 def _headline(decisions: list[Decision]) -> str:
     ship = [d.candidate for d in decisions if d.verdict == "ship"]
-    if len(ship) > 1:
-        return f"Ship any of {', '.join(ship[:-1])} and {ship[-1]}" if len(ship) < 5 else f"{len(ship)} may ship"
     if ship:
-        return f"Ship {ship[0]}"
+        return f"Ship {' or '.join([', '.join(ship[:-1]), ship[-1]] if len(ship) > 1 else ship)}"
     if any(d.verdict == "inconclusive" for d in decisions):
-        return "Nothing is proven fit to ship"
+        return "Inconclusive: nothing is proven fit to ship"
     return "Do not ship"
 
 
@@ -203,7 +198,7 @@ def _lead(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> str:
     lead = f"{len(report.verdicts)} {many}: {said}."
     if report.reference in scores:
         n_rows = len(scores[report.reference][1].rows)
-        lead += f" Judged against {report.reference!r} on {n_rows:,} held-out rows, with the files that would ship."
+        lead += f" Judged against {report.reference} on {n_rows:,} held-out rows, with the files that would ship."
     return lead
 
 
@@ -213,6 +208,7 @@ def _row(
     verdict: str,
     scores: dict[str, tuple[int, Accuracy]],
     speeds: dict[str, tuple[int, Latency]],
+    timed: list[list[dict[str, measures.Figure]]],
 ) -> Row:
     cells: dict[str, Cell] = {column.key: Cell() for column in COLUMNS}
     engine = ""
@@ -220,15 +216,16 @@ def _row(
         i, score = scores[name]
         reference = scores.get(report.reference, (i, score))[1]
         checks = next((v.checks for v in report.verdicts if v.candidate == name), [])
-        found = measures.accuracy_figures(score, reference, measures.accuracy_budget(report), checks)
+        budgeted = measures.accuracy_budget(report)
+        found = measures.accuracy_figures(score, reference, budgeted, checks, seed=_seed(report))
         cells |= _as_cells(found, f"accuracy[{i}]")
         cells["size"] = _cell("size", measures.Figure(score.subject.size_bytes / 1e6), f"accuracy[{i}]")
         engine = f"{score.subject.engine} {score.subject.engine_version}"
     if name in speeds:
         i, speed = speeds[name]
-        hardest = measures.hardest(speed)
-        for key, cell in _as_cells(measures.latency_figures(speed), f"latency[{i}]").items():
-            cells[key] = replace(cell, source=cell.source.replace("cases[]", f"cases[{hardest}]"))
+        figures, places = measures.latency_figures(speed, timed[i])
+        for key, cell in _as_cells(figures, f"latency[{i}]").items():
+            cells[key] = replace(cell, source=cell.source.replace("cases[]", f"cases[{places.get(key)}]"))
         engine = f"{speed.subject.engine} {speed.subject.engine_version}"
     bpw = measures.bits_per_weight(report.artifacts.get(name, {}))
     cells["bpw"] = _cell("bpw", measures.Figure(bpw), f"artifacts.{name}")
@@ -252,9 +249,7 @@ def _cell(key: str, figure: measures.Figure, place: str) -> Cell:
     stored = column.source
     for head in ("accuracy[]", "latency[].cases[]" if ".cases[" in place else "latency[]", "artifacts.*"):
         stored = stored.replace(head, place)
-    return Cell(
-        number(figure.value, column.digits, signed=signed), figure.value, figure.low, figure.high, note, stored
-    )
+    return Cell(number(figure.value, column.digits, signed=signed), figure.value, figure.low, figure.high, note, stored)
 
 
 def _budgets(report: Report, names: list[str]) -> list[BudgetColumn]:
@@ -279,13 +274,13 @@ def _budgeted(check: Check, factor: float, digits: int) -> Budgeted:
     )
 
 
-def _cases(report: Report, names: list[str]) -> dict[int, list[Case]]:
+def _cases(report: Report, names: list[str], timed: list[list[dict[str, measures.Figure]]]) -> dict[int, list[Case]]:
     made: dict[int, list[Case]] = {}
     for i, latency in sorted(enumerate(report.latency), key=lambda pair: names.index(pair[1].subject.name)):
         for j, case in enumerate(latency.cases):
             kept = [g for g in case.generations if not g.warmup]
             place = f"latency[{i}].cases[{j}]"
-            cells = _as_cells(measures.case_figures(case), place)
+            cells = _as_cells(timed[i][j], place)
             waits = [x for g in kept for x in g.itl_ms]
             made.setdefault(case.prompt_tokens, []).append(
                 Case(latency.subject.name, case.prompt_tokens, len(kept), waits, cells, place)
@@ -344,77 +339,3 @@ def _change(i: int, row: RowScore, reference: RowScore, text: RowText | None) ->
         split=split if gold and not row.exact and row.output else 0,
         nll=f"{number(reference.nll, 2)} → {number(row.nll, 2)}",
     )
-
-
-def _curve(training: dict[str, Any] | None, key: str) -> list[tuple[float, float]]:
-    history = (training or {}).get(HISTORY, [])
-    points = [(float(p["step"]), float(p[key])) for p in history if "step" in p and p.get(key) is not None]
-    return [point for point in points if all(map(math.isfinite, point))]
-
-
-def _facts(training: dict[str, Any] | None) -> list[tuple[str, str]]:
-    facts = {k: v for k, v in (training or {}).items() if isinstance(v, str | int | float)}
-    return [(key, f"{value:,.6g}" if isinstance(value, float) else str(value)) for key, value in facts.items()]
-
-
-def _machine(machine: Machine) -> list[tuple[str, str]]:
-    return [
-        ("Processor", f"{machine.cpu}, {machine.cores} cores"),
-        ("Instructions", ", ".join(machine.cpu_flags) or "none that engines use"),
-        ("Memory", f"{machine.memory_mib:,} MiB"),
-        ("GPU", machine.gpu or "none"),
-        ("System", machine.platform),
-        ("Python", machine.python),
-    ]
-
-
-def _method(report: Report) -> list[str]:
-    said = [
-        "Exact match is teacher-forced: at every position of the gold answer, its end included, the most likely token "
-        "is the gold token. Under greedy decoding that is the same as generating the answer and comparing it.",
-        "Each measurement runs in a child process of its own; candidates are interleaved so that drift hits all alike; "
-        "warm-up runs are kept apart and left out.",
-    ]
-    bench = report.recipe.get("bench", {})
-    if bench:
-        lengths = " and ".join(str(n) for n in bench.get("prompt_tokens", []))
-        said.append(
-            f"Latency: prompts of {lengths} tokens, {bench.get('new_tokens')} new tokens, {bench.get('repeats')} "
-            f"measured runs after {bench.get('warmup')} warm-up runs, {bench.get('threads')} threads."
-        )
-    accuracy = measures.accuracy_budget(report)
-    said.append(
-        f"Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds at {accuracy.confidence:.0%}, those "
-        "of the verdict: Tango's score bounds for exact match, a paired bootstrap over rows for slot F1. Percentiles have "
-        "95 % bootstrap intervals over whole generations, because tokens of one generation share its disturbances."
-    )
-    return said
-
-
-def _stage(stage: dict[str, Any]) -> tuple[str, str, str, str]:
-    took = stage.get("seconds")
-    return (
-        str(stage.get("name", DASH)),
-        DASH if took is None else seconds(float(took)),
-        "from the store" if stage.get("done_before") else "made now",
-        str(stage.get("identity") or DASH)[:12],
-    )
-
-
-def _notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
-    for failure in report.failures:
-        yield failure.subject, f"{failure.stage} failed: {failure.reason}"
-    for name, manifest in report.artifacts.items():
-        for fallback in manifest.get("fallbacks", []):
-            yield name, f"fell back: {fallback}"
-    for measured in (*report.accuracy, *report.latency):
-        if measured.load.busy:
-            what = "accuracy" if isinstance(measured, Accuracy) else "latency"
-            share = number(measured.load.others_during * 100, 0)
-            yield measured.subject.name, f"the machine was busy during {what}: other processes held {share} % of it"
-    reference = scores.get(report.reference)
-    for name, (_, score) in scores.items():
-        if reference and not measures.paired(score, reference[1]):
-            yield name, "scored on other rows than the reference: no loss, no flips"
-    for warning in report.warnings:
-        yield "", warning

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,15 @@ from edgetune.errors import ArtifactError
 from edgetune.runtime.evidence import SCHEMA_VERSION, Report
 from edgetune.runtime.report.html import render_html
 from edgetune.runtime.report.markdown import render_markdown
-from edgetune.runtime.report.view import RowText, build_view
+from edgetune.runtime.report.view import build_view
 
 
-def write_report(report: Report, folder: Path, *, texts: Sequence[RowText] = ()) -> dict[str, Path]:
-    """Write report.json, report.html and report.md, and give their paths by "json", "html" and "md".
-
-    `texts` holds prompt and gold answer of the held-out rows in their order; without it the page shows outputs only.
-    """
+def write_report(report: Report, folder: Path) -> dict[str, Path]:
+    """Write report.json, report.html and report.md, and give their paths by "json", "html" and "md"."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"report.{kind}" for kind in ("json", "html", "md")}
     write_text(paths["json"], dump_report(report))
-    view = build_view(report, texts)
+    view = build_view(report)
     write_text(paths["html"], render_html(view, digest=file_digest(paths["json"])))
     write_text(paths["md"], render_markdown(view))
     return paths

@@ -69,9 +69,7 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradient(tiny_model: Artifact,
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # zero at first, which would hide the gradient of A
-        trainer = sft.make_trainer(
-            CONFIG, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None
-        )
+        trainer = sft.make_trainer(CONFIG, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
         batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13, 5)], pad=0, share_prefix=share)
         loss = trainer.compute_loss(model, batch)
         loss.backward()
@@ -85,7 +83,7 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradient(tiny_model: Artifact,
 
 
 class Dies(TrainerCallback):  # type: ignore[misc]
-    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         if state.global_step == 5:
             raise KeyboardInterrupt
 

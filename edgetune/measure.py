@@ -1,0 +1,163 @@
+"""The measuring stages: each writes an `evidence` artifact, so that a finished measurement is not repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from edgetune.artifact import Artifact, draft, file_digest, identity, write_text
+from edgetune.errors import ArtifactError
+from edgetune.progress import Report, silent
+from edgetune.recipe import Bench
+from edgetune.runtime import accuracy as scoring
+from edgetune.runtime import latency as timing
+from edgetune.runtime.accuracy import ScoredRow
+from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.evidence import Accuracy, Failure, Latency
+from edgetune.runtime.machine import describe
+from edgetune.runtime.worker import Job
+
+ACCURACY_STAGE = "measure.accuracy/1"
+LATENCY_STAGE = "measure.latency/1"
+PACK = "reference.npz"
+Timed = TypeAdapter(list[Latency | Failure])
+
+
+def accuracy_identity(
+    job: Job,
+    parents: Sequence[str],
+    rows: Sequence[ScoredRow],
+    text_rows: Sequence[TokenRow],
+    *,
+    generate: bool,
+    reference: str | None,
+) -> str:
+    """Identity of the evidence that `accuracy` would make; `reference` is the identity of the reference's evidence."""
+    return identity(ACCURACY_STAGE, _accuracy_config(job, generate), parents, _workload(rows, text_rows, reference))
+
+
+def accuracy(
+    job: Job,
+    parents: Sequence[Artifact],
+    out: Path,
+    *,
+    rows: Sequence[ScoredRow],
+    text_rows: Sequence[TokenRow],
+    tokenizer: Path,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    generate: bool,
+    reference: Artifact | None,
+    progress: Report = silent,
+) -> Artifact:
+    """Score an artifact on the held-out rows in its own runtime; without `reference` it becomes the reference.
+
+    `generate` continues rows that are not exact, so that slots can be counted on real output.
+    """
+    sources = _workload(rows, text_rows, reference.identity if reference else None)
+    with draft(
+        out,
+        kind="evidence",
+        stage=ACCURACY_STAGE,
+        config=_accuracy_config(job, generate),
+        parents=parents,
+        sources=sources,
+    ) as pending:
+        found = scoring.score(
+            job,
+            rows,
+            text_rows,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens,
+            generate_rows=None if generate else 0,
+            reference=reference.path / PACK if reference else None,
+            build_reference=None if reference else pending.path / PACK,
+            work=pending.work,
+            progress=lambda done, total: progress(done, total, "rows"),
+        )
+        write_text(pending.path / "accuracy.json", found.model_dump_json(indent=1) + "\n")
+    return pending.artifact
+
+
+def read_accuracy(evidence: Artifact) -> Accuracy:
+    """Read the evidence of `accuracy`. Raises ArtifactError where it is damaged."""
+    try:
+        return Accuracy.model_validate_json((evidence.path / "accuracy.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{evidence.path / 'accuracy.json'} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def latency_identity(jobs: Sequence[Job], parents: Sequence[str], bench: Bench, stream: Sequence[int]) -> str:
+    """Identity of the evidence that `latency` would make on this machine."""
+    return identity(LATENCY_STAGE, _latency_config(jobs, bench), parents, _stream(stream))
+
+
+def latency(
+    jobs: Sequence[Job],
+    parents: Sequence[Artifact],
+    out: Path,
+    *,
+    bench: Bench,
+    stream: Sequence[int],
+    seed: int,
+    progress: Report = silent,
+) -> Artifact:
+    """Time all candidates together. A candidate that fails is a Failure in the evidence."""
+    config, sources = _latency_config(jobs, bench), _stream(stream)
+    with draft(out, kind="evidence", stage=LATENCY_STAGE, config=config, parents=parents, sources=sources) as pending:
+        found = timing.measure(
+            jobs,
+            bench,
+            timing.make_prompts(stream, bench.prompt_tokens),
+            seed=seed,
+            progress=lambda done, total: progress(done, total, "rounds"),
+        )
+        write_text(pending.path / "latency.json", Timed.dump_json(found, indent=1).decode() + "\n")
+    return pending.artifact
+
+
+def read_latency(evidence: Artifact) -> list[Latency | Failure]:
+    """Read the evidence of `latency`. Raises ArtifactError where it is damaged."""
+    try:
+        return Timed.validate_json((evidence.path / "latency.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{evidence.path / 'latency.json'} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _accuracy_config(job: Job, generate: bool) -> dict[str, object]:
+    return {
+        "name": job.name,
+        "engine": job.engine,
+        "n_threads": job.n_threads,
+        "settings": _settings(job),
+        "generate": generate,
+    }
+
+
+def _settings(job: Job) -> dict[str, object]:
+    """Settings without folders, which are the store's business; the digest of what lies there takes their place."""
+    return {
+        key: file_digest(Path(value) / "manifest.json") if key == "adapter" else value
+        for key, value in job.settings.items()
+    }
+
+
+def _workload(rows: Sequence[ScoredRow], text_rows: Sequence[TokenRow], reference: str | None) -> dict[str, str]:
+    digests = {"rows": scoring.workload_digest(rows), "text": scoring.workload_digest(text_rows)}
+    return digests | ({"reference": reference} if reference else {})
+
+
+def _latency_config(jobs: Sequence[Job], bench: Bench) -> dict[str, object]:
+    machine = describe()
+    return {
+        "bench": bench.model_dump(mode="json"),
+        "jobs": [[job.name, job.engine, job.n_threads, _settings(job)] for job in jobs],
+        "machine": [machine.cpu, machine.cores, machine.memory_mib, machine.gpu, machine.platform],
+    }
+
+
+def _stream(stream: Sequence[int]) -> dict[str, str]:
+    return {"prompts": identity("prompts", {"ids": list(stream)})}

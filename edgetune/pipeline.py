@@ -1,0 +1,287 @@
+"""Runs a recipe from base to report: what is missing is made, what fails becomes a row, the rest goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from edgetune import __version__, measure, sources, workload
+from edgetune.adapt import merge, sft
+from edgetune.artifact import Artifact, Store, write_text
+from edgetune.commands import run_commands
+from edgetune.compress import moments, quantize
+from edgetune.errors import ArtifactError
+from edgetune.graph import Graph, compress_name, export_name
+from edgetune.plan import Preflight, preflight
+from edgetune.recipe import Candidate, Recipe
+from edgetune.runtime.accuracy import ScoredRow, seam, summary
+from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, Verdict
+from edgetune.runtime.machine import describe
+from edgetune.runtime.report.write import write_report
+from edgetune.runtime.verdict import judge
+from edgetune.runtime.worker import Job
+from edgetune.stages import Stages
+
+EXTRA_NEW_TOKENS = 16  # a wrong answer may be so much longer than the longest right one
+
+
+def run(recipe: Recipe, folder: Path, store: Store, console: Console) -> Report:
+    """Carry out a recipe and write its report into `folder`. Raises before any work where it cannot be done."""
+    ready = preflight(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
+    return Pipeline(recipe, ready, Stages(store, folder, console)).run()
+
+
+class Pipeline:
+    """One recipe's way from base to report. Each method makes or finds one thing."""
+
+    def __init__(self, recipe: Recipe, ready: Preflight, stages: Stages) -> None:
+        self.recipe, self.ready, self.stages = recipe, ready, stages
+
+    def prepare(self) -> Artifact:
+        """Make the base and everything that its tokenizer decides."""
+        made = self.ready.source.identity
+        self.base = self.stages.run("base", made, lambda out, _: sources.run(self.ready.source, out))
+        self.work = workload.load(self.recipe.data, self.base)
+        self.graph = Graph(self.recipe, self.base.identity, self.work)
+        self.rows = [ScoredRow(row.ids, row.start, row.target_text) for row in self.work.heldout]
+        self.text_rows = [TokenRow(ids, 1) for ids in self.work.text_rows()]
+        return self.base
+
+    def adapt(self) -> Artifact:
+        """Train and merge; without `adapt` in the recipe the base is the model."""
+        self.adapter: Artifact | None = None
+        if self.recipe.adapt is None or self.graph.adapter is None:
+            self.model = self.base
+            return self.model
+        config, recipe = self.recipe.adapt, self.recipe
+        self.adapter = adapter = self.stages.run(
+            "adapt",
+            self.graph.adapter,
+            lambda out, progress: sft.run(
+                config, self.base, out, rows=self.work.train, golden=self.work.golden, device=recipe.device,
+                seed=recipe.seed, progress=progress, log_folder=self.stages.folder / "tensorboard",
+            ),
+        )  # fmt: skip
+        self.model = self.stages.run("merge", self.graph.model, lambda out, _: merge.run(self.base, adapter, out))
+        return self.model
+
+    def build(self, name: str, candidate: Candidate) -> Artifact | None:
+        """Compress and export one candidate; None where it failed."""
+        source: Artifact | None = self.model
+        if candidate.compress:
+            label = f"{name}: {compress_name(candidate)}"
+            source = self.stages.attempt(name, label, lambda: self._compress(label, candidate))
+        if source is None or candidate.export is None:
+            return source
+        label, exported = f"{name}: {export_name(candidate)}", source
+        return self.stages.attempt(name, label, lambda: self._export(label, name, candidate, exported))
+
+    def _compress(self, label: str, candidate: Candidate) -> Artifact:
+        method, recipe = candidate.compress[0].method, self.recipe
+        rows = self.graph.calibration(method.calibration) if hasattr(method, "calibration") else None
+        return self.stages.run(
+            label,
+            self.graph.compressed(candidate),
+            lambda out, progress: quantize.run(
+                method, self.model, out, calibration=rows, device=recipe.device, seed=recipe.seed, progress=progress
+            ),
+        )
+
+    def _export(self, label: str, name: str, candidate: Candidate, source: Artifact) -> Artifact:
+        made, export = self.graph.shipped(candidate), candidate.export
+        assert export is not None, "only a candidate with an export gets here"
+        if export.onnx is not None:
+            from edgetune.export import onnx
+
+            config = export.onnx
+            return self.stages.run(label, made, lambda out, progress: onnx.run(config, source, out, progress=progress))
+        from edgetune.export import gguf
+
+        assert export.gguf is not None, "an export has exactly one key"
+        to_gguf, importance, digest = export.gguf, None, None
+        weighed = self.graph.moments(candidate)
+        if weighed is not None:
+            rows = self.graph.calibration(to_gguf.calibration)
+            found = self.stages.run(
+                f"{name}: importance matrix",
+                weighed,
+                lambda out, progress: moments.run(
+                    self.model, out, calibration=rows, device=self.recipe.device, progress=progress
+                ),
+            )
+            importance, digest = moments.read(found), rows.digest
+        return self.stages.run(
+            label,
+            made,
+            lambda out, progress: gguf.run(
+                to_gguf, source, out, moments=importance, calibration_digest=digest, progress=progress
+            ),
+        )
+
+    def score(self, job: Job, parents: list[Artifact], *, generate: bool, reference: Artifact | None) -> Artifact:
+        """Score one subject on the held-out rows."""
+        made = measure.accuracy_identity(
+            job, [p.identity for p in parents], self.rows, self.text_rows, generate=generate,
+            reference=reference.identity if reference else None,
+        )  # fmt: skip
+        longest = max(len(row.ids) - row.start for row in self.rows)
+        return self.stages.run(
+            f"{job.name}: accuracy",
+            made,
+            lambda out, progress: measure.accuracy(
+                job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
+                stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS, generate=generate,
+                reference=reference, progress=progress,
+            ),
+        )  # fmt: skip
+
+    def run(self) -> Report:
+        """Do everything, and write the report."""
+        self.prepare()
+        self.adapt()
+        threads = self.recipe.bench.threads
+        reference = self.score(
+            Job.of("reference", self.model, n_threads=threads), [self.model], generate=True, reference=None
+        )
+        hops: list[tuple[str, Accuracy]] = []
+        if self.adapter is not None:
+            hops = self._hops_before_merge(self.adapter, reference)
+        scored = {"reference": measure.read_accuracy(reference)}
+        hops.append(("merged" if self.adapter is not None else "base", scored["reference"]))
+        shipped: dict[str, Artifact] = {}
+        for name, candidate in self.recipe.candidates.items():
+            artifact = self.build(name, candidate)
+            if artifact is None:
+                continue
+            shipped[name] = artifact
+            job = Job.of(name, artifact, n_threads=threads)
+            evidence = self.stages.attempt(
+                name,
+                "accuracy",
+                lambda j=job, a=artifact: self.score(j, [a], generate=True, reference=reference),  # type: ignore[misc]
+            )
+            if evidence is not None:
+                scored[name] = measure.read_accuracy(evidence)
+                hops.append((f"{name}: {_hop(candidate)}", scored[name]))
+            _link(self.stages.folder / "candidates" / name, artifact.path)
+        timed = self._time(shipped)
+        return self._report(shipped, scored, hops, timed)
+
+    def _hops_before_merge(self, adapter: Artifact, reference: Artifact) -> list[tuple[str, Accuracy]]:
+        assert self.recipe.adapt is not None, "an adapter comes from adapt"
+        threads = self.recipe.bench.threads
+        base_job = Job.of("base", self.base, n_threads=threads)
+        base = self.score(base_job, [self.base], generate=False, reference=reference)
+        four_bit = self.recipe.adapt.method == "qlora"
+        hop = "adapter on the nf4 base" if four_bit else "adapter on the base"
+        job = Job.of("adapter", self.base, n_threads=threads, adapter=str(adapter.path), quantize_base=four_bit)
+        tuned = self.score(job, [self.base, adapter], generate=False, reference=reference)
+        return [("base", measure.read_accuracy(base)), (hop, measure.read_accuracy(tuned))]
+
+    def _time(self, shipped: dict[str, Artifact]) -> list[Latency | Failure]:
+        threads, bench = self.recipe.bench.threads, self.recipe.bench
+        jobs = [Job.of("reference", self.model, n_threads=threads, dtype="bfloat16")]
+        jobs += [Job.of(name, artifact, n_threads=threads) for name, artifact in shipped.items()]
+        parents = [self.model, *shipped.values()]
+        stream = self.work.prompt(max(bench.prompt_tokens))
+        made = measure.latency_identity(jobs, [p.identity for p in parents], bench, stream)
+        evidence = self.stages.run(
+            "latency",
+            made,
+            lambda out, progress: measure.latency(
+                jobs, parents, out, bench=bench, stream=stream, seed=self.recipe.seed, progress=progress
+            ),
+        )
+        return measure.read_latency(evidence)
+
+    def _report(
+        self,
+        shipped: dict[str, Artifact],
+        scored: dict[str, Accuracy],
+        hops: list[tuple[str, Accuracy]],
+        timed: list[Latency | Failure],
+    ) -> Report:
+        latencies = {found.subject.name: found for found in timed if isinstance(found, Latency)}
+        failures = self.stages.failures + [found for found in timed if isinstance(found, Failure)]
+        report = Report(
+            name=self.recipe.name,
+            edgetune=__version__,
+            recipe=self.recipe.model_dump(mode="json"),
+            machine=describe(),
+            reference="reference",
+            accuracy=[*(found for hop, found in hops if hop == "base"), *scored.values()]
+            if self.adapter is not None
+            else list(scored.values()),
+            latency=list(latencies.values()),
+            seams=[seam(hop, found) for hop, found in hops],
+            verdicts=[
+                self._judge(name, shipped.get(name), scored, latencies, failures) for name in self.recipe.candidates
+            ],
+            failures=failures,
+            artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},
+            commands={
+                name: run_commands(artifact, self.stages.folder / "candidates" / name)
+                for name, artifact in shipped.items()
+            },
+            warnings=self._warnings(scored, latencies),
+            stages=self.stages.done,
+            training=self.adapter.manifest.notes if self.adapter is not None else None,
+            texts=[
+                RowText(prompt=row.messages[-2][1] if row.messages else "", gold=scored_row.target_text)
+                for row, scored_row in zip(workload.heldout_rows(self.recipe.data), self.rows, strict=True)
+            ],
+        )
+        write_report(report, self.stages.folder)
+        return report
+
+    def _judge(
+        self,
+        name: str,
+        artifact: Artifact | None,
+        scored: dict[str, Accuracy],
+        latencies: dict[str, Latency],
+        failures: list[Failure],
+    ) -> Verdict:
+        return judge(
+            name,
+            self.recipe.budgets,
+            size_bytes=artifact.size_bytes if artifact else None,
+            accuracy=scored.get(name),
+            reference=scored["reference"],
+            latency=latencies.get(name),
+            failures=[failure for failure in failures if failure.subject == name],
+            seed=self.recipe.seed,
+        )
+
+    def _warnings(self, scored: dict[str, Accuracy], latencies: dict[str, Latency]) -> list[str]:
+        said = []
+        if self.work.n_too_long:
+            said.append(f"{self.work.n_too_long} training rows were longer than max_length and were left out.")
+        busy = [name for name, found in latencies.items() if found.load.busy]
+        if busy:
+            share = max(latencies[name].load.others_during for name in busy)
+            said.append(f"The machine was busy while latency was measured: others used up to {share:.0%} of it.")
+        if (score := summary(scored["reference"])["exact_match"]) is not None and score < 0.1:
+            said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
+        return said
+
+
+def _hop(candidate: Candidate) -> str:
+    parts = [compress_name(candidate)] if candidate.compress else []
+    return ", ".join([*parts, *([export_name(candidate)] if candidate.export else [])]) or "16-bit"
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point `link` at an artifact of the store, replacing what it pointed at before in one step."""
+    if link.exists() and not link.is_symlink():
+        raise ArtifactError(f"{link} is not a link of edgetune's; move it away")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+    beside.replace(link)

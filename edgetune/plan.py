@@ -1,0 +1,92 @@
+"""What a recipe will do, and what can be refused before the first hour is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune import workload
+from edgetune.artifact import Store
+from edgetune.backends import require
+from edgetune.compress import quantize
+from edgetune.errors import EdgetuneError, RecipeError
+from edgetune.recipe import Candidate, Recipe
+from edgetune.sources import Source, find
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A recipe that can be carried out, as far as that can be known before it is."""
+
+    source: Source
+    model_config: dict[str, Any]
+
+
+def preflight(recipe: Recipe) -> Preflight:
+    """Check data, base, candidates and packages before any work. Raises an error that names what is wrong."""
+    workload.check_files(recipe.data)
+    source = find(recipe.base, recipe.revision)
+    config = source.model_config()
+    for name, candidate in recipe.candidates.items():
+        try:
+            check_candidate(candidate, config)
+        except EdgetuneError as error:
+            raise type(error)(f"candidates.{name}: {error}") from error
+    if recipe.adapt is not None:
+        for logger in recipe.adapt.report_to:
+            if logger != "tensorboard":
+                require(logger)
+    check_device(recipe.device)
+    return Preflight(source, config)
+
+
+def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
+    """Refuse a chain of compression and export that this architecture or format cannot take."""
+    step = candidate.compress[0].method if candidate.compress else None
+    if step is not None:
+        quantize.check(step, model_config)
+    if candidate.export is None:
+        return
+    if candidate.export.gguf is not None:
+        from edgetune.export import gguf
+
+        gguf.check(candidate.export.gguf, model_config)
+        require("llama_cpp")
+    if candidate.export.onnx is not None:
+        from edgetune.export import onnx
+
+        onnx.check(candidate.export.onnx, model_config, step)
+        require("onnxruntime_genai")
+
+
+def check_device(device: str) -> None:
+    """Raise RecipeError where torch has no such device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device: torch cannot use {device!r} ({str(error).splitlines()[0]}); use cpu") from error
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of the plan. `done` is None where an earlier stage must run before it can be known."""
+
+    name: str
+    done: bool | None
+
+
+def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
+    """List what a recipe makes, in order, and which of it the store already has."""
+    from edgetune.graph import Graph, compress_name, export_name
+
+    ready = preflight(recipe)
+    base = store.get(ready.source.identity)
+    if base is not None:
+        graph = Graph(recipe, base.identity, workload.load(recipe.data, base))
+        return [PlannedStage(name, store.get(made) is not None) for name, made in graph.stages()]
+    later = ["adapt", "merge"] if recipe.adapt is not None else []
+    for name, candidate in recipe.candidates.items():
+        later += [f"{name}: {part(candidate)}" for part in (compress_name, export_name)]
+    return [PlannedStage("base", False), *(PlannedStage(name, None) for name in later)]

@@ -1,0 +1,175 @@
+"""One stage at a time, for the verbs `compress`, `export`, `bench` and `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from edgetune import measure, sources, workload
+from edgetune.artifact import MANIFEST, Artifact, Store, write_text
+from edgetune.data.calibration import CalibrationSet, make_calibration
+from edgetune.data.formats import read_rows
+from edgetune.data.general import general_text
+from edgetune.data.golden import Golden
+from edgetune.data.render import render
+from edgetune.errors import UsageError
+from edgetune.progress import reporting
+from edgetune.recipe import Bench, Calibration, CompressStep, Gptq, OnnxExport, Rtn, parse_as
+from edgetune.runtime.evidence import Failure, Latency
+from edgetune.runtime.latency import case_interval, make_prompts
+from edgetune.runtime.latency import measure as time_jobs
+from edgetune.runtime.worker import Job
+
+
+def open_model(model: str, store: Store, console: Console) -> Artifact:
+    """Give a model artifact: the folder of one, or any base as a recipe names it, made into one."""
+    folder = Path(model)
+    if (folder / MANIFEST).is_file():
+        found = Artifact.open(folder)
+        if found.manifest.kind != "model":
+            raise UsageError(f"{folder} is of kind {found.manifest.kind!r}; compress takes a model")
+        return found
+    source = sources.find(model)
+    with reporting(console, "base"):
+        artifact, _ = store.once(source.identity, lambda out: sources.run(source, out))
+    return artifact
+
+
+def compress_config(
+    method: str, *, bits: int, group_size: int, sym: bool, n_samples: int, general_share: float
+) -> Rtn | Gptq:
+    """Check the flags of `compress` as a recipe's keys are checked. Raises RecipeError."""
+    settings: dict[str, object] = {"bits": bits, "group_size": group_size, "sym": sym}
+    if method == "gptq":
+        settings["calibration"] = {"n_samples": n_samples, "general_share": general_share}
+    return parse_as(CompressStep, {method: settings}, "compress").method
+
+
+def compress(
+    config: Rtn | Gptq, source: Artifact, out: Path, rows: Path | None, seed: int, device: str, console: Console
+) -> Artifact:
+    """Quantize one model. GPTQ without rows calibrates on general text alone, and says so."""
+    from edgetune.compress import quantize
+
+    _refuse_existing(out)
+    calibration = None
+    if isinstance(config, Gptq):
+        if rows is None:
+            config = config.model_copy(
+                update={"calibration": config.calibration.model_copy(update={"general_share": 1.0})}
+            )
+            console.print("note: no --rows, so the calibration is general text alone", highlight=False)
+        calibration = _calibration(source, rows, config.calibration, seed)
+    with reporting(console, "compress") as progress:
+        return quantize.run(config, source, out, calibration=calibration, device=device, seed=seed, progress=progress)
+
+
+def export(form: str, type_: str, precision: str, source: Artifact, out: Path, console: Console) -> Artifact:
+    """Export one artifact; GGUF without an importance matrix, since there are no rows to make one from."""
+    from edgetune.recipe import GgufExport
+
+    _refuse_existing(out)
+    with reporting(console, "export") as progress:
+        if form == "gguf":
+            from edgetune.export import gguf
+
+            to_gguf = parse_as(GgufExport, {"type": type_, "imatrix": False}, "export")
+            return gguf.run(to_gguf, source, out, moments=None, calibration_digest=None, progress=progress)
+        if form == "onnx":
+            from edgetune.export import onnx
+
+            return onnx.run(parse_as(OnnxExport, {"precision": precision}, "export"), source, out, progress=progress)
+    raise UsageError(f"format {form!r} is not known; use gguf or onnx")
+
+
+def bench(
+    paths: Sequence[Path],
+    prompt_tokens: list[int],
+    new_tokens: int,
+    repeats: int,
+    threads: int,
+    json: Path | None,
+    console: Console,
+) -> bool:
+    """Time artifacts side by side and print a table; gives whether all came to their end."""
+    settings = Bench(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads)
+    artifacts = [Artifact.open(path) for path in paths]
+    jobs = [Job.of(str(path), found, n_threads=threads) for path, found in zip(paths, artifacts, strict=True)]
+    stream = Golden.read(artifacts[0].path).texts[0].ids
+    with reporting(console, "bench") as progress:
+        found = time_jobs(
+            jobs,
+            settings,
+            make_prompts(stream, prompt_tokens),
+            progress=lambda done, total: progress(done, total, "rounds"),
+        )
+    if json is not None:
+        write_text(json, measure.Timed.dump_json(found, indent=1).decode() + "\n")
+    console.print(_table(found))
+    return not any(isinstance(one, Failure) for one in found)
+
+
+def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, threads: int) -> str:
+    """Answer one prompt. The system turn is that of the golden conversations, where training had one."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from edgetune.runtime.engine import ENGINE_OF_KIND, greedy, load_engine
+
+    artifact = Artifact.open(path)
+    golden = Golden.read(path)
+    first = golden.conversations[0].messages[0] if golden.conversations else {"role": "user"}
+    if system is None and first["role"] == "system":
+        system = first["content"]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    if not golden.chat_template:
+        raise UsageError(f"{path}: the model has no chat template")
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(golden.chat_template)
+    text = template.render(messages=messages, add_generation_prompt=True)
+    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=4096, n_threads=threads)
+    try:
+        ids = greedy(engine, engine.tokenize(text), frozenset(golden.stop_ids), max_new_tokens)
+        return engine.detokenize([token for token in ids if token not in golden.stop_ids])
+    finally:
+        engine.close()
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} is there already; choose another folder or remove it")
+
+
+def _calibration(source: Artifact, rows: Path | None, config: Calibration, seed: int) -> CalibrationSet:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    stop = Golden.read(source.path).stop_ids
+    task = [render(row, tokenizer, stop).ids for row in read_rows(rows)] if rows is not None else [(0,)]
+    general = workload.token_ids(tokenizer, general_text(None, "calibrate"))
+    return make_calibration(
+        task, general, n_samples=config.n_samples, n_tokens=config.n_tokens, general_share=config.general_share,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _table(found: Sequence[Latency | Failure]) -> Table:
+    table = Table(title="latency, ms: p50 / p95", title_justify="left")
+    for head in ("artifact", "engine", "prompt", "TTFT", "ITL", "peak MB", "size MB"):
+        table.add_column(head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold")
+    for one in found:
+        if isinstance(one, Failure):
+            table.add_row(one.subject, "failed", one.reason)
+            continue
+        for case in one.cases:
+            figures = [
+                " / ".join(f"{case_interval(case, name, q).value:.1f}" for q in (50, 95))
+                for name in ("ttft_ms", "itl_ms")
+            ]
+            table.add_row(
+                one.subject.name, one.subject.engine, str(case.prompt_tokens), *figures,
+                f"{one.peak_rss_bytes / 1e6:.0f}", f"{one.subject.size_bytes / 1e6:.0f}",
+            )  # fmt: skip
+    return table

@@ -1,0 +1,69 @@
+"""Runs stages against the store: what is there is not made again, and what was done is told and logged."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from edgetune.artifact import Artifact, Store
+from edgetune.errors import DiskSpaceError, EdgetuneError
+from edgetune.progress import Report, reporting
+from edgetune.runtime.evidence import Failure
+
+Make = Callable[[Path, Report], Artifact]
+
+
+@dataclass
+class Stages:
+    """One run's way through the stages."""
+
+    store: Store
+    folder: Path  # for people: report, log, links
+    console: Console
+    done: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def run(self, name: str, made: str, make: Make) -> Artifact:
+        """Give the artifact of an identity, making it where the store has none."""
+        began = time.monotonic()
+        self._log(event="start", stage=name, identity=made)
+        with reporting(self.console, name) as progress:
+            artifact, made_now = self.store.once(made, lambda out: make(out, progress))
+        seconds = round(time.monotonic() - began, 1)
+        self.done.append({"name": name, "seconds": seconds, "done_before": not made_now, "identity": made})
+        self._log(event="end", stage=name, identity=made, seconds=seconds, made_now=made_now)
+        said = f"{seconds:.0f} s" if made_now else "done before"
+        self.console.print(f"[green]✓[/] {name} [dim]({said})[/]", highlight=False)
+        for line in artifact.manifest.fallbacks if made_now else ():
+            self.console.print(f"  [yellow]note[/] {line}", highlight=False)
+        gc.collect()
+        return artifact
+
+    def attempt(self, subject: str, name: str, work: Callable[[], Artifact]) -> Artifact | None:
+        """Run a candidate's stage; a failure becomes a row of the report, and the other candidates go on.
+
+        A full disk is no candidate's fault and ends the run.
+        """
+        try:
+            return work()
+        except DiskSpaceError:
+            raise
+        except Exception as error:
+            reason = str(error) if isinstance(error, EdgetuneError) else f"{type(error).__name__}: {error}"
+            self.failures.append(Failure(subject=subject, stage=name, reason=" ".join(reason.split())))
+            self._log(event="failure", subject=subject, stage=name, reason=reason, traceback=traceback.format_exc())
+            self.console.print(f"[red]✗[/] {name}: {reason}", highlight=False)
+            return None
+
+    def _log(self, **entry: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}) + "\n")

@@ -1,0 +1,150 @@
+"""Write a model as a GGUF file for llama.cpp, and prove in llama.cpp that it is the same model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune import artifact, backends
+from edgetune.artifact import Artifact, draft, require_space
+from edgetune.data.golden import FILE as GOLDEN_FILE
+from edgetune.data.golden import Golden
+from edgetune.errors import UnsupportedError
+from edgetune.export.gguf_child import n_cpus, run_child
+from edgetune.export.gguf_types import PLAIN, choose_types
+from edgetune.export.gguf_verify import verify
+from edgetune.export.gguf_vocab import read_vocabulary
+from edgetune.export.gguf_write import (
+    Weights,
+    architecture,
+    folder_weights,
+    gguf_name,
+    read_config,
+    tensors,
+    write_gguf,
+)
+from edgetune.progress import Report, silent
+from edgetune.recipe import GgufExport
+
+STAGE = "export.gguf/1"
+FILE = "model.gguf"
+
+
+def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
+    """Refuse, before any work, what cannot be exported. Raises UnsupportedError or MissingBackendError."""
+    architecture(model_config)
+    backends.require("gguf")
+    if config.type not in PLAIN:
+        backends.require("llama_cpp")
+
+
+def planned_identity(config: GgufExport, source_identity: str, calibration_digest: str | None) -> str:
+    """Give the identity of what `run` would make."""
+    return artifact.identity(STAGE, config.model_dump(), [source_identity], _sources(calibration_digest))
+
+
+def run(
+    config: GgufExport, source: Artifact, out: Path, *, moments: Mapping[str, NDArray[Any]] | None,
+    calibration_digest: str | None, progress: Report = silent,
+) -> Artifact:  # fmt: skip
+    """Write `model.gguf` and hold it to the golden conversations of its source.
+
+    `source` is a `model` or `gptq` artifact. `moments` maps module names ("model.layers.0.self_attn.q_proj") to the
+    mean squared inputs [C] of the calibration rows whose digest is given; None quantizes without them.
+    Raises UnsupportedError, StageError where llama.cpp fails, ContractError where the file is not the same model.
+    """
+    assert (moments is None) == (calibration_digest is None), "moments and their digest come together"
+    model_config = read_config(source.path)
+    check(config, model_config)
+    weights = _weights(source, model_config)
+    vocabulary = read_vocabulary(source.path, int(model_config["vocab_size"]))
+    golden = Golden.read(source.path)
+    shapes = {name: weights.shapes[hf] for name, hf in tensors(weights, model_config)}
+    types, fallbacks = choose_types(shapes, config.type)
+    require_space(out.parent, _n_bytes(shapes, weights))
+    with draft(
+        out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=[source],
+        sources=_sources(calibration_digest), versions=_versions(),
+    ) as pending:  # fmt: skip
+        pending.calibration = calibration_digest
+        pending.fallbacks = [*fallbacks, *vocabulary.remarks]
+        if source.manifest.kind == "gptq" and config.type not in PLAIN:
+            pending.fallbacks.append(f"the integers of GPTQ are rounded again, to {config.type}")
+        try:
+            file = pending.path / FILE
+            if config.type in PLAIN:
+                write_gguf(file, weights, model_config, vocabulary, types, progress)
+            else:
+                plain = {name: weights.dtype if len(shape) > 1 else "F32" for name, shape in shapes.items()}
+                write_gguf(pending.work / FILE, weights, model_config, vocabulary, plain, progress)
+                weighed = _quantize(config, pending.work, file, types, moments, model_config)
+                pending.notes["importance"] = f"{weighed} of {sum(t != 'F32' for t in types.values())} matrices"
+                (pending.work / FILE).unlink()
+            progress(0, 1, "verify")
+            pending.notes |= verify(
+                file, config.type, types, weights, model_config, golden, vocabulary.stop_ids, pending.work
+            )
+        finally:
+            shutil.rmtree(pending.work, ignore_errors=True)  # large, and quicker made again than trusted
+        shutil.copyfile(source.path / GOLDEN_FILE, pending.path / GOLDEN_FILE)
+        pending.scheme = {"format": "gguf", "type": config.type, "bits_per_weight": _bits(file, shapes)}
+    return pending.artifact
+
+
+def _weights(source: Artifact, model_config: Mapping[str, Any]) -> Weights:
+    if source.manifest.kind == "model":
+        return folder_weights(source.path, model_config)
+    if source.manifest.kind == "gptq":
+        from edgetune.compress.checkpoint import load_dequantized
+
+        state = dict(load_dequantized(source.path).state_dict())
+        if model_config.get("tie_word_embeddings"):
+            state.pop("lm_head.weight", None)
+        return Weights({name: tuple(tensor.shape) for name, tensor in state.items()}, "F32", state.__getitem__)
+    raise UnsupportedError(f"an artifact of kind {source.manifest.kind} cannot be exported to GGUF; model or gptq can")
+
+
+def _quantize(
+    config: GgufExport, work: Path, out: Path, types: Mapping[str, str],
+    moments: Mapping[str, NDArray[Any]] | None, model_config: Mapping[str, Any],
+) -> int:  # fmt: skip
+    """Quantize the plain file in `work`; give how many matrices were weighed by their inputs."""
+    arch = architecture(model_config)
+    named = {gguf_name(f"{module}.weight", arch): values for module, values in (moments or {}).items()}
+    used = {name: values for name, values in named.items() if types.get(name, "F32") not in (*PLAIN, "Q8_0")}
+    if used:
+        arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in used.items()}
+        np.savez(work / "moments.npz", **arrays)
+    job = {
+        "file": str(work / FILE), "out": str(out), "ftype": config.type, "threads": n_cpus(),
+        "types": {name: kind for name, kind in types.items() if kind != "F32"},
+        "moments": str(work / "moments.npz") if used else None,
+    }  # fmt: skip
+    run_child("edgetune.export.gguf_quantize", job, work / "quantize.json")
+    return len(used)
+
+
+def _sources(calibration_digest: str | None) -> dict[str, str]:
+    return {"calibration": calibration_digest} if calibration_digest else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {name: backends.version(name) for name in ("gguf", "llama_cpp")}
+    return {name: version for name, version in found.items() if version}
+
+
+def _n_bytes(shapes: Mapping[str, tuple[int, ...]], weights: Weights) -> int:
+    """Bytes on the disk while working: the plain file and, at most as large, the result."""
+    width = 4 if weights.dtype == "F32" else 2
+    return 2 * width * sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def _bits(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Bits a weight, scales counted, header and vocabulary not."""
+    n_bytes = sum(int(tensor.n_bytes) for tensor in backends.require("gguf").GGUFReader(file).tensors)
+    return round(8 * n_bytes / sum(int(np.prod(shape)) for shape in shapes.values()), 4)

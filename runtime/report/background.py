@@ -1,0 +1,96 @@
+"""What stands behind the figures: training, machine, method, stages, and all that went otherwise than asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from edgetune.runtime.evidence import Accuracy, Latency, Machine, Report
+from edgetune.runtime.report import measures
+from edgetune.runtime.report.columns import DASH, number, seconds
+
+
+def curve(training: dict[str, Any] | None, key: str) -> list[tuple[float, float]]:
+    """Read a curve of (optimizer step, loss) as `adapt.sft` notes it."""
+    points = [(float(step), float(loss)) for step, loss in (training or {}).get(key) or []]
+    return [point for point in points if all(map(math.isfinite, point))]
+
+
+def facts(training: dict[str, Any] | None) -> list[tuple[str, str]]:
+    flat: dict[str, Any] = {}
+    for key, value in (training or {}).items():
+        inner = {f"{key}: {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= {k.replace("_", " ").capitalize(): v for k, v in inner.items()}
+    return [
+        (k, f"{v:,}" if isinstance(v, int) else str(v)) for k, v in flat.items() if isinstance(v, str | int | float)
+    ]
+
+
+def machine_facts(machine: Machine) -> list[tuple[str, str]]:
+    return [
+        ("Processor", f"{machine.cpu}, {machine.cores} cores"),
+        ("Instructions", ", ".join(machine.cpu_flags) or "none that engines use"),
+        ("Memory", f"{machine.memory_mib:,} MiB"),
+        ("GPU", machine.gpu or "none"),
+        ("System", machine.platform),
+        ("Python", machine.python),
+    ]
+
+
+def method(report: Report) -> list[str]:
+    said = [
+        "Exact match is teacher-forced: at every position of the gold answer, its end included, the most likely token "
+        "is the gold token. Under greedy decoding that is the same as generating the answer and comparing it.",
+        "Each measurement runs in a child process of its own; candidates are interleaved so that drift hits all alike; "
+        "warm-up runs are kept apart and left out.",
+    ]
+    bench = report.recipe.get("bench", {})
+    if bench:
+        lengths = " and ".join(str(n) for n in bench.get("prompt_tokens", []))
+        said.append(
+            f"Latency: prompts of {lengths} tokens, {bench.get('new_tokens')} new tokens, {bench.get('repeats')} "
+            f"measured runs after {bench.get('warmup')} warm-up runs, {bench.get('threads')} threads."
+        )
+    accuracy = measures.accuracy_budget(report)
+    said.append(
+        f"Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds at {accuracy.confidence:.0%}, "
+        "those of the verdict: Tango's score bounds for exact match, a paired bootstrap over rows for slot F1. "
+        "Percentiles have 95 % bootstrap intervals over whole generations, because tokens of one generation share "
+        "its disturbances."
+    )
+    return said
+
+
+def stage_line(stage: dict[str, Any]) -> tuple[str, str, str, str]:
+    took = stage.get("seconds")
+    return (
+        str(stage.get("name", DASH)),
+        DASH if took is None else seconds(float(took)),
+        "from the store" if stage.get("done_before") else "made now",
+        str(stage.get("identity") or DASH)[:12],
+    )
+
+
+def notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
+    for failure in report.failures:
+        yield failure.subject, f"{failure.stage} failed: {failure.reason}"
+    for name, manifest in report.artifacts.items():
+        for fallback in manifest.get("fallbacks", []):
+            yield name, f"fell back: {fallback}"
+    measurements: list[Accuracy | Latency] = [*report.accuracy, *report.latency]
+    for measured in measurements:
+        if measured.load.busy:
+            what = "accuracy" if isinstance(measured, Accuracy) else "latency"
+            share = number(measured.load.others_during * 100, 0)
+            yield measured.subject.name, f"the machine was busy during {what}: other processes held {share} % of it"
+    for latency in report.latency:
+        for case in latency.cases:
+            if case.steady is False:
+                yield latency.subject.name, f"warm-up with {case.prompt_tokens} prompt tokens never became steady"
+    reference = scores.get(report.reference)
+    for name, (_, score) in scores.items():
+        if reference and not measures.paired(score, reference[1]):
+            yield name, "scored on other rows than the reference: no loss, no flips"
+    for warning in report.warnings:
+        yield "", warning

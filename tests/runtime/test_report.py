@@ -1,0 +1,370 @@
+"""The report: its figures, its three files, that hostile text does nothing, and the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgetune.errors import ArtifactError
+from edgetune.runtime.evidence import Report, RowText
+from edgetune.runtime.report import measures, plots
+from edgetune.runtime.report.columns import COLUMNS, number, seconds
+from edgetune.runtime.report.html import render_html, shown
+from edgetune.runtime.report.markdown import console_table, render_markdown
+from edgetune.runtime.report.view import VERDICTS, View, build_view
+from edgetune.runtime.report.write import json_schema, read_report, write_report
+from tests.report_sample import HOSTILE, sample_report
+
+BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return sample_report()
+
+
+@pytest.fixture(scope="module")
+def view(report: Report) -> View:
+    return build_view(report)
+
+
+@pytest.fixture(scope="module")
+def paths(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_report(report, tmp_path_factory.mktemp("report"))
+
+
+class Page(HTMLParser):
+    """Collects elements, and what a browser would load or follow."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[tuple[str, str]] = []
+        self.handlers: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [(tag, v or "") for k, v in attrs if k in {"src", "href", "action", "data", "srcset"}]
+        self.handlers += [k for k, _ in attrs if k.startswith("on") or k == "style"]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+
+
+def test_figures_agree_with_a_plain_computation(report: Report, view: View) -> None:
+    row = next(r for r in view.candidates if r.name == "q4-onnx")
+    mine = next(a for a in report.accuracy if a.subject.name == "q4-onnx").rows
+    ref = next(a for a in report.accuracy if a.subject.name == "reference").rows
+    n_tokens = sum(r.n_tokens for r in mine)
+    assert row.cells["exact"].value == pytest.approx(np.mean([r.exact for r in mine]) * 100)
+    lost = np.mean([r.exact for r in ref]) - np.mean([m.exact for m in mine])
+    assert row.cells["loss"].value == pytest.approx(lost * 100)
+    assert row.cells["harmful"].value == sum(r.exact and not m.exact for m, r in zip(mine, ref, strict=True))
+    assert row.cells["kl"].value == pytest.approx(sum(r.kl or 0 for r in mine) / n_tokens)
+    speed = next(x for x in report.latency if x.subject.name == "q4-onnx")
+    case = next(c for c in speed.cases if c.prompt_tokens == 256)
+    kept = [g for g in case.generations if not g.warmup]
+    waits = np.concatenate([g.itl_ms for g in kept])
+    assert row.cells["itl_p95"].value == pytest.approx(np.percentile(waits, 95))
+    assert row.cells["decode"].value == pytest.approx(1000 / waits.mean())
+    assert row.cells["prefill"].value == pytest.approx(256_000 / np.median([g.ttft_ms for g in kept]))
+    assert row.cells["memory"].value == speed.peak_rss_bytes / 1e6
+
+
+def test_page_and_verdict_show_the_same_numbers(report: Report, view: View) -> None:
+    keys = {"exact_match loss": ("loss", 100), "itl_ms p95": ("itl_p95", 1), "ttft_ms p95": ("ttft_p95", 1),
+            "size_mb": ("size", 1), "peak_memory_mb": ("memory", 1)}  # fmt: skip
+    seen = 0
+    for verdict in report.verdicts:
+        row = next(r for r in view.candidates if r.name == verdict.candidate)
+        for check in (c for c in verdict.checks if c.value is not None and c.low is not None):
+            key, factor = keys[check.budget]
+            cell = row.cells[key]
+            assert (cell.value, cell.low, cell.high) == pytest.approx(
+                tuple(x * factor for x in (check.value, check.low, check.high) if x is not None)
+            )
+            seen += 1
+    assert seen == 9
+
+
+def test_a_loss_without_a_verdict_has_a_paired_bootstrap_interval(view: View) -> None:
+    loss = next(r for r in view.yardsticks if r.name == "base").cells["loss"]
+    assert loss.value is not None
+    assert loss.low is not None
+    assert loss.high is not None
+    assert loss.low < loss.value < loss.high
+
+
+def test_every_figure_names_raw_samples_that_exist(view: View, paths: dict[str, Path]) -> None:
+    raw = json.loads(paths["json"].read_text())
+    for row in (*view.candidates, *view.yardsticks):
+        for cell in row.cells.values():
+            if cell.value is None:
+                continue
+            node: Any = raw
+            for part in re.findall(r"[^.\[\]]+|\[\d*\]", cell.source.split(",")[0].replace(f".{row.name}.", ".\0.")):
+                part = row.name if part == "\0" else part
+                node = node[int(part[1:-1] or 0)] if part.startswith("[") else node[part]
+            assert node is not None
+
+
+def test_rows_are_ordered_by_verdict_and_headline_says_it(report: Report, view: View) -> None:
+    assert [row.verdict for row in view.candidates] == list(VERDICTS)
+    assert [row.role for row in view.yardsticks] == ["reference", "base"]
+    assert view.headline == "Ship q4-gguf"
+    undecided = [v for v in report.verdicts if v.verdict != "ship"]
+    assert build_view(report.model_copy(update={"verdicts": undecided})).headline.startswith("Inconclusive")
+    none = [v for v in report.verdicts if v.verdict in {"failed", "do not ship"}]
+    assert build_view(report.model_copy(update={"verdicts": none})).headline == "Do not ship"
+
+
+def test_page_holds_everything_that_the_evidence_says(report: Report, paths: dict[str, Path]) -> None:
+    page = paths["html"].read_text()
+    for verdict in report.verdicts:
+        assert verdict.candidate in page
+        assert str(shown(verdict.reason)) in page
+    fallback = "damp_percent 0.01 raised to 0.02"
+    titles = [c.title for c in COLUMNS]
+    warnings = [str(shown(w)) for w in report.warnings]
+    engines = [s.engine for s in report.seams]
+    for text in (*engines, *titles, *warnings, report.machine.cpu, fallback, "the machine was busy"):
+        assert text in page
+    assert 'aria-sort="ascending"' in page
+    assert "21 min 24 s" in page
+
+
+def test_page_is_self_contained_and_hostile_text_does_nothing(paths: dict[str, Path]) -> None:
+    text = paths["html"].read_text()
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert not {"img", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert {href for tag, href in page.links if tag == "a" and not href.startswith("#")} == {"report.json"}
+    assert all(tag == "a" for tag, _ in page.links)
+    assert page.handlers == []
+    assert len(page.ids) == len(set(page.ids))
+    assert HOSTILE not in text
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text
+    assert "\u202e" not in text
+    assert "default-src &#39;none&#39;" in text
+    assert not re.search(r"@import|url\(|unsafe-inline", text)
+
+
+def test_hostile_names_do_nothing_anywhere(report: Report) -> None:
+    hostile = report.model_copy(
+        update={
+            "name": HOSTILE, "warnings": [HOSTILE], "training": {"method": HOSTILE, HOSTILE: HOSTILE},
+            "seams": [s.model_copy(update={"hop": HOSTILE, "engine": HOSTILE}) for s in report.seams],
+            "verdicts": [v.model_copy(update={"candidate": HOSTILE, "reason": HOSTILE}) for v in report.verdicts[:1]],
+            "machine": report.machine.model_copy(update={"cpu": HOSTILE, "gpu": HOSTILE}),
+        }
+    )  # fmt: skip
+    view = build_view(hostile, [RowText(HOSTILE, HOSTILE)] * 500)
+    page = Page(render_html(view))
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert page.handlers == []
+    assert "<script" not in render_markdown(view)
+
+
+def test_an_empty_report_renders(report: Report) -> None:
+    empty = report.model_copy(
+        update={key: [] for key in ("accuracy", "latency", "seams", "verdicts", "failures", "warnings", "stages")}
+        | {"artifacts": {}, "commands": {}, "training": None, "recipe": {}}
+    )
+    view = build_view(empty)
+    assert "Nothing is recorded as failed" in render_html(view)
+    assert render_markdown(view).startswith("## Do not ship")
+    assert console_table(empty).row_count == 0
+
+
+def test_rows_that_are_not_the_reference_s_give_no_loss(report: Report) -> None:
+    other = [a.model_copy(update={"workload": "x"}) if a.subject.name == "q4-gguf" else a for a in report.accuracy]
+    view = build_view(report.model_copy(update={"accuracy": other}))
+    assert next(r for r in view.candidates if r.name == "q4-gguf").cells["harmful"].text == "–"
+    assert ("q4-gguf", "scored on other rows than the reference: no loss, no flips") in view.notes
+
+
+def test_changed_answers_come_worst_first_and_mark_where_they_part(report: Report, view: View) -> None:
+    changes = next(c for c in view.changes if c.candidate == "student-q4")
+    rows = {a.subject.name: a.rows for a in report.accuracy}
+    risen = [rows["student-q4"][c.row].nll - rows["reference"][c.row].nll for c in changes.shown]
+    assert risen == sorted(risen, reverse=True)
+    assert all(c.reference == "same as gold" for c in changes.shown)
+    assert all(c.candidate[: c.split] == c.gold[: c.split] for c in changes.shown)
+
+
+def test_ledger_branches_leave_the_trunk(view: View) -> None:
+    hops = view.hops
+    trunk = next(h for h in hops if h.name == "merged")
+    firsts = [next(h for h in hops if h.branch == b) for b in ("q4-gguf", "q4-onnx", "student-q4")]
+    assert [h.before for h in firsts] == [trunk.exact] * 3
+    assert hops[5].before == hops[4].exact
+
+
+def test_json_goes_round_and_keeps_every_sample(report: Report, paths: dict[str, Path]) -> None:
+    assert read_report(paths["json"]) == report
+    assert json_schema()["properties"]["schema_version"]["const"] == 1
+    assert json.loads(paths["json"].read_text())["schema_version"] == 1
+
+
+def test_a_figure_that_is_not_finite_goes_round(report: Report, tmp_path: Path) -> None:
+    first, *rest = report.accuracy
+    broken = first.model_copy(
+        update={"rows": [r.model_copy(update={"nll": math.inf, "kl": math.nan}) for r in first.rows]}
+    )
+    paths = write_report(report.model_copy(update={"accuracy": [broken, *rest]}), tmp_path)
+    json.loads(paths["json"].read_text(), parse_constant=lambda c: pytest.fail(f"not standard JSON: {c}"))
+    row = read_report(paths["json"]).accuracy[0].rows[0]
+    assert math.isinf(row.nll)
+    assert row.kl is not None
+    assert math.isnan(row.kl)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "schema_version None"),
+        ('{"schema_version": 2}', "this edgetune reads 1"),
+        ('{"schema_version": 1}', "is damaged at name"),
+        ("\ufeff", "is not JSON"),
+    ],
+)
+def test_a_damaged_file_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(ArtifactError, match=said) as caught:
+        read_report(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_report(tmp_path / "report.json")
+
+
+def test_markdown_has_verdicts_reasons_ledger_and_machine(report: Report, paths: dict[str, Path]) -> None:
+    text = paths["md"].read_text()
+    assert text.startswith("## Ship q4-gguf\n")
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count(" | ") for line in tables} == {8, 6}
+    for verdict in report.verdicts:
+        assert f"**{verdict.candidate}**" in text
+    assert "student-q4: Q4\\_K\\_M" in text
+    assert report.machine.cpu in text
+
+
+def test_console_table(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(console_table(report))
+    text = console.export_text()
+    assert "Ship q4-gguf" in text
+    assert "inconclusive" in text
+    assert "do not ship" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "signed", "text"),
+    [(-0.004, 2, True, "0.00"), (1234.5, 1, False, "1,234.5"), (-3.2, 1, True, "−3.2"), (None, 1, False, "–"),
+     (float("nan"), 1, False, "–"), (0.26, 1, True, "+0.3")],
+)  # fmt: skip
+def test_numbers(value: float | None, digits: int, signed: bool, text: str) -> None:
+    assert number(value, digits, signed=signed) == text
+
+
+def test_durations() -> None:
+    assert [seconds(x) for x in (4.2, 725, 3780)] == ["4.2 s", "12 min 05 s", "1 h 03 min"]
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert plots.ticks(-1.2, 11, 6) == [0, 2, 4, 6, 8, 10]
+    assert plots.ticks(0, 0.031, 3) == pytest.approx([0, 0.01, 0.02, 0.03])
+    assert plots.ticks(3, 3, 5) == [3]
+
+
+def test_pareto_front_holds_what_nothing_beats() -> None:
+    points = [
+        plots.Point(str(i), "ship", x, y, y, y) for i, (x, y) in enumerate([(1, 5), (2, 3), (2, 4), (3, 3), (4, 1)])
+    ]
+    assert [p.name for p in plots.front(points)] == ["0", "1", "4"]
+
+
+def test_bits_per_weight_comes_from_the_scheme() -> None:
+    assert measures.bits_per_weight({"scheme": {"bits_per_weight": 4.5}}) == 4.5
+    assert measures.bits_per_weight({"scheme": None, "notes": {}}) is None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=chromium, args=BROWSER)
+        yield launched
+        launched.close()
+
+
+def _open(browser: Any, page: Path, *, width: int = 1280, scheme: str = "light") -> tuple[Any, list[str]]:
+    tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+    said: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+    tab.on("request", lambda request: None if request.url == page.as_uri() else said.append(request.url))
+    tab.goto(page.as_uri())
+    return tab, said
+
+
+def _names(tab: Any) -> list[str]:
+    names: list[str] = tab.eval_on_selector_all("#table tbody:first-of-type th", "all => all.map(e => e.dataset.value)")
+    return names
+
+
+def test_headings_sort_by_click_and_key_and_missing_figures_stay_last(browser: Any, paths: dict[str, Path]) -> None:
+    tab, said = _open(browser, paths["html"])
+    heading = tab.locator("#table th", has=tab.get_by_role("button", name="Size"))
+    tab.get_by_role("button", name="Size").click()
+    assert _names(tab) == ["student-q4", "q4-gguf", "q4-onnx", "q2-rtn"]
+    assert heading.get_attribute("aria-sort") == "ascending"
+    tab.get_by_role("button", name="Size").press("Enter")
+    assert _names(tab) == ["q4-onnx", "q4-gguf", "student-q4", "q2-rtn"]
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert tab.locator("#table [aria-sort='ascending'], #table [aria-sort='descending']").count() == 1
+    assert said == []
+
+
+def test_choices_theme_hints_and_hostile_text(browser: Any, paths: dict[str, Path]) -> None:
+    tab, said = _open(browser, paths["html"])
+    latency = tab.locator("#table th", has=tab.get_by_role("button", name="Prefill"))
+    assert not latency.is_visible()
+    tab.check("input[name=columns][value=latency]")
+    assert latency.is_visible()
+    before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    tab.click("#theme")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    tab.locator("#scatters .mark:visible").first.focus()
+    assert "loss" in tab.locator("#tip").inner_text()
+    assert said == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (390, "light"), (768, "light"), (1280, "dark")])
+def test_no_width_scrolls_sideways(browser: Any, paths: dict[str, Path], width: int, scheme: str) -> None:
+    tab, said = _open(browser, paths["html"], width=width, scheme=scheme)
+    for details in tab.locator("details").all():
+        details.evaluate("e => e.setAttribute('open', '')")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert len(tab.screenshot(full_page=True)) > 10_000
+    assert said == []

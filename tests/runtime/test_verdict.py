@@ -1,0 +1,167 @@
+"""Budgets, one by one and together."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgetune.errors import DataError
+from edgetune.recipe import AccuracyBudget, Budgets
+from edgetune.runtime.evidence import (
+    Accuracy,
+    Check,
+    Failure,
+    Generation,
+    Latency,
+    LatencyCase,
+    Load,
+    RowScore,
+    Subject,
+    Verdict,
+)  # fmt: skip
+from edgetune.runtime.verdict import exit_code, judge
+
+SUBJECT = Subject(
+    name="q4", kind="gguf", artifact_digest="0", size_bytes=5_000_000, engine="fake", engine_version="1", n_threads=1
+)
+IDLE = Load(others_before=0, others_during=0.01, busy=False)
+BUSY = Load(others_before=0, others_during=0.23, busy=True)
+
+
+def accuracy(exact: list[bool], *, workload: str = "rows", slots: bool = False) -> Accuracy:
+    rows = [
+        RowScore(exact=e, n_tokens=3, n_correct=3 if e else 2, nll=1,
+                 **({"slot_true_positives": 2 if e else 1, "slot_predicted": 2, "slot_gold": 2} if slots else {}))
+        for e in exact
+    ]  # fmt: skip
+    return Accuracy(subject=SUBJECT, workload=workload, rows=rows, text=None, seconds=1, load=IDLE)
+
+
+def latency(itl: list[float], *, load: Load = IDLE, steady: bool = True, long: list[float] | None = None) -> Latency:
+    def case(n: int, values: list[float]) -> LatencyCase:
+        generations = [Generation(ttft_ms=10 * v, itl_ms=[v, v], warmup=False) for v in values]
+        generations.insert(0, Generation(ttft_ms=9999, itl_ms=[9999, 9999], warmup=True))
+        return LatencyCase(prompt_tokens=n, new_tokens=3, generations=generations, steady=steady)
+
+    return Latency(
+        subject=SUBJECT, workload="ids", load_ms=1, first_run_ms=1, cases=[case(32, itl), case(256, long or itl)],
+        peak_rss_bytes=300_000_000, load=load,
+    )  # fmt: skip
+
+
+def test_all_budgets_hold() -> None:
+    budgets = Budgets(
+        accuracy=AccuracyBudget(max_loss=0.02), itl_ms_p95=25, ttft_ms_p95=300, size_mb=120, peak_memory_mb=400
+    )
+    right = accuracy([True] * 300)
+    found = judge("q4", budgets, size_bytes=100_000_000, accuracy=right, reference=right, latency=latency([20.0] * 5))
+    assert found.verdict == "ship"
+    assert found.reason == "All 5 budgets hold."
+    assert [check.budget for check in found.checks] == [
+        "exact_match loss", "ttft_ms p95", "itl_ms p95", "size_mb", "peak_memory_mb"
+    ]  # fmt: skip
+    assert [check.value for check in found.checks] == [0, 200, 20, 100, 300]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict", "said"),
+    [
+        (
+            2,
+            "ship",
+            "Exact match falls by 0.2 points (-0.07 to 0.6 at 95% on either side, 1000 rows), below the 2 points ",
+        ),
+        (19, "inconclusive", "which does not tell on which side of the 2 points allowed it is; about"),
+        (60, "do not ship", "above the 2 points allowed."),
+    ],
+)
+def test_accuracy_is_judged_by_its_interval(wrong: int, verdict: str, said: str) -> None:
+    reference = accuracy([True] * 1000)
+    candidate = accuracy([False] * wrong + [True] * (1000 - wrong))
+    found = judge("q4", Budgets(accuracy=AccuracyBudget(max_loss=0.02)), accuracy=candidate, reference=reference)
+    assert found.verdict == verdict
+    assert said in found.reason
+    (check,) = found.checks
+    assert check.low is not None
+    assert check.high is not None
+    assert check.low < wrong / 1000 < check.high
+
+
+def test_slot_f1_is_judged_where_slots_were_counted() -> None:
+    budgets = Budgets(accuracy=AccuracyBudget(metric="slot_f1", max_loss=0.02))
+    reference = accuracy([True] * 400, slots=True)
+    found = judge("q4", budgets, accuracy=accuracy([False] * 80 + [True] * 320, slots=True), reference=reference)
+    assert found.verdict == "do not ship"
+    assert found.checks[0].value == pytest.approx(0.1)
+    assert found.reason.startswith("Slot F1 falls by 10 points")
+    with pytest.raises(DataError, match="row 0 of q4 has no slot counts"):
+        judge("q4", budgets, accuracy=accuracy([True] * 400), reference=reference)
+
+
+def test_rows_must_be_the_same() -> None:
+    with pytest.raises(DataError, match="scored on other rows"):
+        judge("q4", Budgets(accuracy=AccuracyBudget()), accuracy=accuracy([True], workload="x"),
+              reference=accuracy([True]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict", "said"),
+    [
+        (latency([20.0] * 5), "ship", ""),
+        (
+            latency([30.0] * 5),
+            "do not ship",
+            "itl_ms p95 is 30 ms (30 to 30, 5 generations, prompts of 32 tokens), above",
+        ),
+        (latency([20.0] * 5, long=[40.0] * 5), "do not ship", "prompts of 256 tokens"),  # the worst length counts
+        (latency([20.0, 22, 24, 26, 28]), "inconclusive", "too close to 25 ms to tell; more repeats"),
+        (latency([20.0] * 5, load=BUSY), "inconclusive", "other processes used 23% of the machine"),
+        (latency([30.0] * 5, load=BUSY), "inconclusive", "other processes used 23% of the machine"),
+        (latency([30.0] * 5, steady=False), "do not ship", "; its warm-ups never became steady."),
+        (None, "inconclusive", "itl_ms p95 was not measured"),
+    ],
+)
+def test_timings_are_judged_by_the_worst_case_and_not_on_a_busy_machine(
+    measured: Latency | None, verdict: str, said: str
+) -> None:
+    found = judge("q4", Budgets(itl_ms_p95=25), latency=measured)
+    assert found.verdict == verdict
+    assert said in found.reason
+
+
+def test_bytes_are_judged_even_on_a_busy_machine() -> None:
+    found = judge("q4", Budgets(size_mb=5, peak_memory_mb=299), size_bytes=5_000_000, latency=latency([1.0], load=BUSY))
+    assert [check.verdict for check in found.checks] == ["ship", "do not ship"]
+    assert found.reason == "peak_memory_mb: the process held at most 300.0 MB, above 299 MB."
+
+
+def test_the_worst_check_wins_and_a_failure_beats_it() -> None:
+    budgets = Budgets(size_mb=1, itl_ms_p95=25)
+    found = judge("q4", budgets, size_bytes=2_000_000, latency=latency([20.0], load=BUSY))
+    assert [check.verdict for check in found.checks] == ["inconclusive", "do not ship"]
+    assert found.verdict == "do not ship"
+    failure = Failure(subject="q4", stage="latency", reason="llama.cpp died of SIGSEGV while loading")
+    found = judge("q4", budgets, size_bytes=2_000_000, failures=[failure])
+    assert found.verdict == "failed"
+    assert found.reason == "latency: llama.cpp died of SIGSEGV while loading"
+    assert judge("q4", Budgets()).verdict == "ship"
+    assert judge("q4", Budgets()).reason == "No budget is set, so none is broken."
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code"),
+    [
+        (["ship", "ship"], 0),
+        (["ship", "inconclusive"], 4),
+        (["inconclusive", "do not ship"], 3),
+        (["ship", "do not ship", "failed"], 1),
+        ([], 0),
+    ],
+)
+def test_exit_codes(verdicts: list[str], code: int) -> None:
+    made = [Verdict(candidate="c", verdict=v, checks=[], reason="") for v in verdicts]  # type: ignore[arg-type]
+    assert exit_code(made) == code
+
+
+def test_a_check_can_be_written_and_read() -> None:
+    found = judge("q4", Budgets(itl_ms_p95=25), latency=latency([20.0] * 3))
+    assert [Check.model_validate_json(check.model_dump_json()) for check in found.checks] == found.checks

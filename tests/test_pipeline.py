@@ -1,0 +1,135 @@
+"""A whole recipe on the tiny Llama: base folder to report, twice, and with a candidate that fails."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from edgetune import pipeline, plan
+from edgetune.artifact import Artifact, Store
+from edgetune.errors import DataError, EdgetuneError, UnsupportedError
+from edgetune.recipe import Recipe, parse_recipe
+from edgetune.runtime.report.write import read_report
+
+
+def write_rows(path: Path, start: int, n: int) -> str:
+    rows = [
+        {"instruction": "JSON.", "input": f"set light to {i}", "output": f'{{"level":{i}}}'}
+        for i in range(start, start + n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_wide: Artifact) -> Recipe:
+    return make_recipe(tmp_path, tiny_model_wide.path)
+
+
+def make_recipe(folder: Path, base: Path, **changes: Any) -> Recipe:
+    calibration = {"n_samples": 4, "n_tokens": 32}
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "base": str(base),
+        "data": {
+            "train": write_rows(folder / "train.jsonl", 100, 40),
+            "heldout": write_rows(folder / "heldout.jsonl", 500, 12),
+        },
+        "adapt": {"r": 4, "alpha": 8, "batch_size": 8, "max_steps": 4, "eval_steps": 2, "eval_rows": 4},
+        "candidates": {
+            "q8": {"export": {"gguf": {"type": "Q8_0"}}},
+            "int4": {
+                "compress": [{"gptq": {"group_size": 32, "sym": False, "calibration": calibration}}],
+                "export": {"onnx": {}},
+            },
+            "checkpoint": {"compress": [{"rtn": {"group_size": 32}}]},
+        },
+        "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 2, "warmup": 1, "threads": 1},
+        "budgets": {"accuracy": {"max_loss": 0.5}, "size_mb": 50},
+    }
+    return parse_recipe(raw | changes)
+
+
+def run(recipe: Recipe, tmp_path: Path) -> tuple[Any, str]:
+    said = io.StringIO()
+    report = pipeline.run(recipe, tmp_path / "run", Store(tmp_path / "store"), Console(file=said, width=200))
+    return report, said.getvalue()
+
+
+def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) -> None:
+    report, said = run(recipe, tmp_path)
+    assert not report.failures, report.failures
+    assert [v.candidate for v in report.verdicts] == ["q8", "int4", "checkpoint"]
+    assert {a.subject.engine for a in report.accuracy} == {"torch", "llama.cpp", "onnxruntime"}
+    assert {found.subject.name for found in report.latency} == {"reference", "q8", "int4", "checkpoint"}
+    assert [seam.hop for seam in report.seams] == [
+        "base",
+        "adapter on the nf4 base",
+        "merged",
+        "q8: gguf Q8_0",
+        "int4: gptq int4 g32, onnx int4",
+        "checkpoint: rtn int4 g32 sym",
+    ]
+    folder = tmp_path / "run"
+    assert read_report(folder / "report.json") == report
+    for name in ("report.html", "report.md", "log.jsonl", "recipe.json"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("q8", "int4", "checkpoint"):
+        link = folder / "candidates" / name
+        assert not link.readlink().is_absolute()
+        Artifact.open(link).verify()
+    assert "done before" not in said
+
+    again, said = run(recipe, tmp_path)
+    assert all(stage["done_before"] for stage in again.stages)
+    assert said.count("done before") == len(again.stages)
+    assert [line.done for line in plan.plan(recipe, Store(tmp_path / "store"))] == [True] * 7
+
+
+def test_a_failing_candidate_is_a_row_and_the_others_go_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune.export import onnx
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("the builder\nbroke")
+
+    monkeypatch.setattr(onnx, "run", fail)
+    report, _ = run(recipe, tmp_path)
+    assert [v.verdict for v in report.verdicts if v.candidate == "int4"] == ["failed"]
+    assert [(f.subject, f.reason) for f in report.failures] == [("int4", "ValueError: the builder broke")]
+    assert {found.subject.name for found in report.latency} == {"reference", "q8", "checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        (
+            {"candidates": {"a": {"compress": [{"gptq": {"group_size": 48}}]}}},
+            UnsupportedError,
+            "candidates.a: group_size=48",
+        ),
+        ({"candidates": {"a": {"export": {"onnx": {}}}}}, UnsupportedError, "add a gptq step"),
+        ({"device": "cuda:7"}, EdgetuneError, "device: torch cannot use 'cuda:7'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_training(
+    tmp_path: Path, tiny_model_wide: Artifact, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        run(make_recipe(tmp_path, tiny_model_wide.path, **changes), tmp_path)
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_leak_is_refused_with_both_lines(recipe: Recipe, tmp_path: Path) -> None:
+    train = Path(recipe.data.train).read_text().splitlines()
+    with Path(recipe.data.heldout).open("a") as stream:
+        stream.write(train[6].replace("set light", "SET  light") + "\n")
+    with pytest.raises(DataError, match=r"heldout.jsonl line 13 is also .*train.jsonl line 7 \(1 such rows\)"):
+        run(recipe, tmp_path)
