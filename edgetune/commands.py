@@ -20,7 +20,7 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
     if artifact.manifest.kind == "onnx":
         return [
             ours,
-            f"python -c \"import onnxruntime_genai as og; print(og.Model('{place}'))\"  # any onnxruntime-genai program",
+            f"python -c \"import onnxruntime_genai as og; og.Model('{place}')\"  # loads in onnxruntime-genai",
         ]
     if artifact.manifest.kind == "gptq":
         return [ours, f"vllm serve {place} --quantization gptq"]

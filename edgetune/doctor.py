@@ -29,8 +29,8 @@ class Finding:
 
 # Each probe uses the backend for what edgetune uses it for, on something tiny, and prints one line.
 PROBES: dict[str, str] = {
-    "torch": "import torch; x = torch.randn(8, 8); assert torch.isfinite(x @ x).all(); print(f'torch {torch.__version__}, "
-    "cuda {torch.cuda.is_available()}, {torch.get_num_threads()} threads')",
+    "torch": "import torch; x = torch.randn(8, 8); assert torch.isfinite(x @ x).all(); "
+    "print(f'torch {torch.__version__}, cuda {torch.cuda.is_available()}, {torch.get_num_threads()} threads')",
     "bitsandbytes": "import torch; import bitsandbytes as b; q, s = b.functional.quantize_4bit(torch.randn(64, 64), "
     "quant_type='nf4', compress_statistics=True); "
     "b.functional.dequantize_4bit(q, s); print(f'NF4 works ({b.__version__})')",
