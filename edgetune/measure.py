@@ -31,11 +31,13 @@ def accuracy_identity(
     rows: Sequence[ScoredRow],
     text_rows: Sequence[TokenRow],
     *,
-    generate: bool,
+    generate_rows: int | None,
     reference: str | None,
 ) -> str:
     """Identity of the evidence that `accuracy` would make; `reference` is the identity of the reference's evidence."""
-    return identity(ACCURACY_STAGE, _accuracy_config(job, generate), parents, _workload(rows, text_rows, reference))
+    return identity(
+        ACCURACY_STAGE, _accuracy_config(job, generate_rows), parents, _workload(rows, text_rows, reference)
+    )
 
 
 def accuracy(
@@ -48,20 +50,20 @@ def accuracy(
     tokenizer: Path,
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    generate: bool,
+    generate_rows: int | None,
     reference: Artifact | None,
     progress: Report = silent,
 ) -> Artifact:
     """Score an artifact on the held-out rows in its own runtime; without `reference` it becomes the reference.
 
-    `generate` continues rows that are not exact, so that slots can be counted on real output.
+    Of the first `generate_rows` rows (None: all) those that are not exact are continued, so that slots can be counted.
     """
     sources = _workload(rows, text_rows, reference.identity if reference else None)
     with draft(
         out,
         kind="evidence",
         stage=ACCURACY_STAGE,
-        config=_accuracy_config(job, generate),
+        config=_accuracy_config(job, generate_rows),
         parents=parents,
         sources=sources,
     ) as pending:
@@ -72,7 +74,7 @@ def accuracy(
             tokenizer=tokenizer,
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
-            generate_rows=None if generate else 0,
+            generate_rows=generate_rows,
             reference=reference.path / PACK if reference else None,
             build_reference=None if reference else pending.path / PACK,
             work=pending.work,
@@ -127,13 +129,13 @@ def read_latency(evidence: Artifact) -> list[Latency | Failure]:
         raise ArtifactError(f"{evidence.path / 'latency.json'} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def _accuracy_config(job: Job, generate: bool) -> dict[str, object]:
+def _accuracy_config(job: Job, generate_rows: int | None) -> dict[str, object]:
     return {
         "name": job.name,
         "engine": job.engine,
         "n_threads": job.n_threads,
         "settings": _settings(job),
-        "generate": generate,
+        "generate_rows": generate_rows,
     }
 
 

@@ -124,9 +124,10 @@ class Pipeline:
         )
 
     def score(self, job: Job, parents: list[Artifact], *, generate: bool, reference: Artifact | None) -> Artifact:
-        """Score one subject on the held-out rows."""
+        """Score one subject on the held-out rows; `generate` continues wrong answers as far as the recipe asks."""
+        generate_rows = self.recipe.data.generated_rows if generate else 0
         made = measure.accuracy_identity(
-            job, [p.identity for p in parents], self.rows, self.text_rows, generate=generate,
+            job, [p.identity for p in parents], self.rows, self.text_rows, generate_rows=generate_rows,
             reference=reference.identity if reference else None,
         )  # fmt: skip
         longest = max(len(row.ids) - row.start for row in self.rows)
@@ -135,7 +136,7 @@ class Pipeline:
             made,
             lambda out, progress: measure.accuracy(
                 job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
-                stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS, generate=generate,
+                stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS, generate_rows=generate_rows,
                 reference=reference, progress=progress,
             ),
         )  # fmt: skip

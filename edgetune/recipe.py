@@ -32,6 +32,9 @@ class Data(Closed):
     max_length: Count = Field(512, description="tokens; longer training rows are left out and counted")
     train_rows: Count | None = Field(None, description="use the first N training rows")
     heldout_rows: Count | None = Field(None, description="use the first N held-out rows")
+    generated_rows: int | None = Field(
+        None, ge=0, description="of the first N held-out rows, generate the wrong answers, for slot F1; all if absent"
+    )
 
 
 class Adapt(Closed):
@@ -173,6 +176,15 @@ class Recipe(Closed):
     candidates: Annotated[dict[str, Candidate], Field(min_length=1)]
     bench: Bench = Bench()
     budgets: Budgets = Budgets()
+
+    @model_validator(mode="after")
+    def _slots_need_all_rows(self) -> Recipe:
+        budget = self.budgets.accuracy
+        if budget is not None and budget.metric == "slot_f1" and self.data.generated_rows is not None:
+            raise ValueError(
+                "budgets.accuracy.metric slot_f1 needs the answers of all rows; leave data.generated_rows out"
+            )
+        return self
 
     @field_validator("candidates")
     @classmethod
