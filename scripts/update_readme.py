@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT, README = ROOT / "benchmarks" / "results" / "quickstart.json", ROOT / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 HEADS = (
-    "Candidate", "Verdict", "Exact match, %", "Loss, points (interval)", "KL per token, nats", "Size, MB", "ITL p50, ms",
-    "Decode speed", "Peak memory, MB",
+    "Candidate", "Verdict", "Exact match, %", "Loss, points (interval)", "KL per token, nats", "Size, MB",
+    "ITL p50, ms", "Decode speed", "Peak memory, MB",
 )  # fmt: skip
 
 
