@@ -128,6 +128,9 @@ def finish(recipe: Path, home: Path) -> tuple[bool, float]:
         process.wait(RUN_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         _kill_group(process)
+    except SystemExit:  # this benchmark is told to stop, and its run with it
+        _kill_group(process)
+        raise
     return process.returncode == 0, round(time.monotonic() - began, 2)
 
 
@@ -157,6 +160,9 @@ def run_until(recipe: Path, home: Path, moment: Moment, kill: Kill) -> None:
             process.wait(moment.seconds)
         except subprocess.TimeoutExpired:
             kill.orphans = _kill_group(process)
+        except SystemExit:
+            _kill_group(process)
+            raise
     else:
         below: list[psutil.Process] = []
         deadline = time.monotonic() + RUN_TIMEOUT_S
@@ -335,6 +341,7 @@ def main() -> int:
     if given.child:
         child(*given.child, given.die_at, given.side)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that runs and temporary folders go too
     given.out.parent.mkdir(parents=True, exist_ok=True)
     return benchmark(*(3, 3) if given.quick else (given.kills, given.renames), given.seed, given.out)
 

@@ -163,10 +163,10 @@ def draft(
     with FileLock(out.parent / f".{out.name}.lock"):
         path, work = out.parent / f".{out.name}.draft", out.parent / f".{out.name}.work"
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-        work.mkdir(exist_ok=True)
         pending = Draft(path, work)
         try:
+            path.mkdir()
+            work.mkdir(exist_ok=True)
             yield pending
             manifest = Manifest(
                 kind=kind, identity=made, stage=stage, config=config, parents={p.identity: p.digest for p in parents},
@@ -257,6 +257,12 @@ class Store:
         except ArtifactError:
             return None
         return found if found.identity == made else None
+
+    def forget(self, made: str) -> None:
+        """Remove what has that identity, under the same lock under which it is made."""
+        with FileLock(self.root / f".{made[:20]}.once.lock"):
+            if self.get(made) is not None:
+                shutil.rmtree(self.place(made))
 
     def once(self, made: str, make: Callable[[Path], Artifact]) -> tuple[Artifact, bool]:
         """Give the artifact of an identity, making it where it is missing; the flag says that it was made now.

@@ -5,12 +5,13 @@ Exit codes: 0 ok or ship, 1 failure, 2 wrong usage or recipe, 3 over budget, 4 i
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -34,6 +35,7 @@ RunFolder = Annotated[Path | None, typer.Option("--out", help="folder for the re
 Out = Annotated[Path, typer.Option("--out", help="folder to write; it must not exist", show_default=False)]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="threads of the engine")]
 DEFAULT_STORE = Path("runs/.store")
+_USERS_FAULT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG)
 
 
 @app.callback(invoke_without_command=True)
@@ -86,7 +88,12 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
 
 
 @app.command()
-def run(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
+def run(
+    recipe: RecipeFile,
+    out: RunFolder = None,
+    store: StoreFolder = DEFAULT_STORE,
+    measure_again: Annotated[bool, typer.Option("--measure-again", help="time again what was timed before")] = False,
+) -> None:
     """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
     from edgetune import pipeline
     from edgetune.artifact import Store
@@ -98,7 +105,7 @@ def run(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_
     folder = out or Path("runs") / loaded.name
     console = _console()
     _quiet()
-    report = pipeline.run(loaded, folder, Store(store), console)
+    report = pipeline.run(loaded, folder, Store(store), console, measure_again=measure_again)
     console.print(console_table(report))
     console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
     raise typer.Exit(exit_code(report.verdicts))
@@ -215,13 +222,16 @@ def report(folder: Annotated[Path, typer.Argument(help="folder of a run, with re
 @app.command()
 def doctor() -> None:
     """Run each backend once in a child process, and say what to do about each that fails."""
+    from rich.text import Text
+
     from edgetune.doctor import examine
 
     console = _console()
     broken = 0
     for finding in examine():
-        mark = {"ok": "[green]ok     [/]", "absent": "[yellow]absent [/]", "broken": "[red]broken [/]"}[finding.state]
-        console.print(f"{mark} {finding.name:<20} {finding.says}", highlight=False, soft_wrap=True)
+        colour = {"ok": "green", "absent": "yellow", "broken": "red"}[finding.state]
+        line = Text.assemble((f"{finding.state:<7}", colour), f" {finding.name:<20} {finding.says}")
+        console.print(line, soft_wrap=True)
         broken += finding.state == "broken"
     raise typer.Exit(1 if broken else 0)
 
@@ -254,25 +264,24 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # progress lines arrive while the work goes on
     try:
-        app(standalone_mode=False)
+        code = app(prog_name="edgetune", standalone_mode=False)  # typer gives what a verb's Exit carried
     except EdgetuneError as error:
         _fail(" ".join(str(error).split()), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; run the same command again to go on", 130)
-    except typer.Abort:
-        _fail("stopped", 130)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except Exception as error:
-        from click import ClickException
+    except typer.TyperException as error:
+        show = getattr(error, "show", None)
+        if show is None:
+            _fail(str(error), 2)
+        show()  # usage, and what was wrong with it
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", 2 if error.errno in _USERS_FAULT else 1)
+    sys.exit(code if isinstance(code, int) else 0)
 
-        if isinstance(error, ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
 
-
-def _fail(line: str, code: int) -> None:
+def _fail(line: str, code: int) -> NoReturn:
     if _state["debug"]:
         traceback.print_exc()
     print(f"edgetune: {line}", file=sys.stderr)

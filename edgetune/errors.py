@@ -8,9 +8,9 @@ EdgetuneError                 base of everything that edgetune raises on purpose
 │   ├── UnsupportedError      an architecture x method x format that cannot be done
 │   └── MissingBackendError   an optional package that is not installed
 └── StageError                something failed while working: exit code 1
-    ├── ArtifactError         a folder that is not a whole artifact, or is damaged
+    ├── ArtifactError         a folder that is not a whole artifact, or is damaged: exit code 2
     ├── ContractError         an export that broke its contract and was removed
-    ├── DiskSpaceError        the disk is full or will be
+    ├── DiskSpaceError        the disk is full or will be: exit code 2
     └── EngineError           an engine crashed, hung or gave a wrong answer
 
 A message says what was asked, what was found and what to do, in one line.
@@ -57,6 +57,8 @@ class StageError(EdgetuneError):
 
 class ArtifactError(StageError):
     """A folder is not a whole artifact, or is damaged."""
+
+    exit_code = 2
 
 
 class ContractError(StageError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from edgetune.backends import require
 from edgetune.errors import SourceError
 
 MAX_ITEMS = 2**24  # keys, tensors, array lengths: more is damage
@@ -121,7 +122,6 @@ def _read(reader: _Reader, size: int) -> GgufHeader:
 
 
 def _n_bytes(tensor: TensorInfo) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, width = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.ggml_type)]
+    gguf = require("gguf")
+    block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.ggml_type)]
     return int(math.prod(tensor.shape) // block * width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -129,14 +130,25 @@ def read_latency(evidence: Artifact) -> list[Latency | Failure]:
         raise ArtifactError(f"{evidence.path / 'latency.json'} is damaged: {str(error).splitlines()[0]}") from error
 
 
+def is_clean(found: Sequence[Latency | Failure]) -> bool:
+    """Tell whether every candidate was timed to its end on a machine that was not busy."""
+    return all(isinstance(one, Latency) and not one.load.busy for one in found)
+
+
 def _accuracy_config(job: Job, generate_rows: int | None) -> dict[str, object]:
     return {
         "name": job.name,
-        "engine": job.engine,
+        "engine": _engine(job),
         "n_threads": job.n_threads,
         "settings": _settings(job),
         "generate_rows": generate_rows,
     }
+
+
+def _engine(job: Job) -> list[str | None]:
+    """Engine and version of its package: an upgrade measures anew."""
+    package = {"torch": "torch", "llama.cpp": "llama-cpp-python", "onnxruntime": "onnxruntime"}.get(job.engine)
+    return [job.engine, metadata.version(package) if package else None]
 
 
 def _settings(job: Job) -> dict[str, object]:
@@ -156,7 +168,7 @@ def _latency_config(jobs: Sequence[Job], bench: Bench) -> dict[str, object]:
     machine = describe()
     return {
         "bench": bench.model_dump(mode="json"),
-        "jobs": [[job.name, job.engine, job.n_threads, _settings(job)] for job in jobs],
+        "jobs": [[job.name, _engine(job), job.n_threads, _settings(job)] for job in jobs],
         "machine": [machine.cpu, machine.cores, machine.memory_mib, machine.gpu, machine.platform],
     }
 

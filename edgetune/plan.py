@@ -88,5 +88,6 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         return [PlannedStage(name, store.get(made) is not None) for name, made in graph.stages()]
     later = ["adapt", "merge"] if recipe.adapt is not None else []
     for name, candidate in recipe.candidates.items():
-        later += [f"{name}: {part(candidate)}" for part in (compress_name, export_name)]
+        later += [f"{name}: {compress_name(candidate)}"] if candidate.compress else []
+        later += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return [PlannedStage("base", False), *(PlannedStage(name, None) for name in later)]

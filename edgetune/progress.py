@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # progress(done, total, label): called as often as the work likes
@@ -26,7 +27,7 @@ def reporting(console: Console, name: str) -> Iterator[Report]:
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task(name, total=None)
             yield lambda done, total, label: bar.update(
-                task, completed=done, total=total, description=f"{name} {label}".strip()
+                task, completed=done, total=total, description=escape(f"{name} {label}".strip())
             )
         return
     began = said = time.monotonic()
@@ -37,6 +38,7 @@ def reporting(console: Console, name: str) -> Iterator[Report]:
         if done and (now - said >= PLAIN_EVERY_S):
             said = now
             left = (now - began) / done * (total - done)
-            console.print(f"  {name} {label} {done}/{total}, {left:.0f} s left".replace("  ", " "), highlight=False)
+            said_now = " ".join(f"{name} {label} {done}/{total}, {left:.0f} s left".split())
+            console.print(f"  {said_now}", highlight=False, markup=False)
 
     yield line

@@ -44,8 +44,8 @@ class Adapt(Closed):
     r: Count = 16
     alpha: Count = 32
     dropout: Share = 0.0
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    epochs: Annotated[float, Field(gt=0)] = 1
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
     max_steps: Count | None = None
     batch_size: Count = Field(16, description="rows an optimizer step")
     micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
@@ -57,6 +57,13 @@ class Adapt(Closed):
     eval_rows: Count = Field(64, description="training rows set aside for early stopping")
     patience: Count = Field(3, description="held-out losses without progress before training stops")
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Adapt:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"micro_batch_size={micro} does not divide batch_size={self.batch_size}")
+        return self
 
 
 class Calibration(Closed):
@@ -207,6 +214,8 @@ def load_recipe(path: Path) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
     return parse_recipe(raw, str(path))

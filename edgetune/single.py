@@ -17,7 +17,7 @@ from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.errors import UsageError
 from edgetune.progress import reporting
-from edgetune.recipe import Bench, Calibration, CompressStep, Gptq, OnnxExport, Rtn, parse_as
+from edgetune.recipe import Bench, Calibration, CompressStep, Export, Gptq, OnnxExport, Rtn, parse_as
 from edgetune.runtime.evidence import Failure, Latency
 from edgetune.runtime.latency import case_interval, make_prompts
 from edgetune.runtime.latency import measure as time_jobs
@@ -42,6 +42,8 @@ def compress_config(
     method: str, *, bits: int, group_size: int, sym: bool, n_samples: int, general_share: float
 ) -> Rtn | Gptq:
     """Check the flags of `compress` as a recipe's keys are checked. Raises RecipeError."""
+    if method not in CompressStep.model_fields:
+        raise UsageError(f"method {method!r} is not known; use {' or '.join(CompressStep.model_fields)}")
     settings: dict[str, object] = {"bits": bits, "group_size": group_size, "sym": sym}
     if method == "gptq":
         settings["calibration"] = {"n_samples": n_samples, "general_share": general_share}
@@ -71,18 +73,19 @@ def export(form: str, type_: str, precision: str, source: Artifact, out: Path, c
     """Export one artifact; GGUF without an importance matrix, since there are no rows to make one from."""
     from edgetune.recipe import GgufExport
 
+    if form not in Export.model_fields:
+        raise UsageError(f"format {form!r} is not known; use {' or '.join(Export.model_fields)}")
     _refuse_existing(out)
     with reporting(console, "export") as progress:
         if form == "gguf":
             from edgetune.export import gguf
 
+            console.print("note: no rows, so no importance matrix; a recipe makes one", highlight=False)
             to_gguf = parse_as(GgufExport, {"type": type_, "imatrix": False}, "export")
             return gguf.run(to_gguf, source, out, moments=None, calibration_digest=None, progress=progress)
-        if form == "onnx":
-            from edgetune.export import onnx
+        from edgetune.export import onnx
 
-            return onnx.run(parse_as(OnnxExport, {"precision": precision}, "export"), source, out, progress=progress)
-    raise UsageError(f"format {form!r} is not known; use gguf or onnx")
+        return onnx.run(parse_as(OnnxExport, {"precision": precision}, "export"), source, out, progress=progress)
 
 
 def bench(

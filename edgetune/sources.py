@@ -138,6 +138,10 @@ def _folder(path: Path, base: str) -> Source:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(f"base {base!r}: {path / 'config.json'} cannot be read ({_line(error)})") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"base {base!r}: {path / 'config.json'} holds a {type(config).__name__}, not an object")
+    if "quantization_config" in config:
+        raise SourceError(f"base {base!r}: the model is already quantized; give the 16-bit model")
     if "auto_map" in config:
         raise SourceError(f"base {base!r}: config.json asks for remote code (auto_map), which is refused")
     weights = sorted(path.glob("*.safetensors"))
@@ -208,8 +212,6 @@ def _read_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise SourceError(f"{path}: Transformers cannot read this folder ({_line(error)})") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise SourceError(f"{path}: the base is already quantized; give the 16-bit model")
     return model, tokenizer
 
 
@@ -234,7 +236,7 @@ def gguf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
             "vocab_size": int(metadata["tokenizer.ggml.tokens"]),
             "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in header.tensors),
         }
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise SourceError(f"{path}: the GGUF header lacks what {arch} needs ({_line(error)})") from error
 
 

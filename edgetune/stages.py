@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from edgetune.artifact import Artifact, Store
 from edgetune.errors import DiskSpaceError, EdgetuneError
@@ -41,9 +42,9 @@ class Stages:
         self.done.append({"name": name, "seconds": seconds, "done_before": not made_now, "identity": made})
         self._log(event="end", stage=name, identity=made, seconds=seconds, made_now=made_now)
         said = f"{seconds:.0f} s" if made_now else "done before"
-        self.console.print(f"[green]✓[/] {name} [dim]({said})[/]", highlight=False)
+        self.console.print(f"[green]✓[/] {escape(name)} [dim]({said})[/]", highlight=False)
         for line in artifact.manifest.fallbacks if made_now else ():
-            self.console.print(f"  [yellow]note[/] {line}", highlight=False)
+            self.console.print(f"  [yellow]note[/] {escape(line)}", highlight=False)
         gc.collect()
         return artifact
 
@@ -60,7 +61,7 @@ class Stages:
             reason = str(error) if isinstance(error, EdgetuneError) else f"{type(error).__name__}: {error}"
             self.failures.append(Failure(subject=subject, stage=name, reason=" ".join(reason.split())))
             self._log(event="failure", subject=subject, stage=name, reason=reason, traceback=traceback.format_exc())
-            self.console.print(f"[red]✗[/] {name}: {reason}", highlight=False)
+            self.console.print(f"[red]✗[/] {escape(name)}: {escape(reason)}", highlight=False)
             return None
 
     def _log(self, **entry: Any) -> None:

@@ -286,7 +286,6 @@ def test_sigkill_in_the_middle_leaves_no_artifact_and_the_next_run_succeeds(tmp_
     assert names(tmp_path) == [place.name]
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="draft() makes its folders before its try block")
 def test_a_full_disk_at_the_first_folder_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir = Path.mkdir
 

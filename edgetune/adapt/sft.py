@@ -242,8 +242,8 @@ def make_trainer(
     log_folder: Path | None,
 ) -> CompletionTrainer:
     """Build the Trainer: length-grouped batches, cosine schedule, early stopping, sealed checkpoints."""
-    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    accumulation = max(1, config.batch_size // micro)
+    micro = config.micro_batch_size or config.batch_size
+    accumulation = config.batch_size // micro
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(len(train) / (micro * accumulation)))
     every = min(config.eval_steps, steps)
     arguments = TrainingArguments(

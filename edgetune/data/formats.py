@@ -64,7 +64,7 @@ def _parse(raw: bytes, form: Format, where: str, line: int) -> Row:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); give one JSON object a line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: found a JSON {type(row).__name__}, a row is an object")
@@ -86,6 +86,10 @@ def _field(row: dict[str, Any], key: str, where: str, *, empty: bool = False) ->
     if not isinstance(value, str) or (not empty and not value.strip()):
         found = "nothing" if value is None else repr(value)[:40]
         raise DataError(f"{where}: {key!r} must be a text that is not empty, found {found}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {key!r} holds half a character ({error.reason}); mend the text") from error
     return value
 
 
@@ -111,4 +115,6 @@ def _messages(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
         turns.append((message["role"], _field(message, "content", f"{where}: messages[{index}]")))
     if turns[-1][0] != "assistant" or turns[-2][0] != "user":
         raise DataError(f"{where}: the last two turns must be user and assistant, found {turns[-2][0]}, {turns[-1][0]}")
+    if next((role for role, _ in turns if role != "system"), None) == "assistant":
+        raise DataError(f"{where}: the first turn is an assistant's; a conversation begins with the user")
     return tuple(turns)

@@ -22,6 +22,6 @@ def general_text(path: Path | None, half: Half) -> str:
     else:
         from pydoc_data.topics import topics
 
-        texts = [" ".join(topics[key].split()) for key in sorted(topics)]
+        texts = list(dict.fromkeys(" ".join(topics[key].split()) for key in sorted(topics)))  # some stand there twice
     middle = (len(texts) + 1) // 2
     return "\n\n".join(texts[:middle] if half == "calibrate" else texts[middle:])

@@ -38,7 +38,7 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     Raises DataError where the model has no chat template, or the template cannot carry the row.
     """
     if row.text is not None:
-        whole_text = (*tokenizer(row.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        whole_text = (*tokenizer(row.text, add_special_tokens=False)["input_ids"], stop_ids[0])
         if len(whole_text) < 2:
             raise DataError(f"line {row.line}: the text gives no token")
         return Rendered(whole_text, (False, *[True] * (len(whole_text) - 1)), 1, row.text, row.line)
@@ -78,5 +78,5 @@ def _template(tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[dict[
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise DataError(f"line {row.line}: the chat template refuses the row ({error})") from error

@@ -141,7 +141,6 @@ def test_each_fault_names_file_and_line(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="json's own ValueError on 4300 digits is not caught")
 def test_a_number_of_5000_digits_is_a_fault_of_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"text": ' + b"1" * 5000 + b"}")
     with pytest.raises(DataError, match=r"rows\.jsonl line 1: "):
@@ -193,7 +192,14 @@ def test_pythons_own_prose_is_long_enough() -> None:
     assert len(general_text(None, "measure")) > 150_000
 
 
-@pytest.mark.xfail(strict=True, reason="topics holds some texts under several keys, and these may fall in both halves")
 def test_the_halves_of_pythons_own_prose_share_no_text() -> None:
     calibrates, measures = (general_text(None, half).split("\n\n") for half in ("calibrate", "measure"))  # type: ignore[arg-type]
     assert not set(calibrates) & set(measures)
+
+
+@pytest.mark.parametrize("row", ['{"text": "\\ud800"}', '{"instruction": "a\\udc00", "output": "b"}'])
+def test_half_of_a_surrogate_pair_is_a_fault_of_its_line(tmp_path: Path, row: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(row + "\n")
+    with pytest.raises(DataError, match=r"line 1: .*half a character"):
+        read_rows(file)
