@@ -22,7 +22,7 @@ import numpy as np
 
 from edgetune.artifact import file_digest, json_digest, write_text
 from edgetune.errors import DataError, EngineError, UsageError
-from edgetune.runtime.engine import Engine, Logits, TokenRow, greedy
+from edgetune.runtime.engine import Engine, Logits, TokenRow
 from edgetune.runtime.evidence import Accuracy, RowScore, Seam, TextScore
 from edgetune.runtime.machine import LoadMeter
 from edgetune.runtime.metrics import micro_f1, parse_slots, slot_counts
@@ -217,14 +217,16 @@ def score_in_child(engine: Engine, request: dict[str, Any], emit: Callable[[dict
             began = time.perf_counter()
             builder = PackBuilder() if request["build"] else None
             scored = _score_chunk(engine, part, first, pack, builder)
-            for i, row in enumerate(part):
-                scored[i]["output_ids"] = None
-                if not scored[i]["exact"] and first + i < request["generate_rows"]:
-                    scored[i]["output_ids"] = continue_greedily(
-                        engine, row, scored[i].pop("argmax"), frozenset(request["stop_ids"]), request["max_new_tokens"]
-                    )
-                    emit({"done": first + i, "of": len(rows)})
-                scored[i].pop("argmax", None)
+            wanted = [i for i, row in enumerate(scored) if not row["exact"] and first + i < request["generate_rows"]]
+            outputs = continue_greedily(
+                engine, [part[i] for i in wanted], [scored[i]["argmax"] for i in wanted],
+                frozenset(request["stop_ids"]), request["max_new_tokens"],
+            )  # fmt: skip
+            for row in scored:
+                row["output_ids"] = None
+                del row["argmax"]
+            for i, output in zip(wanted, outputs, strict=True):
+                scored[i]["output_ids"] = output
             if builder is not None:
                 builder.build(request["workload"], request["subject"]).save(file.with_suffix(".npz"))
             write_text(file, json.dumps({"rows": scored, "seconds": time.perf_counter() - began}))
@@ -285,15 +287,27 @@ def score_row(row: TokenRow, logits: Logits, where: str = "a row") -> dict[str, 
 
 
 def continue_greedily(
-    engine: Engine, row: ScoredRow, argmax: Sequence[int], stop: frozenset[int], max_new_tokens: int
-) -> list[int]:
-    """Give what greedy decoding makes of a row that is not exact: gold up to the first mismatch, then what follows."""
-    target = row.tokens.target
-    same = next(n for n, (got, gold) in enumerate(zip(argmax, target, strict=True)) if got != gold)
-    output = [*target[:same], argmax[same]][:max_new_tokens]
-    if output[-1] in stop or len(output) == max_new_tokens:
-        return output
-    return output + greedy(engine, [*row.ids[: row.start], *output], stop, max_new_tokens - len(output))
+    engine: Engine,
+    rows: Sequence[ScoredRow],
+    argmaxes: Sequence[Sequence[int]],
+    stop: frozenset[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Give what greedy decoding makes of rows that are not exact: gold up to the first mismatch, then what follows."""
+    outputs: list[list[int]] = []
+    open_rows: list[int] = []
+    for row, argmax in zip(rows, argmaxes, strict=True):
+        target = row.tokens.target
+        same = next(n for n, (got, gold) in enumerate(zip(argmax, target, strict=True)) if got != gold)
+        output = [*target[:same], argmax[same]][:max_new_tokens]
+        if output[-1] not in stop and len(output) < max_new_tokens:
+            open_rows.append(len(outputs))
+        outputs.append(output)
+    prompts = [[*rows[i].ids[: rows[i].start], *outputs[i]] for i in open_rows]
+    limits = [max_new_tokens - len(outputs[i]) for i in open_rows]
+    for i, new in zip(open_rows, engine.continue_rows(prompts, stop, limits), strict=True):
+        outputs[i] += new
+    return outputs
 
 
 def _chunk(folder: Path, number: int) -> Path:

@@ -65,6 +65,12 @@ class Engine(Protocol):
         """
         ...
 
+    def continue_rows(
+        self, prompts: Sequence[Sequence[int]], stop: frozenset[int], max_new_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue each prompt greedily up to a stop token (kept) or its own limit."""
+        ...
+
     def tokenize(self, text: str) -> list[int]:
         """Turn rendered text into ids with the artifact's own tokenizer: special tokens parsed, no BOS added."""
         ...
@@ -106,6 +112,15 @@ def load_engine(name: str, path: Path, *, n_ctx: int, n_threads: int, **settings
         path, n_ctx=n_ctx, n_threads=n_threads, **settings
     )
     return engine
+
+
+class OneByOne:
+    """For engines that gain nothing from continuing several prompts at once."""
+
+    def continue_rows(
+        self: Engine, prompts: Sequence[Sequence[int]], stop: frozenset[int], max_new_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        return [greedy(self, prompt, stop, n) for prompt, n in zip(prompts, max_new_tokens, strict=True)]
 
 
 def greedy(engine: Engine, prompt: Sequence[int], stop: frozenset[int], max_new_tokens: int) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.errors import MissingBackendError
-from edgetune.runtime.engine import Logits, TokenRow
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow
 from edgetune.runtime.worker import Job
 
 N_VOCAB = 32
@@ -33,7 +33,7 @@ def fake_job(name: str = "fake", *, engine: str = "fake", n_threads: int = 1, **
     return Job(name, "model", engine, Path("nowhere"), digest, 1000, n_threads, settings, "tests.fakes:FakeEngine")
 
 
-class FakeEngine:
+class FakeEngine(OneByOne):
     """A deterministic language model: the logits after a context are drawn from a hash of it."""
 
     name = "fake"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgetune.backends import require
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, TokenRow
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow
 
 N_BATCH = 512  # tokens of one decode call, and of one physical batch
 N_ROWS = 31  # rows of one batch of score_rows; sequence 0 holds what they share
@@ -27,7 +27,7 @@ _LOG_WARN = 3  # ggml_log_level
 _FLASH = {None: -1, False: 0, True: 1}  # llama_flash_attn_type: auto, off, on
 
 
-class LlamaEngine:
+class LlamaEngine(OneByOne):
     """One GGUF file in llama.cpp, with a small context for generation and, once asked for, one for scoring."""
 
     name = "llama.cpp"

@@ -17,7 +17,7 @@ import numpy as np
 from edgetune.backends import require
 from edgetune.backends import version as version_of
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, TokenRow
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow
 
 CHUNK = 128  # tokens of one run: bounds the logits buffer; throughput is flat from 32 on
 GENAI_CONFIG = "genai_config.json"
@@ -35,7 +35,7 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 
 
-class OnnxEngine:
+class OnnxEngine(OneByOne):
     """One session with a key/value cache of `n_ctx` positions."""
 
     name = "onnxruntime"

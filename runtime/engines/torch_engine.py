@@ -122,6 +122,29 @@ class TorchEngine:
         for i in range(len(rows)):
             yield np.concatenate([self._logits(part) for part in torch.split(hidden.pop(i), HEAD_POSITIONS)])
 
+    @torch.inference_mode()
+    def continue_rows(
+        self, prompts: Sequence[Sequence[int]], stop: frozenset[int], max_new_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue all prompts at once, padded on the left: a token of one row costs as much as one of many."""
+        if not prompts:
+            return []
+        pad, longest = min(stop), max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), pad)
+        seen = torch.zeros_like(ids)
+        for place, prompt in enumerate(prompts):
+            ids[place, longest - len(prompt) :] = torch.tensor(prompt)
+            seen[place, longest - len(prompt) :] = 1
+        made = self._causal.generate(
+            ids.to(self._device), attention_mask=seen.to(self._device), max_new_tokens=max(max_new_tokens),
+            do_sample=False, eos_token_id=sorted(stop), pad_token_id=pad,
+        )  # fmt: skip
+        rows = []
+        for new, limit in zip(made[:, longest:].tolist(), max_new_tokens, strict=True):
+            end = next((at + 1 for at, token in enumerate(new) if token in stop), len(new))
+            rows.append(new[: min(end, limit)])
+        return rows
+
     def tokenize(self, text: str) -> list[int]:
         """Turn rendered text into ids: special tokens parsed, no BOS added."""
         ids: list[int] = self._own_tokenizer()(text, add_special_tokens=False)["input_ids"]

@@ -49,16 +49,19 @@ def test_greedy_gives_the_target_if_and_only_if_the_row_is_exact(
         found = score_row(row.tokens, logits)
         assert found["exact"] == (told == target)
         if not found["exact"]:
-            assert continue_greedily(engine, row, found["argmax"], STOP, 8) == told
+            assert continue_greedily(engine, [row], [found["argmax"]], STOP, 8)[0] == told
 
 
 def test_a_continuation_stops_at_its_bound_and_at_a_stop_token() -> None:
     engine = FakeEngine({})
     row = ScoredRow((5, 6, 7, 8, 2), 2, "")
-    assert continue_greedily(engine, row, [7, 2, 9], STOP, 10) == [7, 2]
-    assert continue_greedily(engine, row, [7, 9, 9], STOP, 2) == [7, 9]
-    assert continue_greedily(engine, row, [9, 9, 9], STOP, 1) == [9]
-    assert continue_greedily(engine, row, [9, 9, 9], frozenset(), 3) == [9, *greedy(engine, [5, 6, 9], frozenset(), 2)]
+    assert continue_greedily(engine, [row], [[7, 2, 9]], STOP, 10)[0] == [7, 2]
+    assert continue_greedily(engine, [row], [[7, 9, 9]], STOP, 2)[0] == [7, 9]
+    assert continue_greedily(engine, [row], [[9, 9, 9]], STOP, 1)[0] == [9]
+    assert continue_greedily(engine, [row], [[9, 9, 9]], frozenset(), 3)[0] == [
+        9,
+        *greedy(engine, [5, 6, 9], frozenset(), 2),
+    ]
 
 
 def test_a_row_is_scored_by_hand() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgetune.artifact import Artifact
 from edgetune.errors import EngineError, UsageError
-from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.engine import TokenRow, greedy
 from edgetune.runtime.engines import torch_engine
 from edgetune.runtime.engines.torch_engine import TorchEngine
 
@@ -160,3 +160,16 @@ def test_wrong_use_is_refused(tiny_model: Artifact, tmp_path: Path) -> None:
         engine.prefill([])
     engine.close()
     assert torch.get_num_threads() == before
+
+
+def test_many_prompts_at_once_go_on_as_each_alone(tiny_model: Artifact) -> None:
+    prompts = [[5, 6, 7], [9, 30, 31, 32, 33, 34], [40, 41]]
+    engine = TorchEngine.load(tiny_model.path, n_ctx=64, n_threads=1)
+    free = [greedy(engine, prompt, frozenset({2}), 8) for prompt in prompts]
+    stop = frozenset({2, free[0][3]})
+    limits = [8, 5, 8]
+    alone = [greedy(engine, prompt, stop, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    assert engine.continue_rows(prompts, stop, limits) == alone
+    assert len({len(row) for row in alone}) > 1
+    assert engine.continue_rows([], stop, []) == []
+    engine.close()
