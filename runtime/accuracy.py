@@ -275,7 +275,7 @@ def score_row(row: TokenRow, logits: Logits, where: str = "a row") -> dict[str, 
     if len(bad):
         raise EngineError(f"{where}: logits that are not finite at target position {bad[0]}")
     chosen = logits.argmax(1)
-    total = np.log(np.exp((logits - top[:, None]).astype(np.float64)).sum(1)) + top
+    total = np.log(np.exp(logits - top[:, None]).sum(1, dtype=np.float64)) + top
     right = chosen == gold
     return {
         "exact": bool(right.all()),

@@ -60,12 +60,13 @@ class ReferencePack:
                 f"{logits.shape[0]} of {logits.shape[1]}; compare models of one vocabulary on the same rows"
             )
         ids = self.ids[part].astype(np.int64)
-        log_q, tail_q = _buckets(logits, ids)
+        log_q = np.column_stack(_buckets(logits, ids))  # [N, K + 1]
         log_p = np.column_stack([self.log_probs[part], self.tail[part]]).astype(np.float64)  # [N, K + 1]
-        log_p -= _log_sum_exp(log_p)[:, None]  # float32 does not quite sum to one
+        log_q -= _log_sum_exp(log_q)[:, None]  # float32 does not quite sum to one
+        log_p -= _log_sum_exp(log_p)[:, None]
         p = np.exp(log_p)
         with np.errstate(invalid="ignore"):
-            terms = np.where(p > 0, p * (log_p - np.column_stack([log_q, tail_q])), 0.0)
+            terms = np.where(p > 0, p * (log_p - log_q), 0.0)
         return float(terms.sum()), int((logits.argmax(1) == ids[:, 0]).sum())
 
     def save(self, path: Path) -> None:
@@ -104,11 +105,10 @@ class PackBuilder:
         """Add the next row's logits, [N, V]."""
         self._n_vocab = logits.shape[1]
         k = min(k, self._n_vocab)
-        wide = logits.astype(np.float64)
-        near = np.sort(np.argpartition(-wide, k - 1, axis=1)[:, :k], axis=1)  # ascending ids, so that ties keep order
-        order = np.argsort(-np.take_along_axis(wide, near, axis=1), axis=1, kind="stable")
+        near = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)  # ascending ids, so that ties keep order
+        order = np.argsort(-np.take_along_axis(logits, near, axis=1), axis=1, kind="stable")
         ids = np.take_along_axis(near, order, axis=1)
-        top = wide.argmax(1)  # a tie at the cut may have left the lowest id out
+        top = logits.argmax(1)  # a tie at the cut may have left the lowest id out
         ids[:, 0] = np.where((ids == top[:, None]).any(1), ids[:, 0], top)
         log_probs, tail = _buckets(logits, ids)
         self._ids.append(ids.astype(np.uint32))
@@ -137,13 +137,19 @@ def join(packs: Sequence[ReferencePack], workload: str) -> ReferencePack:
 
 
 def _buckets(logits: Logits, ids: NDArray[np.int64]) -> tuple[Doubles, Doubles]:
-    """Give the log-probabilities of `ids`, [N, K], and the log of the mass of all others, [N]."""
-    wide = logits.astype(np.float64)
-    kept = np.take_along_axis(wide, ids, axis=1)
-    np.put_along_axis(wide, ids, -np.inf, axis=1)
-    rest = _log_sum_exp(wide)
-    total = np.logaddexp(_log_sum_exp(kept), rest)
-    return kept - total[:, None], rest - total
+    """Give the log-probabilities of `ids`, [N, K], and the log of the mass of all others, [N].
+
+    Exponentials are float32, sums float64: a whole vocabulary in float64 takes longer than the model that gave it.
+    """
+    top = logits.max(1, keepdims=True)
+    exps = np.exp(logits - top)
+    kept = np.take_along_axis(exps, ids, axis=1).sum(1, dtype=np.float64)
+    np.put_along_axis(exps, ids, 0.0, axis=1)
+    rest = exps.sum(1, dtype=np.float64)
+    total = np.log(kept + rest)
+    shifted = (np.take_along_axis(logits, ids, axis=1) - top).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return shifted - total[:, None], np.log(rest) - total
 
 
 def _log_sum_exp(values: Doubles) -> Doubles:
