@@ -12,6 +12,9 @@ from edgetune.recipe import Calibration, Candidate, Gptq, Recipe
 from edgetune.workload import Workload
 
 
+UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")  # llama.cpp rounds these without an importance matrix
+
+
 class Graph:
     """Planned identities of one recipe. The pipeline makes what they name, `plan` looks them up."""
 
@@ -42,7 +45,7 @@ class Graph:
     def moments(self, candidate: Candidate) -> str | None:
         """Identity of the importance matrix that a GGUF export reads, None where it reads none."""
         gguf = candidate.export.gguf if candidate.export else None
-        if gguf is None or not gguf.imatrix or gguf.type in ("F32", "F16", "BF16"):
+        if gguf is None or not gguf.imatrix or gguf.type in UNWEIGHED:
             return None
         return moments.planned_identity(self.model, self.calibration(gguf.calibration).digest)
 
