@@ -11,7 +11,6 @@ from edgetune.data.calibration import CalibrationSet
 from edgetune.recipe import Calibration, Candidate, Gptq, Recipe
 from edgetune.workload import Workload
 
-
 UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")  # llama.cpp rounds these without an importance matrix
 
 
