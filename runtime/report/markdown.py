@@ -53,7 +53,7 @@ def console_table(report: Report) -> Table:
     view = build_view(report)
     table = Table(title=Text(view.headline), caption=Text(view.lead), title_style="bold", title_justify="left",
                   caption_justify="left", box=None, pad_edge=False)  # fmt: skip
-    table.add_column("Candidate", overflow="fold")
+    table.add_column("Candidate", no_wrap=True)
     table.add_column("Verdict", no_wrap=True)
     columns = [c for c in view.columns if c.key in SHORT]
     for column in columns:
