@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam
+from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam, Subject
 from edgetune.runtime.report import background, measures
 from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
 
@@ -220,17 +220,23 @@ def _row(
         found = measures.accuracy_figures(score, reference, budgeted, checks, seed=_seed(report))
         cells |= _as_cells(found, f"accuracy[{i}]")
         cells["size"] = _cell("size", measures.Figure(score.subject.size_bytes / 1e6), f"accuracy[{i}]")
-        engine = f"{score.subject.engine} {score.subject.engine_version}"
+        engine = _engine(score.subject)
     if name in speeds:
         i, speed = speeds[name]
         figures, places = measures.latency_figures(speed, timed[i])
         for key, cell in _as_cells(figures, f"latency[{i}]").items():
             cells[key] = replace(cell, source=cell.source.replace("cases[]", f"cases[{places.get(key)}]"))
-        engine = f"{speed.subject.engine} {speed.subject.engine_version}"
+        engine = _engine(speed.subject)
     bpw = measures.bits_per_weight(report.artifacts.get(name, {}))
     cells["bpw"] = _cell("bpw", measures.Figure(bpw), f"artifacts.{name}")
     role = "candidate" if verdict else "reference" if name == report.reference else "base"
     return Row(name, role, verdict, engine, cells)
+
+
+def _engine(subject: Subject) -> str:
+    """Name the engine once, as its version often does; build details in brackets stay in report.json."""
+    version = subject.engine_version.split(" (", 1)[0]
+    return version if version.startswith(subject.engine) else f"{subject.engine} {version}"
 
 
 def _as_cells(figures: dict[str, measures.Figure], place: str) -> dict[str, Cell]:
