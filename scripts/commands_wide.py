@@ -11,7 +11,7 @@ SHARE = 0.5  # of a training row's names come from here
 
 
 def words(text: str) -> list[str]:
-    return [entry.strip() for entry in text.replace("\n", " ").split(",") if entry.strip()]
+    return [entry.strip() for entry in " ".join(text.split()).split(",") if entry.strip()]
 
 
 # fmt: off

