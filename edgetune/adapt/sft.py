@@ -206,6 +206,10 @@ def run(
         save_adapter(model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed
+        if n_eval < config.eval_rows:
+            pending.fallbacks.append(
+                f"eval_rows={config.eval_rows} is more than a fifth of the rows: {n_eval} are used"
+            )
         pending.notes.update(_history(trainer.state))
         pending.notes["rows"] = {"train": len(train), "early_stopping": len(evaluate)}
         pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
