@@ -45,6 +45,9 @@ class Adapt(Closed):
     alpha: Count = 32
     dropout: Share = 0.0
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.0, description="learning rate of LoRA's B over that of its A (arXiv:2402.12354); 1 is plain LoRA"
+    )
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
     max_steps: Count | None = None
     batch_size: Count = Field(16, description="rows an optimizer step")

@@ -30,6 +30,7 @@ from commands_values import (
     number_style,
     words,
 )
+from commands_wider import SCHEDULED_SHARE, TIME_FORMS, TRAIN_WEIGHT, WIDER
 
 ROOT = Path(__file__).resolve().parents[1] / "calib_data"
 SEED = 20240611
@@ -111,7 +112,7 @@ def expand(line: str) -> list[str]:
 def templates(split: str) -> dict[str, list[tuple[str, dict, list[str]]]]:
     """Intent -> its lines in `split`, each as (mood, constant slots, written-out templates)."""
     table: dict[str, list] = {intent: [] for intent in SCHEMA}
-    for intent, mood, const, *texts in BLOCKS + MORE_BLOCKS:
+    for intent, mood, const, *texts in BLOCKS + MORE_BLOCKS + WIDER:
         for line in texts[SPLITS.index(split)].strip().splitlines():
             table[intent].append((mood, const, expand(line.strip())))
     return table
@@ -131,6 +132,10 @@ def kinds_of(template: str) -> list[str]:
     return ["duration" if kind == "duration_adj" else kind for kind in kinds]
 
 
+class ExhaustedError(Exception):
+    """A row asks for more different values of a kind than its pool and form of speech have."""
+
+
 class Filler:
     """Draws the values of one row, each from the pools of its split and no value twice."""
 
@@ -138,7 +143,7 @@ class Filler:
         self.rng, self.split = rng, split
         self.style = number_style(rng)
         self.forms = {
-            "time": rng.choice(["ampm"] * 6 + ["24h"] * 5 + ["plain"] * 4 + ["past"] * 4 + ["tonight"]),
+            "time": rng.choice(TIME_FORMS[split]),
             "percent": rng.choice(["short", "long", "long"]),
             "degrees": rng.choice(["plain", "plain", "celsius", "fahrenheit"]),
         }
@@ -161,11 +166,12 @@ class Filler:
         return draw(kind, self.rng, self.split, self.style, self.forms.get(kind, ""))
 
     def draw(self, kind: str) -> Value:
-        while True:
+        for _ in range(100):
             value = self._draw_once(kind)
             if not any(pair in self.drawn for pair in value.drawn):
                 self.drawn += value.drawn
                 return value
+        raise ExhaustedError(kind)
 
 
 def repaired(template: str, rng: random.Random, split: str, mood: str) -> tuple[str, str] | None:
@@ -202,7 +208,8 @@ def framed(rng: random.Random, split: str, intent: str, mood: str, core: str, co
     if dice < 0.07 and intent in SCHEDULED and len(nouns) == 1 and "all" not in const.values():
         inner = rng.choice(CONTRAST[split]).replace("{c}", core).replace("{w}", f"{{w{nouns[0]}}}")
         tags.add("negation")
-    if rng.random() < 0.25 and intent in SCHEDULED and mood in "is" and not {"time", "day", "repeat"} & set(kinds):
+    timed = {"time", "day", "repeat"} & set(kinds)
+    if rng.random() < SCHEDULED_SHARE[split] and intent in SCHEDULED and mood in "is" and not timed:
         frame = rng.choice(SCHEDULE[split])
         if ("{delay}" in frame and "duration" in kinds) or ("and then" in frame and not verb_first):
             frame = SCHEDULE[split][0]
@@ -281,24 +288,33 @@ def written(text: str, mood: str, rng: random.Random) -> str:
     return text + ("?" if asks else ".")
 
 
+def wanted(split: str) -> dict[str, int]:
+    """How many rows each intent gets in `split`."""
+    weights = {i: share * (TRAIN_WEIGHT.get(i, 1) if split == "train" else 1) for i, (share, *_) in SCHEMA.items()}
+    total, size = sum(weights.values()), SIZES[split]
+    counts = {intent: int(size * weight / total) for intent, weight in weights.items()}
+    for intent in list(counts)[: size - sum(counts.values())]:
+        counts[intent] += 1
+    return counts
+
+
 def build(seed: int = SEED) -> dict[str, list[Row]]:
     """Make both splits, shuffled, with provenance.  Raises AssertionError if one input would have two answers."""
-    rng = random.Random(seed)
     seen: dict[str, str] = {}
     splits: dict[str, list[Row]] = {}
     taught: dict[str, set[tuple[str, ...]]] = {}
-    total = sum(share for share, *_ in SCHEMA.values())
     for split in SPLITS:
+        rng = random.Random(f"{seed} {split}")  # the held-out rows stay when the training phrases change
         table, rows = templates(split), []
-        for i, (intent, (share, *_)) in enumerate(SCHEMA.items()):
-            want = SIZES[split] * share // total + (
-                i < SIZES[split] - sum(SIZES[split] * s // total for s, *_ in SCHEMA.values())
-            )
+        for intent, want in wanted(split).items():
             made = attempts = 0
             while made < want:
                 attempts += 1
                 assert attempts < 400 * want, f"{split}: only {made} of {want} rows for {intent}; add templates"
-                row = make_row(rng, split, intent, rng.choice(table[intent]))
+                try:
+                    row = make_row(rng, split, intent, rng.choice(table[intent]))
+                except ExhaustedError:
+                    continue
                 if row is None or (split == "heldout" and tuple(row.call) not in taught[intent]):
                     continue  # a held-out call has a set of keys that training shows for its intent
                 key = normal(row.text)

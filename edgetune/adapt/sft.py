@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,11 @@ from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
 from edgetune.errors import DataError
+from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.progress import Report, silent
 from edgetune.recipe import Adapt
 
-STAGE = "adapt.sft/1"
+STAGE = "adapt.sft/2"
 IGNORE = -100
 
 
@@ -78,14 +78,19 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         labels = inputs["labels"][:, 1:]
         keep = labels != IGNORE
-        cache = read_prefix(model, inputs["prefix"], len(labels)) if inputs["prefix"].numel() else None
         with self.head.only(keep):
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+            if "lengths" in inputs:
+                n_prefix, *lengths = inputs["lengths"].tolist()
+                layout = Layout.of(n_prefix, lengths, labels.device)
+                with packed_attention(self.accelerator.unwrap_model(model)):
+                    outputs = model(
+                        input_ids=inputs["input_ids"],
+                        position_ids=layout.positions(),
+                        packed=layout,
+                        use_cache=False,
+                    )
+            else:
+                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         loss = functional.cross_entropy(outputs.logits.float(), labels[keep], reduction="sum")
         if num_items_in_batch is None:
             loss = loss / keep.sum()
@@ -96,48 +101,38 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
-def read_prefix(model: nn.Module, prefix: Tensor, n_rows: int) -> Any:
-    """Read the tokens that all rows begin with once, [1, P], and give their key/value cache for B rows.
+def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str, Tensor]:
+    """Lay rows end to end behind the unlabelled tokens that all of them begin with.
 
-    Gradients flow back through the cache, so the result is that of reading the prefix in every row.
+    Gives input_ids and labels [1, S], and lengths [1 + B]: of the prefix, then of each row's own part.
     """
-    from transformers import DynamicCache
+    n_prefix = 0
+    if share_prefix and len(rows) > 1:  # one unlabelled token is left to each row: it predicts the first label
+        limit = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in rows) - 1
+        n_prefix = common_prefix([row["input_ids"] for row in rows], limit)
+    ids = rows[0]["input_ids"][:n_prefix]
+    labels = [IGNORE] * n_prefix
+    for row in rows:
+        ids = ids + row["input_ids"][n_prefix:]
+        labels += [IGNORE, *row["labels"][n_prefix + 1 :]]  # nothing of its own row comes before the first token
+    lengths = [n_prefix, *(len(row["input_ids"]) - n_prefix for row in rows)]
+    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "lengths": torch.tensor(lengths)}
 
-    cache = DynamicCache()
-    model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(n_rows)
-    return cache
 
-
-def collate(rows: Sequence[dict[str, Any]], pad: int, share_prefix: bool) -> dict[str, Tensor]:
-    """Split off the unlabelled tokens that all rows begin with, and pad the rest on the right.
-
-    Gives prefix [1, P], input_ids and labels [B, T] and attention_mask [B, P + T].
-    """
-    n_prefix = _common_prefix(rows) if share_prefix and len(rows) > 1 else 0
-    longest = max(len(row["input_ids"]) for row in rows) - n_prefix
+def pad(rows: Sequence[dict[str, Any]], token: int = 0) -> dict[str, Tensor]:
+    """Pad rows on the right, for models that cannot be packed: input_ids, labels and attention_mask [B, T]."""
+    longest = max(len(row["input_ids"]) for row in rows)
     batch = {
-        "prefix": torch.tensor([rows[0]["input_ids"][:n_prefix]], dtype=torch.long),
-        "input_ids": torch.full((len(rows), longest), pad),
-        "attention_mask": torch.zeros((len(rows), n_prefix + longest), dtype=torch.long),
+        "input_ids": torch.full((len(rows), longest), token),
+        "attention_mask": torch.zeros((len(rows), longest), dtype=torch.long),
         "labels": torch.full((len(rows), longest), IGNORE),
     }
     for index, row in enumerate(rows):
-        n = len(row["input_ids"]) - n_prefix
-        batch["input_ids"][index, :n] = torch.tensor(row["input_ids"][n_prefix:])
-        batch["attention_mask"][index, : n_prefix + n] = 1
-        batch["labels"][index, :n] = torch.tensor(row["labels"][n_prefix:])
+        n = len(row["input_ids"])
+        batch["input_ids"][index, :n] = torch.tensor(row["input_ids"])
+        batch["attention_mask"][index, :n] = 1
+        batch["labels"][index, 1:n] = torch.tensor(row["labels"][1:])
     return batch
-
-
-def _common_prefix(rows: Sequence[dict[str, Any]]) -> int:
-    """Length of what all rows share before their first label, one unlabelled token left to each."""
-    first = rows[0]["input_ids"]
-    limit = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in rows) - 1
-    for n in range(limit):
-        if any(row["input_ids"][n] != first[n] for row in rows):
-            return n
-    return max(limit, 0)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -296,16 +291,28 @@ def make_trainer(
         trainer = CompletionTrainer(
             model,
             arguments,
-            data_collator=partial(collate, pad=0, share_prefix=arguments.world_size == 1),
+            data_collator=pack if can_pack(model) else pad,
             train_dataset=Rows(train),
             eval_dataset=Rows(evaluate),
             callbacks=callbacks,
+            optimizers=(make_optimizer(config, model), None),
             head=head,
         )
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def make_optimizer(config: Adapt, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW in which B may learn faster than A (LoRA+, arXiv:2402.12354)."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=config.learning_rate, loraplus_lr_ratio=config.loraplus_lr_ratio,
+        loraplus_weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    return optimizer
 
 
 def save_adapter(model: nn.Module, folder: Path, base_identity: str) -> None:

@@ -1,6 +1,6 @@
 """The torch engine: a Hugging Face checkpoint, a dequantized GPTQ checkpoint, or a base with a peft adapter.
 
-Shapes: B rows, T tokens, N target positions, C hidden size, V vocabulary.
+Shapes: B rows, T tokens, P shared tokens, S packed tokens, N target positions, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
+from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.runtime.engine import Logits, TokenRow
 
 BATCH_TOKENS = 2048  # padded tokens of one forward pass
@@ -108,19 +109,36 @@ class TorchEngine:
     def score_rows(self, rows: Sequence[TokenRow]) -> Iterator[Logits]:
         """Give, row by row in order, the logits that predict row.target, [N, V].
 
-        Rows of like length run together, padded on the right, where causal attention never looks. Only the
-        hidden states of the target positions are kept; the head runs when a row is asked for.
+        Rows run packed, what all of a pass begin with once. Only the hidden states of the target positions are kept;
+        the head runs when a row is asked for.
         """
         hidden: dict[int, Tensor] = {}
+        self._check(max(len(row.ids) - 1 for row in rows), *(row.ids for row in rows))
+        run = self._packed if can_pack(self._causal) else self._padded
         for batch in _batches(rows):
-            width = max(len(rows[i].ids) - 1 for i in batch)  # the last id is only a target
-            self._check(width, *(rows[i].ids for i in batch))
-            padded = [[*rows[i].ids[:-1], *[0] * (width + 1 - len(rows[i].ids))] for i in batch]
-            states = self._decoder(input_ids=self._tensor(padded), use_cache=False).last_hidden_state  # [B, T, C]
-            for place, i in enumerate(batch):
-                hidden[i] = states[place, rows[i].start - 1 : len(rows[i].ids) - 1].clone()
+            hidden |= zip(batch, run([rows[i] for i in batch]), strict=True)
         for i in range(len(rows)):
             yield np.concatenate([self._logits(part) for part in torch.split(hidden.pop(i), HEAD_POSITIONS)])
+
+    def _packed(self, rows: Sequence[TokenRow]) -> list[Tensor]:
+        """Hidden states [N, C] at the target positions of each row."""
+        n_prefix = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
+        lengths = [len(row.ids) - 1 - n_prefix for row in rows]  # the last id is only a target
+        layout = Layout.of(n_prefix, lengths, self._device)
+        ids = [*rows[0].ids[:n_prefix], *(token for row in rows for token in row.ids[n_prefix:-1])]
+        with packed_attention(self._causal):
+            states = self._decoder(
+                input_ids=self._tensor([ids]), position_ids=layout.positions(), packed=layout, use_cache=False
+            ).last_hidden_state[0, n_prefix:]  # [S - P, C]
+        own = torch.split(states, lengths)
+        return [part[row.start - 1 - n_prefix :].clone() for part, row in zip(own, rows, strict=True)]
+
+    def _padded(self, rows: Sequence[TokenRow]) -> list[Tensor]:
+        """The same for a model that cannot be packed: padded on the right, where causal attention never looks."""
+        width = max(len(row.ids) for row in rows)
+        padded = [[*row.ids[:-1], *[0] * (width - len(row.ids))] for row in rows]
+        states = self._decoder(input_ids=self._tensor(padded), use_cache=False).last_hidden_state  # [B, T, C]
+        return [part[row.start - 1 : len(row.ids) - 1].clone() for part, row in zip(states, rows, strict=True)]
 
     @torch.inference_mode()
     def continue_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_loss_falls_and_the_adapter_names_no_path(tiny_model: Artifact, rows: li
 
 def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows: list[Rendered]) -> None:
     model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
-    batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13)], pad=0, share_prefix=False)
+    batch = sft.pad([sft.Rows(rows)[i] for i in (0, 13)])
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         keep = batch["labels"][:, 1:] != sft.IGNORE
@@ -61,25 +62,26 @@ def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_shared_prefix_changes_neither_loss_nor_gradient(tiny_model: Artifact, rows: list[Rendered]) -> None:
+def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(tiny_model: Artifact, rows: list[Rendered]) -> None:
     found = []
-    for share in (False, True):
+    for collate in (sft.pad, partial(sft.pack, share_prefix=False), sft.pack):
         torch.manual_seed(0)
         model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # zero at first, which would hide the gradient of A
         trainer = sft.make_trainer(CONFIG, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
-        batch = sft.collate([sft.Rows(rows)[i] for i in (0, 13, 5)], pad=0, share_prefix=share)
+        batch = collate([sft.Rows(rows)[i] for i in (0, 13, 5)])
         loss = trainer.compute_loss(model, batch)
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found.append((loss.detach(), gradients, batch["prefix"].shape[1]))
-    (plain, plain_gradient, none), (shared, shared_gradient, n_prefix) = found
-    assert none == 0
-    assert n_prefix > 5
-    torch.testing.assert_close(shared, plain)
-    torch.testing.assert_close(shared_gradient, plain_gradient, rtol=1e-3, atol=1e-5)
+        found.append((loss.detach(), gradients, batch))
+    (padded, padded_gradient, _), *packed = found
+    assert [batch["lengths"][0] > 5 for *_, batch in packed] == [False, True]
+    assert packed[1][2]["input_ids"].numel() < packed[0][2]["input_ids"].numel()
+    for loss, gradient, _ in packed:
+        torch.testing.assert_close(loss, padded)
+        torch.testing.assert_close(gradient, padded_gradient, rtol=1e-3, atol=1e-5)
 
 
 class Dies(TrainerCallback):  # type: ignore[misc]
