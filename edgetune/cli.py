@@ -75,16 +75,28 @@ def init(
 
 @app.command()
 def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
-    """Check a recipe and show its stages and which are done. Nothing is made."""
+    """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
+    from rich.table import Table
+
     from edgetune.artifact import Store
+    from edgetune.estimate import spoken
     from edgetune.plan import plan as make_plan
     from edgetune.recipe import load_recipe
 
     console, loaded = _console(), load_recipe(recipe)
-    for line in make_plan(loaded, Store(store)):
-        mark = {True: "done   ", False: "to do  ", None: "later  "}[line.done]
-        console.print(f"{mark} {line.name}", highlight=False)
-    console.print("to do   accuracy of every hop, latency, report", highlight=False)
+    _quiet()
+    stages = make_plan(loaded, Store(store))
+    table = Table("Stage", "State", box=None, pad_edge=False)
+    table.add_column("Time, about", justify="right")
+    table.add_column("Memory, about", justify="right")
+    for stage in stages:
+        state = {True: "done", False: "to do", None: "later"}[stage.done]
+        time = "" if stage.done else spoken(stage.cost.seconds)
+        table.add_row(stage.name, state, time, f"{stage.cost.memory_mib / 1024:.1f} GiB")
+    left = [stage.cost for stage in stages if not stage.done]
+    console.print(table)
+    total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
+    console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from functools import cached_property
 from edgetune.adapt import merge, sft
 from edgetune.compress import moments, quantize
 from edgetune.data.calibration import CalibrationSet
-from edgetune.recipe import Calibration, Candidate, Gptq, Recipe
+from edgetune.recipe import Calibration, Candidate, GgufExport, Gptq, Recipe
 from edgetune.workload import Workload
 
 UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")  # llama.cpp rounds these without an importance matrix
@@ -43,8 +43,8 @@ class Graph:
 
     def moments(self, candidate: Candidate) -> str | None:
         """Identity of the importance matrix that a GGUF export reads, None where it reads none."""
-        gguf = candidate.export.gguf if candidate.export else None
-        if gguf is None or not gguf.imatrix or gguf.type in UNWEIGHED:
+        gguf = weighed_export(candidate)
+        if gguf is None:
             return None
         return moments.planned_identity(self.model, self.calibration(gguf.calibration).digest)
 
@@ -86,6 +86,22 @@ class Graph:
             yield f"{name}: importance matrix", self.moments(candidate)
             yield f"{name}: {compress_name(candidate)}", self.compressed(candidate)
             yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """Name what a recipe makes, as `Graph.stages` does; candidates that share a stage each name it."""
+    names = ["base", *(["adapt", "merge"] if recipe.adapt is not None else [])]
+    for name, candidate in recipe.candidates.items():
+        names += [f"{name}: importance matrix"] if weighed_export(candidate) else []
+        names += [f"{name}: {compress_name(candidate)}"] if candidate.compress else []
+        names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
+    return names
+
+
+def weighed_export(candidate: Candidate) -> GgufExport | None:
+    """Give the GGUF export that reads an importance matrix, None where the candidate has none such."""
+    gguf = candidate.export.gguf if candidate.export else None
+    return gguf if gguf is not None and gguf.imatrix and gguf.type not in UNWEIGHED else None
 
 
 def compress_name(candidate: Candidate) -> str:

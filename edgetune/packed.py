@@ -27,7 +27,7 @@ class Layout:
 
     n_prefix: int
     lengths: tuple[int, ...]  # own tokens of each row
-    padded: Tensor  # [B * T] place in the sequence of each token of the padded rows; 0 where there is none
+    padded: Tensor  # [B * T] place among the own tokens of each token of the padded rows; 0 where there is none
     own: Tensor  # [S - P] place in the padded rows of each own token
     mask: Tensor | None  # [T, P + T] what a row's own token sees; None without a prefix: causal
 
@@ -38,7 +38,7 @@ class Layout:
         inside = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]  # [B, T]
         own = inside.flatten().nonzero().flatten()
         padded = torch.zeros(inside.numel(), dtype=torch.long)
-        padded[own] = n_prefix + torch.arange(len(own))
+        padded[own] = torch.arange(len(own))
         mask = torch.ones(longest, n_prefix + longest, dtype=torch.bool).tril(n_prefix) if n_prefix else None
         return cls(
             n_prefix, tuple(lengths), padded.to(device), own.to(device), None if mask is None else mask.to(device)
@@ -90,30 +90,29 @@ def attend(
     packed: Layout, scaling: float | None = None, dropout: float = 0.0, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend within each row and to the prefix: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D]."""
-    n = packed.n_prefix
     groups = query.shape[1] // key.shape[1]
+    n, n_own = packed.n_prefix, query.shape[2] - packed.n_prefix
+    (q0, q), (k0, k), (v0, v) = (x.split([n, n_own], dim=2) for x in (query, key, value))
 
     def rows(x: Tensor) -> Tensor:
-        """[1, H, S, D] -> [B, H, T, D]"""
-        own = x[0].transpose(0, 1).index_select(0, packed.padded)
-        return own.view(len(packed.lengths), -1, *own.shape[1:]).transpose(1, 2)
+        """[1, H, S - P, D] -> [B, H, T, D]"""
+        padded = x[0].transpose(0, 1).index_select(0, packed.padded)
+        return padded.view(len(packed.lengths), -1, *padded.shape[1:]).transpose(1, 2)
 
-    def with_prefix(x: Tensor) -> Tensor:
-        own = rows(x)
-        if n:
-            own = torch.cat([x[:, :, :n].expand(len(own), -1, -1, -1), own], dim=2)
-        return own.repeat_interleave(groups, dim=1) if groups > 1 else own
+    def behind(prefix: Tensor, own: Tensor) -> Tensor:
+        """Put the shared keys or values [1, H', P, D] before each row's own, for every head."""
+        own = rows(own)
+        both = torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2) if n else own
+        return both.repeat_interleave(groups, dim=1) if groups > 1 else both
 
     found = functional.scaled_dot_product_attention(
-        rows(query), with_prefix(key), with_prefix(value),
+        rows(q), behind(k0, k), behind(v0, v),
         attn_mask=packed.mask, is_causal=packed.mask is None, scale=scaling, dropout_p=dropout,
     )  # fmt: skip
     result = found.transpose(1, 2).flatten(0, 1).index_select(0, packed.own)  # [S - P, H, D]
     if n:
         head = functional.scaled_dot_product_attention(
-            query[:, :, :n],
-            key[:, :, :n].repeat_interleave(groups, dim=1),
-            value[:, :, :n].repeat_interleave(groups, dim=1),
+            q0, k0.repeat_interleave(groups, dim=1), v0.repeat_interleave(groups, dim=1),
             is_causal=True, scale=scaling, dropout_p=dropout,
         )  # fmt: skip
         result = torch.cat([head[0].transpose(0, 1), result])

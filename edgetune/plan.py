@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
 from edgetune.compress import quantize
+from edgetune.data.formats import read_rows
 from edgetune.errors import EdgetuneError, RecipeError
+from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_stages
+from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
 from edgetune.sources import Source, find
 
@@ -75,19 +79,24 @@ class PlannedStage:
 
     name: str
     done: bool | None
+    cost: Cost
 
 
 def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
-    """List what a recipe makes, in order, and which of it the store already has."""
-    from edgetune.graph import Graph, compress_name, export_name
-
+    """List what a recipe makes and measures, in order, which artifacts the store already has, and what each costs."""
     ready = preflight(recipe)
     base = store.get(ready.source.identity)
-    if base is not None:
-        graph = Graph(recipe, base.identity, workload.load(recipe.data, base))
-        return [PlannedStage(name, store.get(made) is not None) for name, made in graph.stages()]
-    later = ["adapt", "merge"] if recipe.adapt is not None else []
-    for name, candidate in recipe.candidates.items():
-        later += [f"{name}: {compress_name(candidate)}"] if candidate.compress else []
-        later += [f"{name}: {export_name(candidate)}"] if candidate.export else []
-    return [PlannedStage("base", False), *(PlannedStage(name, None) for name in later)]
+    if base is None:
+        data = recipe.data
+        train = Counts.guess(read_rows(Path(data.train), data.format, data.train_rows))
+        heldout = Counts.guess(workload.heldout_rows(data))
+        states: list[tuple[str, bool | None]] = [(name, None) for name in stage_names(recipe)]
+        states[0] = ("base", False)
+    else:
+        work = workload.load(recipe.data, base)
+        train, heldout = Counts.of(work.train), Counts.of(work.heldout)
+        stages = Graph(recipe, base.identity, work).stages()
+        states = [(name, store.get(made) is not None) for name, made in stages]
+    states += [(name, None) for name in measured_stages(recipe)]
+    estimator = Estimator(recipe, ready.model_config, train, heldout, matmul_gflops())
+    return [PlannedStage(name, done, estimator.cost(name)) for name, done in states]

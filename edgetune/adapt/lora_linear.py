@@ -1,7 +1,7 @@
 """A LoRA linear layer with its own backward (arXiv:2106.09685): y = x W^T + s x A^T B^T.
 
-It saves its input and nothing else: x A^T is computed again in the backward, W is frozen. peft's layer also keeps
-copies of its output and of every cast. Same numbers, less memory, fewer passes over it.
+It saves its input and s x A^T, which is small, and nothing else: W is frozen. peft's layer also keeps copies of its
+output and of every cast. Same numbers, less memory, fewer passes over it.
 
 Shapes: N tokens, C in-features, R out-features, r rank.
 """
@@ -28,21 +28,20 @@ class LoraProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, layer: FusedLora) -> Tensor:
         W = layer.frozen_weight(x.dtype)
         y = functional.linear(x, W, layer.base_bias)
-        u = x @ A.t().to(x.dtype)
-        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B.t().to(y.dtype), alpha=scale)
-        ctx.save_for_backward(x, A, B)
+        x_flat, y_flat = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        u = (x_flat @ A.t().to(x.dtype)).mul_(scale)  # [N, r]
+        y_flat.addmm_(u, B.t().to(y.dtype))
+        ctx.save_for_backward(x, u, A, B)
         ctx.scale, ctx.layer = scale, layer
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
+        x, u, A, B = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])  # [N, R]
-        x_flat = x.view(-1, x.shape[-1])  # [N, C]
         gB = (g @ B.to(g.dtype)).mul_(ctx.scale)  # [N, r]
-        u = x_flat @ A.t().to(x.dtype)  # [N, r]
-        grad_A = (gB.t() @ x_flat).to(A.dtype)
-        grad_B = (g.t() @ u).mul_(ctx.scale).to(B.dtype)
+        grad_A = (gB.t() @ x.view(-1, x.shape[-1])).to(A.dtype)
+        grad_B = (g.t() @ u).to(B.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = g @ ctx.layer.frozen_weight(g.dtype)

@@ -67,6 +67,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, head: LabelledHead, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head = head
+        self._causal = self.model.get_base_model()  # without peft's and accelerate's wrappers
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
 
     def compute_loss(
@@ -82,7 +83,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             if "lengths" in inputs:
                 n_prefix, *lengths = inputs["lengths"].tolist()
                 layout = Layout.of(n_prefix, lengths, labels.device)
-                with packed_attention(self.accelerator.unwrap_model(model)):
+                with packed_attention(self._causal):
                     outputs = model(
                         input_ids=inputs["input_ids"],
                         position_ids=layout.positions(),

@@ -1,0 +1,203 @@
+"""What a recipe will cost, before it runs: seconds and resident memory of each stage.
+
+Seconds are arithmetic divided by the speed of this machine's matrix products, which is measured, and by the share of
+that speed which each kind of stage reached in the committed run of the quickstart (`benchmarks/results`). They are
+good to a factor of two on a machine of the same kind; `tests/test_estimate.py` holds them to that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from edgetune.compress.architectures import linear_shapes
+from edgetune.data.formats import Row
+from edgetune.data.render import Rendered
+from edgetune.graph import weighed_export
+from edgetune.recipe import Adapt, Bench, Calibration, Candidate, Recipe
+
+# Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
+TRAINING, TORCH, CALIBRATING, SOLVING = 0.45, 0.45, 0.45, 0.1
+SCORING = {"gguf": 0.22, "onnx": 0.3}
+DECODING = {"torch": 15.0, "gguf": 6.0, "onnx": 5.0}  # times the bytes of the weights that pass for each token
+MEMORY_BYTES_PER_S = 8e9
+START_S, EXPORT_S_PER_GB, MIB = 12.0, 130.0, 1 << 20
+RUNTIME_MIB = 450.0  # Python with torch and transformers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A prediction: wall-clock seconds, and peak resident memory of the process that works, in MiB."""
+
+    seconds: float
+    memory_mib: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the arithmetic needs of a model: weights of the linear layers, of the head, and the widths."""
+
+    linear: int
+    head: int
+    lora_per_rank: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    n_layers: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Sizes:
+        """Read them from a `config.json`. Raises UnsupportedError for an unknown architecture."""
+        shapes = linear_shapes(config).values()
+        hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+        return cls(
+            sum(R * C for R, C in shapes), hidden * vocabulary, sum(R + C for R, C in shapes), hidden,
+            int(config["intermediate_size"]), vocabulary, int(config["num_hidden_layers"]),
+        )  # fmt: skip
+
+    @property
+    def bytes_16(self) -> int:
+        return 2 * (self.linear + self.head)
+
+
+def matmul_gflops(seconds: float = 0.3) -> float:
+    """Measure this machine's float32 matrix product speed on all of torch's threads, in GFLOP/s."""
+    import torch
+
+    a, b = torch.randn(512, 768), torch.randn(768, 1024)
+    torch.mm(a, b)
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - began)
+    return 2 * 512 * 768 * 1024 / sorted(times)[len(times) // 2] / 1e9
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much text a set of rows is."""
+
+    n_rows: int
+    n_tokens: int
+    n_labels: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Rendered]) -> Counts:
+        return cls(len(rows), sum(len(row.ids) for row in rows), sum(row.n_labels for row in rows))
+
+    @classmethod
+    def guess(cls, rows: Sequence[Row]) -> Counts:
+        """Guess before there is a tokenizer: four characters a token, and a template's tokens around each turn."""
+        n_tokens = n_labels = 0
+        for row in rows:
+            turns = row.messages or (("assistant", row.text or ""),)
+            n_tokens += sum(len(text) // 4 + 6 for _, text in turns)
+            n_labels += sum(len(text) // 4 + 1 for role, text in turns if role == "assistant")
+        return cls(len(rows), n_tokens, n_labels)
+
+
+class Estimator:
+    """Predicts the stages of one recipe on a machine of `gflops`."""
+
+    def __init__(self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, gflops: float) -> None:
+        self.recipe, self.sizes, self.gflops = recipe, Sizes.of(config), gflops
+        self.train, self.heldout = train, heldout
+
+    def cost(self, stage: str) -> Cost:
+        """Predict one stage by the name that `Graph.stages` and `measured_stages` give it."""
+        subject, _, what = stage.rpartition(": ")
+        recipe, sizes = self.recipe, self.sizes
+        if stage == "base":
+            return Cost(START_S + 100 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
+        if stage == "adapt":
+            assert recipe.adapt is not None, "a recipe without adapt has no such stage"
+            return self._training(recipe.adapt)
+        if stage == "merge":
+            return Cost(10 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 2 * sizes.bytes_16 / MIB)
+        if stage == "latency":
+            return self._latency(recipe.bench)
+        if what == "accuracy":
+            return self._scoring(recipe.candidates.get(subject))
+        candidate = recipe.candidates[subject]
+        gguf = weighed_export(candidate)
+        if what == "importance matrix" and gguf is not None:
+            return self._calibrating(gguf.calibration, solves=False)
+        if what.startswith(("gguf", "onnx")):
+            return Cost(START_S + EXPORT_S_PER_GB * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
+        method = candidate.compress[0].method
+        calibration = getattr(method, "calibration", None)
+        if calibration is None:
+            return Cost(START_S, RUNTIME_MIB + 2 * sizes.bytes_16 / MIB)
+        return self._calibrating(calibration, solves=True)
+
+    def _seconds(self, flop: float, share: float) -> float:
+        return flop / (self.gflops * 1e9 * share)
+
+    def _training(self, config: Adapt) -> Cost:
+        sizes = self.sizes
+        n_rows, n_tokens, n_labels = max(self.train.n_rows, 1), self.train.n_tokens, self.train.n_labels
+        passes = config.epochs if config.max_steps is None else config.max_steps * config.batch_size / n_rows
+        lora = config.r * sizes.lora_per_rank
+        flop = passes * (n_tokens * (4 * sizes.linear + 6 * lora) + 4 * n_labels * sizes.head)
+        rows = config.micro_batch_size or config.batch_size
+        tokens = rows * n_tokens / n_rows
+        activations = tokens * sizes.n_layers * (10 * sizes.hidden + 6 * sizes.intermediate) * 4
+        logits = 3 * 4 * sizes.vocabulary * rows * n_labels / n_rows
+        dense = 4 if config.method == "lora" or config.keep_dense else 0
+        weights = sizes.linear * (dense + (0.6 if config.method == "qlora" else 0)) + 4 * sizes.head + 16 * lora
+        return Cost(START_S + self._seconds(flop, TRAINING), RUNTIME_MIB + (weights + activations + logits) / MIB)
+
+    def _scoring(self, candidate: Candidate | None) -> Cost:
+        """Score the held-out rows; a subject that is no candidate runs in torch."""
+        kind = _kind(candidate)
+        flop = 2 * (self.heldout.n_tokens * self.sizes.linear + self.heldout.n_labels * self.sizes.head)
+        weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0}[kind] * self.sizes.bytes_16
+        return Cost(START_S + self._seconds(flop, SCORING.get(kind, TORCH)), RUNTIME_MIB + weights / MIB)
+
+    def _calibrating(self, config: Calibration, *, solves: bool) -> Cost:
+        sizes = self.sizes
+        n_tokens = config.n_samples * config.n_tokens
+        flop = 2.0 * n_tokens * sizes.linear * (2 if solves else 1)
+        seconds = START_S + self._seconds(flop, CALIBRATING)
+        if solves:  # Hessians of four inputs a layer, and a Cholesky solve of each
+            widths = 3 * sizes.hidden**2 + sizes.intermediate**2
+            cubes = 3 * sizes.hidden**3 + sizes.intermediate**3
+            seconds += self._seconds(sizes.n_layers * 2.0 * n_tokens * widths, CALIBRATING)
+            seconds += self._seconds(sizes.n_layers * 10.0 * cubes, SOLVING)
+        hidden = 4 * n_tokens * sizes.hidden * 2
+        return Cost(seconds, RUNTIME_MIB + (2 * sizes.bytes_16 + hidden) / MIB)
+
+    def _latency(self, bench: Bench) -> Cost:
+        kinds = ["torch", *(_kind(candidate) for candidate in self.recipe.candidates.values())]
+        rounds = bench.repeats + bench.warmup
+        n_new = rounds * bench.new_tokens * len(bench.prompt_tokens)
+        read = sum(DECODING[kind] * self.sizes.bytes_16 for kind in kinds) * n_new / MEMORY_BYTES_PER_S / 10
+        prompts = rounds * sum(bench.prompt_tokens) * 2 * self.sizes.linear
+        prefill = sum(self._seconds(prompts, SCORING.get(kind, TORCH)) for kind in kinds)
+        return Cost(len(kinds) * START_S / 2 + read + prefill, RUNTIME_MIB + self.sizes.bytes_16 / MIB)
+
+
+def measured_stages(recipe: Recipe) -> list[str]:
+    """Name the measurements of a recipe, in the order in which they are made."""
+    hops = ["reference", *(["base", "adapter"] if recipe.adapt is not None else []), *recipe.candidates]
+    return [*(f"{name}: accuracy" for name in hops), "latency"]
+
+
+def spoken(seconds: float) -> str:
+    """Say a prediction no more exactly than it is: "20 s", "7 min", "3 h"."""
+    if seconds < 55:
+        return f"{max(5, 5 * ceil(seconds / 5))} s"
+    if seconds < 5400:
+        return f"{ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _kind(candidate: Candidate | None) -> str:
+    if candidate is None or candidate.export is None:
+        return "torch"
+    return "gguf" if candidate.export.gguf is not None else "onnx"
