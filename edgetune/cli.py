@@ -232,6 +232,54 @@ def report(folder: Annotated[Path, typer.Argument(help="folder of a run, with re
 
 
 @app.command()
+def gate(
+    report: Annotated[Path, typer.Argument(help="report.json, or the folder of a run")],
+    recipe: Annotated[Path | None, typer.Option(help="recipe whose budgets decide; those of the run if absent")] = None,
+    junit: Annotated[Path | None, typer.Option(help="write the verdicts here as JUnit XML")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write every figure here as CSV")] = None,
+) -> None:
+    """Hold a report's evidence against budgets, without measuring: 0 ship, 1 failed, 3 over budget, 4 inconclusive."""
+    from edgetune.artifact import write_text
+    from edgetune.recipe import Budgets, load_recipe
+    from edgetune.runtime import gate as gates
+    from edgetune.runtime.report.write import read_report
+    from edgetune.runtime.verdict import exit_code
+
+    found = read_report(gates.report_file(report))
+    budgets = load_recipe(recipe).budgets if recipe is not None else Budgets.model_validate(found.recipe["budgets"])
+    judged = gates.judge_again(found, budgets)
+    for path, text in ((junit, gates.junit), (csv, gates.figures_csv)):
+        if path is not None:
+            write_text(path, text(judged))
+    for verdict in judged.verdicts:
+        typer.echo(f"{verdict.candidate}: {verdict.verdict}. {verdict.reason}")
+    raise typer.Exit(exit_code(judged.verdicts))
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="report.json of the earlier release, or the folder of its run")],
+    after: Annotated[Path, typer.Argument(help="report.json of the later release, or the folder of its run")],
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="of the intervals and tests")] = 0.95,
+) -> None:
+    """Say what changed between two reports: answers, latency, size, versions; 3 where anything is worse, else 0."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from edgetune.runtime.diff import compare
+    from edgetune.runtime.gate import report_file
+    from edgetune.runtime.report.write import read_report
+
+    found = compare(*(read_report(report_file(path)) for path in (before, after)), confidence=confidence)
+    colours = {"better": "green", "worse": "red", "changed": "yellow", "same": "dim", "not comparable": "dim"}
+    table = Table("Subject", "What", "Change", "Found", box=None, pad_edge=False)
+    for one in found:
+        table.add_row(Text(one.subject), Text(one.what), Text(one.kind, style=colours[one.kind]), Text(one.says))
+    _console().print(table)
+    raise typer.Exit(3 if any(one.kind == "worse" for one in found) else 0)
+
+
+@app.command()
 def doctor() -> None:
     """Run each backend once in a child process, and say what to do about each that fails."""
     from rich.text import Text
@@ -273,6 +321,7 @@ def _quiet() -> None:
 
 def main() -> None:
     """Run the command line: an expected error is one line, and its exit code."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin for long crawl where the machine is shared
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # progress lines arrive while the work goes on
     try:

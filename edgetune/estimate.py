@@ -88,16 +88,21 @@ class Counts:
 
     @classmethod
     def of(cls, rows: Sequence[Rendered]) -> Counts:
-        return cls(len(rows), sum(len(row.ids) for row in rows), sum(row.n_labels for row in rows))
+        """Count rows; tokens that all of them begin with are computed once a batch and hardly count."""
+        from edgetune.packed import common_prefix
+
+        shared = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
+        return cls(len(rows), sum(len(row.ids) - shared for row in rows), sum(row.n_labels for row in rows))
 
     @classmethod
     def guess(cls, rows: Sequence[Row]) -> Counts:
         """Guess before there is a tokenizer: four characters a token, and a template's tokens around each turn."""
         n_tokens = n_labels = 0
         for row in rows:
-            turns = row.messages or (("assistant", row.text or ""),)
-            n_tokens += sum(len(text) // 4 + 6 for _, text in turns)
-            n_labels += sum(len(text) // 4 + 1 for role, text in turns if role == "assistant")
+            for role, text in row.messages or (("assistant", row.text or ""),):
+                if ((role, text),) != rows[0].messages[:1]:  # what all rows begin with
+                    n_tokens += len(text) // 4 + 6
+                    n_labels += len(text) // 4 + 1 if role == "assistant" else 0
         return cls(len(rows), n_tokens, n_labels)
 
 

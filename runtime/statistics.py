@@ -76,6 +76,30 @@ def percentile_interval(
     return Interval(value, float(low), float(high))
 
 
+def percentile_ratio(
+    after: Sequence[Sequence[float]],
+    before: Sequence[Sequence[float]],
+    q: float,
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    n_resamples: int = 2000,
+) -> Interval:
+    """Give a percentile of one set of samples over that of another, with a bootstrap interval over whole groups."""
+    rng = np.random.default_rng(seed)
+    sides = []
+    for groups in (after, before):
+        arrays = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]
+        if not arrays:
+            raise ValueError("a percentile needs at least one sample")
+        picks = rng.integers(len(arrays), size=(n_resamples, len(arrays)))
+        drawn = np.array([np.percentile(np.concatenate([arrays[i] for i in pick]), q) for pick in picks])
+        sides.append((float(np.percentile(np.concatenate(arrays), q)), drawn))
+    (value_after, drawn_after), (value_before, drawn_before) = sides
+    low, high = np.quantile(drawn_after / drawn_before, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value_after / value_before, float(low), float(high))
+
+
 def paired_bootstrap(
     candidate: Sequence[float] | Floats,
     reference: Sequence[float] | Floats,

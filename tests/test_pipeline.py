@@ -89,7 +89,12 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     repeated = {stage["name"] for stage in again.stages if not stage["done_before"]}
     assert repeated <= {"latency"}  # which is timed again where the machine was busy
     assert said.count("done before") == len(again.stages) - len(repeated)
-    assert [line.done for line in plan.plan(recipe, Store(tmp_path / "store"))] == [True] * 7
+    planned = plan.plan(recipe, Store(tmp_path / "store"))
+    assert [stage.done for stage in planned] == [True] * 7 + [None] * 7
+    assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
+    assert all(stage.cost.seconds > 0 and stage.cost.memory_mib > 0 for stage in planned)
+    unmade = plan.plan(recipe, Store(tmp_path / "empty"))
+    assert [stage.name for stage in unmade] == [stage.name for stage in planned]
 
 
 def test_a_failing_candidate_is_a_row_and_the_others_go_on(

@@ -1,0 +1,126 @@
+"""What changed between two reports: answers, latency, size, versions and verdicts, each with what is only chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from edgetune.runtime import statistics
+from edgetune.runtime.evidence import Accuracy, Latency, LatencyCase, Report
+
+Kind = Literal["better", "worse", "changed", "same", "not comparable"]
+FIGURES = (("TTFT", "ttft_ms"), ("ITL", "itl_ms"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing of one subject that was compared. `kind` is "same" where the difference may be chance."""
+
+    subject: str
+    what: str
+    kind: Kind
+    says: str
+
+
+def compare(before: Report, after: Report, *, seed: int = 0, confidence: float = 0.95) -> list[Difference]:
+    """Compare every subject that is in either report, in the order of the later one."""
+    found: list[Difference] = []
+    if before.edgetune != after.edgetune:
+        found.append(Difference("edgetune", "version", "changed", f"{before.edgetune} to {after.edgetune}"))
+    if before.machine != after.machine:
+        says = f"{before.machine.cpu} to {after.machine.cpu}: latency is not compared"
+        found.append(Difference("machine", "machine", "changed", says))
+    names = dict.fromkeys([*_subjects(after), *_subjects(before)])
+    for name in names:
+        if name not in _subjects(before) or name not in _subjects(after):
+            says = "only in the later report" if name in _subjects(after) else "only in the earlier report"
+            found.append(Difference(name, "subject", "changed", says))
+            continue
+        found += _verdicts(name, before, after)
+        old, new = _accuracy(before, name), _accuracy(after, name)
+        if old is not None and new is not None:
+            found += _answers(name, old, new, confidence)
+        timed, retimed = _latency(before, name), _latency(after, name)
+        if timed is not None and retimed is not None:
+            found += _footprint(name, timed, retimed)
+            if before.machine == after.machine:
+                found += _timings(name, timed, retimed, seed, confidence)
+    return found
+
+
+def _subjects(report: Report) -> dict[str, None]:
+    evidence = (*report.accuracy, *report.latency)
+    return dict.fromkeys([*(found.subject.name for found in evidence), *(v.candidate for v in report.verdicts)])
+
+
+def _accuracy(report: Report, name: str) -> Accuracy | None:
+    return next((found for found in report.accuracy if found.subject.name == name), None)
+
+
+def _latency(report: Report, name: str) -> Latency | None:
+    return next((found for found in report.latency if found.subject.name == name), None)
+
+
+def _verdicts(name: str, before: Report, after: Report) -> Iterator[Difference]:
+    old, new = (next((v for v in r.verdicts if v.candidate == name), None) for r in (before, after))
+    if old is not None and new is not None and old.verdict != new.verdict:
+        order = ("ship", "inconclusive", "do not ship", "failed")
+        kind: Kind = "better" if order.index(new.verdict) < order.index(old.verdict) else "worse"
+        yield Difference(name, "verdict", kind, f"{old.verdict} to {new.verdict}: {new.reason}")
+
+
+def _answers(name: str, old: Accuracy, new: Accuracy, confidence: float) -> Iterator[Difference]:
+    if old.subject.engine_version != new.subject.engine_version:
+        says = f"{old.subject.engine_version} to {new.subject.engine_version}"
+        yield Difference(name, "engine", "changed", says)
+    if old.workload != new.workload:
+        yield Difference(name, "answers", "not comparable", "the two reports scored other rows")
+        return
+    was, now = [row.exact for row in old.rows], [row.exact for row in new.rows]
+    flips = statistics.flips(now, was)
+    said = sum(a.output != b.output for a, b in zip(old.rows, new.rows, strict=True) if not (a.exact or b.exact))
+    bounds = statistics.paired_difference_bounds(flips.harmful, flips.beneficial, len(now), (1 + confidence) / 2)
+    says = (
+        f"{flips.harmful} rows became wrong and {flips.beneficial} right, exact match "
+        f"{-100 * bounds.value:+.2f} points ({-100 * bounds.high:+.2f} to {-100 * bounds.low:+.2f}), McNemar p = {flips.p_value:.2g}; "
+        f"{said} wrong answers are worded differently"
+    )
+    kind: Kind = "same"
+    if flips.p_value < 1 - confidence:
+        kind = "worse" if flips.harmful > flips.beneficial else "better"
+    yield Difference(name, "answers", kind, says)
+
+
+def _footprint(name: str, old: Latency, new: Latency) -> Iterator[Difference]:
+    if old.subject.size_bytes != new.subject.size_bytes:
+        kind: Kind = "better" if new.subject.size_bytes < old.subject.size_bytes else "worse"
+        says = f"{old.subject.size_bytes / 1e6:.1f} to {new.subject.size_bytes / 1e6:.1f} MB"
+        yield Difference(name, "size", kind, says)
+
+
+def _timings(name: str, old: Latency, new: Latency, seed: int, confidence: float) -> Iterator[Difference]:
+    if old.subject.n_threads != new.subject.n_threads:
+        says = f"{old.subject.n_threads} to {new.subject.n_threads} threads"
+        yield Difference(name, "latency", "not comparable", says)
+        return
+    busy = [label for label, found in (("earlier", old), ("later", new)) if found.load.busy]
+    cases = {case.prompt_tokens: case for case in old.cases}
+    for case in new.cases:
+        if case.prompt_tokens not in cases:
+            continue
+        for title, figure in FIGURES:
+            ratio = statistics.percentile_ratio(
+                _samples(case, figure), _samples(cases[case.prompt_tokens], figure), 50, seed=seed,
+                confidence=confidence,
+            )  # fmt: skip
+            kind: Kind = "worse" if ratio.low > 1 else "better" if ratio.high < 1 else "same"
+            says = f"median {ratio.value:.3f} times as long ({ratio.low:.3f} to {ratio.high:.3f})"
+            if busy:
+                kind, says = "not comparable", f"{says}; the machine was busy in the {' and the '.join(busy)} report"
+            yield Difference(name, f"{title}, prompts of {case.prompt_tokens}", kind, says)
+
+
+def _samples(case: LatencyCase, figure: str) -> list[list[float]]:
+    measured = [g for g in case.generations if not g.warmup]
+    return [[g.ttft_ms] if figure == "ttft_ms" else g.itl_ms for g in measured]

@@ -1,0 +1,87 @@
+"""What `diff` calls a change, and what it calls chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from edgetune.cli import app
+from edgetune.runtime import statistics
+from edgetune.runtime.diff import Difference, compare
+from edgetune.runtime.evidence import Report
+from edgetune.runtime.report.write import dump_report
+from tests.report_sample import sample_report
+
+
+def of(found: list[Difference], subject: str, what: str) -> Difference:
+    return next(one for one in found if one.subject == subject and one.what.startswith(what))
+
+
+def slower(report: Report, name: str, factor: float) -> Report:
+    latency = [
+        found.model_copy(update={"cases": [
+            case.model_copy(update={"generations": [
+                g.model_copy(update={"itl_ms": [ms * factor for ms in g.itl_ms]}) for g in case.generations
+            ]}) for case in found.cases
+        ]}) if found.subject.name == name else found
+        for found in report.latency
+    ]  # fmt: skip
+    return report.model_copy(update={"latency": latency})
+
+
+def test_a_report_is_the_same_as_itself() -> None:
+    report = sample_report()
+    kinds = {one.kind for one in compare(report, report)}
+    assert kinds <= {"same", "not comparable"}  # a busy machine's timings are not compared
+
+
+def test_slower_answers_and_lost_answers_are_worse() -> None:
+    report = sample_report()
+    assert of(compare(report, slower(report, "q4-gguf", 1.3)), "q4-gguf", "ITL").kind == "worse"
+    assert of(compare(report, slower(report, "q4-gguf", 0.7)), "q4-gguf", "ITL").kind == "better"
+    worse = [
+        found.model_copy(update={"rows": [row.model_copy(update={"exact": row.exact and i >= 40})
+                                          for i, row in enumerate(found.rows)]})
+        if found.subject.name == "q4-gguf" else found
+        for found in report.accuracy
+    ]  # fmt: skip
+    lost = of(compare(report, report.model_copy(update={"accuracy": worse})), "q4-gguf", "answers")
+    assert lost.kind == "worse"
+    assert "0 right" in lost.says
+
+
+def test_other_rows_and_other_machines_are_not_compared() -> None:
+    report = sample_report()
+    moved = report.model_copy(
+        update={
+            "machine": report.machine.model_copy(update={"cpu": "another"}),
+            "accuracy": [found.model_copy(update={"workload": "other"}) for found in report.accuracy],
+        }
+    )
+    found = compare(report, slower(moved, "q4-gguf", 3.0))
+    assert of(found, "machine", "machine").kind == "changed"
+    assert of(found, "q4-gguf", "answers").kind == "not comparable"
+    assert not [one for one in found if one.what.startswith(("ITL", "TTFT"))]
+
+
+def test_the_interval_of_a_ratio_holds_the_truth() -> None:
+    """Ten generations a side, true ratio 1: a 95 % interval misses it in about one of twenty runs."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for trial in range(200):
+        sides = [[rng.normal(10, 1, 8).tolist() for _ in range(10)] for _ in range(2)]
+        found = statistics.percentile_ratio(*sides, 50, seed=trial, n_resamples=300)
+        missed += not found.low <= 1 <= found.high
+    assert missed <= 24
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (2.0, 3)])
+def test_the_verb(tmp_path: Path, factor: float, code: int) -> None:
+    for name, report in (("a", sample_report()), ("b", slower(sample_report(), "q4-gguf", factor))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(dump_report(report), encoding="utf-8")
+    done = CliRunner().invoke(app, ["diff", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")])
+    assert done.exit_code == code, done.output

@@ -1,0 +1,81 @@
+"""The release gate: the same evidence under other budgets, as exit code, JUnit XML and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edgetune.cli import app
+from edgetune.errors import DataError
+from edgetune.recipe import Budgets
+from edgetune.runtime import gate
+from edgetune.runtime.evidence import Verdict
+from edgetune.runtime.report.write import dump_report
+from tests.report_sample import BUDGETS, sample_report
+
+
+def test_the_run_s_own_budgets_give_its_own_verdicts() -> None:
+    report = sample_report()
+    again = gate.judge_again(report, Budgets.model_validate(BUDGETS))
+    assert [(v.candidate, v.verdict) for v in again.verdicts] == [(v.candidate, v.verdict) for v in report.verdicts]
+
+
+def test_other_budgets_give_other_verdicts() -> None:
+    report = sample_report()
+    strict = gate.judge_again(report, Budgets(size_mb=1))
+    assert {v.verdict for v in strict.verdicts} == {"do not ship", "failed"}
+    lax = gate.judge_again(report, Budgets(size_mb=10_000))
+    assert {v.verdict for v in lax.verdicts} == {"ship", "failed"}  # what failed stays failed
+
+
+def test_a_report_without_its_reference_cannot_judge_accuracy() -> None:
+    report = sample_report()
+    cut = report.model_copy(update={"accuracy": [a for a in report.accuracy if a.subject.name != report.reference]})
+    with pytest.raises(DataError, match="no accuracy of its reference"):
+        gate.judge_again(cut, Budgets.model_validate(BUDGETS))
+
+
+def test_junit_counts_inconclusive_as_a_failure_and_survives_hostile_text() -> None:
+    report = sample_report()
+    hostile = Verdict(candidate="a\x00<b>&", verdict="failed", checks=[], reason="\x1b[31m]]>")
+    root = ET.fromstring(gate.junit(report.model_copy(update={"verdicts": [*report.verdicts, hostile]})))
+    suites = root.findall("testsuite")
+    assert len(suites) == len(report.verdicts) + 1
+    for suite, verdict in zip(suites, report.verdicts, strict=False):
+        broken = [check for check in verdict.checks if check.verdict != "ship"]
+        assert len(suite.findall("testcase/failure")) == len(broken) == int(suite.get("failures", "-1"))
+        assert len(suite.findall("testcase/error")) == (verdict.verdict == "failed")
+        assert len(suite.findall("testcase")) == int(suite.get("tests", "-1"))
+    assert any(check.verdict == "inconclusive" for v in report.verdicts for check in v.checks)
+    assert suites[-1].get("name") == "a\ufffd<b>&"
+
+
+def test_csv_has_a_line_for_each_figure() -> None:
+    rows = list(csv.DictReader(io.StringIO(gate.figures_csv(sample_report()))))
+    exact = {row["subject"]: float(row["value"]) for row in rows if row["figure"] == "exact"}
+    assert {"reference", "q4-gguf", "q4-onnx"} <= set(exact)
+    assert all(0 <= value <= 100 for value in exact.values())
+    assert all(row["unit"] and row["source"] for row in rows)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(10_000, 1), (1, 1)])
+def test_the_verb_says_a_line_for_each_candidate(tmp_path: Path, limit: float, code: int) -> None:
+    (tmp_path / "report.json").write_text(dump_report(sample_report()), encoding="utf-8")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nbase: b\ndata: {{train: t, heldout: h}}\nbudgets: {{size_mb: {limit}}}\n"
+        "candidates: {q8: {export: {gguf: {type: Q8_0}}}}\n"
+    )
+    done = CliRunner().invoke(
+        app, ["gate", str(tmp_path), "--recipe", str(recipe), "--junit", str(tmp_path / "j.xml"),
+              "--csv", str(tmp_path / "f.csv")],
+    )  # fmt: skip
+    assert done.exit_code == code, done.output  # one candidate of the sample failed
+    assert len(done.output.strip().splitlines()) == len(sample_report().verdicts)
+    assert (tmp_path / "j.xml").stat().st_size
+    assert (tmp_path / "f.csv").stat().st_size

@@ -1,0 +1,78 @@
+"""Predictions of `plan`: held to the committed run, and to grow with what they are predictions of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgetune import estimate
+from edgetune.data.formats import read_rows
+from edgetune.estimate import Counts, Estimator
+from edgetune.recipe import Recipe, parse_recipe
+
+REPO = Path(__file__).resolve().parents[1]
+RESULT = json.loads((REPO / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+GFLOPS = 258  # float32 matrix products of the machine of the committed run
+SMOLLM2 = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+}  # fmt: skip
+
+
+def estimator(recipe: Recipe, gflops: float = GFLOPS) -> Estimator:
+    data = recipe.data
+    counts = [
+        Counts.guess(read_rows(REPO / path, data.format, limit))
+        for path, limit in ((data.train, data.train_rows), (data.heldout, data.heldout_rows))
+    ]
+    return Estimator(recipe, SMOLLM2, *counts, gflops)
+
+
+def test_the_committed_run_took_what_is_predicted() -> None:
+    """Each long stage within a factor of two and a half, all together within 1.6."""
+    predict = estimator(parse_recipe(RESULT["recipe"]))
+    made = [stage for stage in RESULT["stages"] if not stage["done_before"]]
+    assert made
+    for stage in made:
+        found = predict.cost(stage["name"]).seconds
+        if stage["seconds"] > 25:
+            assert 1 / 2.5 < found / stage["seconds"] < 2.5, (stage["name"], found, stage["seconds"])
+    total = sum(predict.cost(stage["name"]).seconds for stage in made)
+    assert 1 / 1.6 < total / sum(stage["seconds"] for stage in made) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage"),
+    [
+        ("epochs", 3.0, "adapt"),
+        ("keep_dense", False, "adapt"),
+        ("batch_size", 64, "adapt"),
+    ],
+)
+def test_predictions_follow_the_recipe(key: str, value: object, stage: str) -> None:
+    raw = json.loads(json.dumps(RESULT["recipe"]))
+    before = estimator(parse_recipe(raw)).cost(stage)
+    raw["adapt"][key] = value
+    after = estimator(parse_recipe(raw)).cost(stage)
+    if key == "epochs":
+        assert after.seconds > 2 * before.seconds
+    elif key == "keep_dense":
+        assert after.memory_mib < before.memory_mib - 300
+    else:
+        assert after.memory_mib > before.memory_mib + 500
+
+
+def test_a_slower_machine_takes_longer() -> None:
+    recipe = parse_recipe(RESULT["recipe"])
+    assert estimator(recipe, GFLOPS / 4).cost("adapt").seconds > 3 * estimator(recipe).cost("adapt").seconds
+
+
+def test_the_speed_of_the_machine_is_measured() -> None:
+    assert estimate.matmul_gflops(0.05) > 0.1
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(2, "5 s"), (52, "55 s"), (61, "2 min"), (6000, "1.7 h")])
+def test_predictions_are_said_roughly(seconds: float, said: str) -> None:
+    assert estimate.spoken(seconds) == said
