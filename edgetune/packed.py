@@ -92,7 +92,7 @@ def attend(
     """Attend within each row and to the prefix: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D]."""
     groups = query.shape[1] // key.shape[1]
     n, n_own = packed.n_prefix, query.shape[2] - packed.n_prefix
-    (q0, q), (k0, k), (v0, v) = (x.split([n, n_own], dim=2) for x in (query, key, value))
+    (q0, q), (k0, k), (v0, v) = (torch.split(x, [n, n_own], dim=2) for x in (query, key, value))
 
     def rows(x: Tensor) -> Tensor:
         """[1, H, S - P, D] -> [B, H, T, D]"""

@@ -50,8 +50,8 @@ def compare(before: Report, after: Report, *, seed: int = 0, confidence: float =
 
 
 def _subjects(report: Report) -> dict[str, None]:
-    evidence = (*report.accuracy, *report.latency)
-    return dict.fromkeys([*(found.subject.name for found in evidence), *(v.candidate for v in report.verdicts)])
+    measured = [*(found.subject for found in report.accuracy), *(found.subject for found in report.latency)]
+    return dict.fromkeys([*(subject.name for subject in measured), *(v.candidate for v in report.verdicts)])
 
 
 def _accuracy(report: Report, name: str) -> Accuracy | None:
@@ -81,10 +81,10 @@ def _answers(name: str, old: Accuracy, new: Accuracy, confidence: float) -> Iter
     flips = statistics.flips(now, was)
     said = sum(a.output != b.output for a, b in zip(old.rows, new.rows, strict=True) if not (a.exact or b.exact))
     bounds = statistics.paired_difference_bounds(flips.harmful, flips.beneficial, len(now), (1 + confidence) / 2)
+    gain, low, high = (-100 * share for share in (bounds.value, bounds.high, bounds.low))
     says = (
-        f"{flips.harmful} rows became wrong and {flips.beneficial} right, exact match "
-        f"{-100 * bounds.value:+.2f} points ({-100 * bounds.high:+.2f} to {-100 * bounds.low:+.2f}), McNemar p = {flips.p_value:.2g}; "
-        f"{said} wrong answers are worded differently"
+        f"{flips.harmful} rows became wrong and {flips.beneficial} right, exact match {gain:+.2f} points "
+        f"({low:+.2f} to {high:+.2f}), McNemar p = {flips.p_value:.2g}; {said} wrong answers are worded differently"
     )
     kind: Kind = "same"
     if flips.p_value < 1 - confidence:
