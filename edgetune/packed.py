@@ -89,31 +89,36 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     packed: Layout, scaling: float | None = None, dropout: float = 0.0, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend within each row and to the prefix: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D]."""
-    groups = query.shape[1] // key.shape[1]
-    n, n_own = packed.n_prefix, query.shape[2] - packed.n_prefix
-    (q0, q), (k0, k), (v0, v) = (torch.split(x, [n, n_own], dim=2) for x in (query, key, value))
+    """Attend as Transformers asks for it: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D]."""
+    heads = torch.cat([query[0], key[0], value[0]]).transpose(0, 1)
+    return attention(heads, query.shape[1], key.shape[1], packed, scaling, dropout)[None], None
 
-    def rows(x: Tensor) -> Tensor:
-        """[1, H, S - P, D] -> [B, H, T, D]"""
-        padded = x[0].transpose(0, 1).index_select(0, packed.padded)
-        return padded.view(len(packed.lengths), -1, *padded.shape[1:]).transpose(1, 2)
 
-    def behind(prefix: Tensor, own: Tensor) -> Tensor:
-        """Put the shared keys or values [1, H', P, D] before each row's own, for every head."""
-        own = rows(own)
-        both = torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2) if n else own
-        return both.repeat_interleave(groups, dim=1) if groups > 1 else both
-
+def attention(
+    heads: Tensor, n_query: int, n_key: int, packed: Layout, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Attend within each row and to the prefix: queries, keys and values [S, H + 2 H', D] -> [S, H, D]."""
+    n, sizes = packed.n_prefix, [n_query, n_key, n_key]
+    prefix, own = torch.split(heads, [n, len(heads) - n])
+    rows = own.index_select(0, packed.padded).view(len(packed.lengths), -1, *own.shape[1:]).transpose(1, 2)
+    q, k, v = torch.split(rows, sizes, dim=1)  # [B, H, T, D]
+    if n:
+        q0, k0, v0 = torch.split(prefix.transpose(0, 1)[None], sizes, dim=1)  # [1, H, P, D]
+        k = torch.cat([k0.expand(len(k), -1, -1, -1), k], dim=2)
+        v = torch.cat([v0.expand(len(v), -1, -1, -1), v], dim=2)
     found = functional.scaled_dot_product_attention(
-        rows(q), behind(k0, k), behind(v0, v),
-        attn_mask=packed.mask, is_causal=packed.mask is None, scale=scaling, dropout_p=dropout,
+        q, _for_each(k, n_query), _for_each(v, n_query),
+        attn_mask=packed.mask, is_causal=packed.mask is None, scale=scale, dropout_p=dropout,
     )  # fmt: skip
     result = found.transpose(1, 2).flatten(0, 1).index_select(0, packed.own)  # [S - P, H, D]
     if n:
         head = functional.scaled_dot_product_attention(
-            q0, k0.repeat_interleave(groups, dim=1), v0.repeat_interleave(groups, dim=1),
-            is_causal=True, scale=scaling, dropout_p=dropout,
-        )  # fmt: skip
+            q0, _for_each(k0, n_query), _for_each(v0, n_query), is_causal=True, scale=scale, dropout_p=dropout
+        )
         result = torch.cat([head[0].transpose(0, 1), result])
-    return result[None], None
+    return result
+
+
+def _for_each(x: Tensor, n_heads: int) -> Tensor:
+    """Repeat shared keys or values for every query head: [B, H', T, D] -> [B, H, T, D]."""
+    return x.repeat_interleave(n_heads // x.shape[1], dim=1) if n_heads != x.shape[1] else x

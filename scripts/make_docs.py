@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md from the recipe's models and docs/cli.md from each verb's --help.
+"""Writes docs/recipe.md from the recipe's models, docs/cli.md from each verb's --help, and report.json's schema.
 
 `--check` writes nothing and exits 1 where a file differs from what would be written.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from edgetune.cli import app
 from edgetune.recipe import Recipe
+from edgetune.runtime.report.write import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = "100"  # what --help is told the terminal's width is
@@ -199,11 +200,12 @@ def _help(verb: list[str]) -> str:
 
 def pages() -> dict[str, str]:
     """Every file that this script owns, path -> text."""
-    return {"docs/recipe.md": recipe_page(), "docs/cli.md": cli_page()}
+    schema = json.dumps(json_schema(), indent=1) + "\n"
+    return {"docs/recipe.md": recipe_page(), "docs/cli.md": cli_page(), "docs/report.schema.json": schema}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write docs/recipe.md and docs/cli.md.")
+    parser = argparse.ArgumentParser(description="Write docs/recipe.md, docs/cli.md and docs/report.schema.json.")
     parser.add_argument("--check", action="store_true", help="exit 1 if a committed page differs; write nothing")
     check = parser.parse_args(argv).check
     differing = []

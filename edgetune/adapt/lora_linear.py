@@ -62,26 +62,34 @@ class FusedLora(nn.Module):
         return bias
 
     def frozen_weight(self, dtype: torch.dtype) -> Tensor:
-        """Give the base's weight [R, C] as a plain tensor."""
+        """Give the base's weight [R, C] as a plain tensor, kept if the recipe says so."""
         if self._dense is not None:
             return self._dense
-        weight = self.get_base_layer().weight  # type: ignore[operator]
-        dense: Tensor = weight
-        if isinstance(weight, bnb.nn.Params4bit):
-            dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        dense = dense.to(dtype)
-        if self.keep_dense and dense is not weight:
+        dense = self.dequantized(dtype)
+        if self.keep_dense and dense is not self.get_base_layer().weight:  # type: ignore[operator]
             self._dense = dense
         return dense
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None  # type: ignore[index, arg-type]
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Give the base's weight [R, C] as a plain tensor, made anew."""
+        weight: Tensor = self.get_base_layer().weight  # type: ignore[operator]
+        if isinstance(weight, bnb.nn.Params4bit):
+            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return weight.to(dtype)
+
+    def plain_adapter(self) -> str | None:
+        """Name the one adapter that is nothing but A and B, None where there is more to it."""
+        name: str | None = self.active_adapters[0] if len(self.active_adapters) == 1 else None  # type: ignore[index, arg-type]
         plain = (
             name in self.lora_A  # type: ignore[operator]
-            and not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
+            and not (self.disable_adapters or self.merged or self.lora_variant)
             and isinstance(self.lora_dropout[name], nn.Identity)  # type: ignore[index]
         )
-        if not plain:
+        return name if plain else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self.plain_adapter()
+        if name is None or args or kwargs:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         A, B = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[index, union-attr]

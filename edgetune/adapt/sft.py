@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt.base import load_base
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
+from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import use_fused_layers
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.golden import Golden
@@ -67,7 +68,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, head: LabelledHead, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head = head
-        self._causal = self.model.get_base_model()  # without peft's and accelerate's wrappers
+        self._causal = self.model.get_base_model()  # peft's layers stay inside
+        self._fused = FusedDecoder.of(self._causal)
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
 
     def compute_loss(
@@ -79,27 +81,35 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         labels = inputs["labels"][:, 1:]
         keep = labels != IGNORE
-        with self.head.only(keep):
-            if "lengths" in inputs:
-                n_prefix, *lengths = inputs["lengths"].tolist()
-                layout = Layout.of(n_prefix, lengths, labels.device)
-                with packed_attention(self._causal):
-                    outputs = model(
-                        input_ids=inputs["input_ids"],
-                        position_ids=layout.positions(),
-                        packed=layout,
-                        use_cache=False,
-                    )
-            else:
-                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        loss = functional.cross_entropy(outputs.logits.float(), labels[keep], reduction="sum")
+        logits = self._packed(model, inputs, keep) if "lengths" in inputs else self._padded(model, inputs, keep)
+        loss = functional.cross_entropy(logits.float(), labels[keep], reduction="sum")
         if num_items_in_batch is None:
             loss = loss / keep.sum()
         else:
             loss = loss / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _packed(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
+        """Logits [N, V] of the labelled positions of packed rows."""
+        n_prefix, *lengths = inputs["lengths"].tolist()
+        ids, layout = inputs["input_ids"], Layout.of(n_prefix, lengths, keep.device)
+        if self._fused is not None:
+            states = self._fused.states(ids, layout)[:-1]
+            return cast("Tensor", self._causal.get_output_embeddings()(states[keep[0]]))
+        with self.head.only(keep), packed_attention(self._causal):
+            logits: Tensor = model(
+                input_ids=ids, position_ids=layout.positions(), packed=layout, use_cache=False
+            ).logits
+        return logits
+
+    def _padded(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
+        with self.head.only(keep):
+            logits: Tensor = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).logits
+        return logits
 
 
 def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str, Tensor]:
@@ -292,7 +302,7 @@ def make_trainer(
         trainer = CompletionTrainer(
             model,
             arguments,
-            data_collator=pack if can_pack(model) else pad,
+            data_collator=pack if can_pack(model) and arguments.world_size == 1 else pad,
             train_dataset=Rows(train),
             eval_dataset=Rows(evaluate),
             callbacks=callbacks,

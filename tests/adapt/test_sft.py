@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, TrainerCallback
 
 from edgetune.adapt import sft
+from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import FusedLora
 from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
@@ -62,26 +63,40 @@ def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows:
     torch.testing.assert_close(found, expected)
 
 
-def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(tiny_model: Artifact, rows: list[Rendered]) -> None:
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_packed_and_fused_give_the_loss_and_gradient_of_padded_rows(
+    tiny_model: Artifact, rows: list[Rendered], method: str, keep_dense: bool
+) -> None:
+    config = CONFIG.model_copy(update={"method": method, "keep_dense": keep_dense})
     found = []
-    for collate in (sft.pad, partial(sft.pack, share_prefix=False), sft.pack):
+    for collate, fused in ((sft.pad, False), (partial(sft.pack, share_prefix=False), False), (sft.pack, False),
+                           (sft.pack, True), (partial(sft.pack, share_prefix=False), True)):  # fmt: skip
         torch.manual_seed(0)
-        model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
+        model, head = sft.attach(config, tiny_model.path, "cpu")
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # zero at first, which would hide the gradient of A
-        trainer = sft.make_trainer(CONFIG, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
+        trainer = sft.make_trainer(config, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
+        assert trainer._fused is not None
+        if not fused:
+            trainer._fused = None
         batch = collate([sft.Rows(rows)[i] for i in (0, 13, 5)])
         loss = trainer.compute_loss(model, batch)
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((loss.detach(), gradients, batch))
     (padded, padded_gradient, _), *packed = found
-    assert [batch["lengths"][0] > 5 for *_, batch in packed] == [False, True]
+    assert [batch["lengths"][0] > 5 for *_, batch in packed] == [False, True, True, False]
     assert packed[1][2]["input_ids"].numel() < packed[0][2]["input_ids"].numel()
     for loss, gradient, _ in packed:
         torch.testing.assert_close(loss, padded)
         torch.testing.assert_close(gradient, padded_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_more_than_a_plain_adapter_runs_module_by_module(tiny_model: Artifact) -> None:
+    model, _ = sft.attach(CONFIG.model_copy(update={"dropout": 0.1}), tiny_model.path, "cpu")
+    assert FusedDecoder.of(model.get_base_model()) is None
 
 
 class Dies(TrainerCallback):  # type: ignore[misc]
