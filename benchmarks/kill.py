@@ -12,6 +12,7 @@ and second runs that fail; `different_bytes` counts shipped files that are not t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +42,7 @@ PACKAGES = (
     "onnxruntime-genai",
 )  # fmt: skip
 RUN_TIMEOUT_S, ORPHAN_TIMEOUT_S = 600, 20
+LIVE: set[subprocess.Popen[bytes]] = set()  # runs that a stopped benchmark takes with it
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ def start(recipe: Path, home: Path, moment: Moment) -> subprocess.Popen[bytes]:
     if moment.rename is not None:
         command += ["--die-at", str(moment.rename), "--side", moment.side]
     with (home / "output.log").open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    LIVE.add(process)
+    return process
 
 
 def finish(recipe: Path, home: Path) -> tuple[bool, float]:
@@ -128,9 +133,7 @@ def finish(recipe: Path, home: Path) -> tuple[bool, float]:
         process.wait(RUN_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         _kill_group(process)
-    except SystemExit:  # this benchmark is told to stop, and its run with it
-        _kill_group(process)
-        raise
+    LIVE.discard(process)
     return process.returncode == 0, round(time.monotonic() - began, 2)
 
 
@@ -140,7 +143,8 @@ def _kill_group(process: subprocess.Popen[bytes]) -> int:
         below = psutil.Process(process.pid).children(recursive=True)
     except psutil.Error:
         below = []
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return _outlive(below)
 
@@ -160,9 +164,6 @@ def run_until(recipe: Path, home: Path, moment: Moment, kill: Kill) -> None:
             process.wait(moment.seconds)
         except subprocess.TimeoutExpired:
             kill.orphans = _kill_group(process)
-        except SystemExit:
-            _kill_group(process)
-            raise
     else:
         below: list[psutil.Process] = []
         deadline = time.monotonic() + RUN_TIMEOUT_S
@@ -178,6 +179,7 @@ def run_until(recipe: Path, home: Path, moment: Moment, kill: Kill) -> None:
             time.sleep(0.05)
         process.wait()
         kill.orphans = _outlive(below)
+    LIVE.discard(process)
     kill.killed = process.returncode == -signal.SIGKILL
     if not kill.killed and process.returncode != 0:
         kill.lost.append(f"first run ended with {process.returncode}: {_last_line(home)}")
@@ -245,7 +247,7 @@ def attempt(recipe: Path, home: Path, moment: Moment, expected: dict[str, str]) 
     return kill
 
 
-def benchmark(n_kills: int, n_renames: int | None, seed: int, out: Path) -> int:
+def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Path) -> int:
     """Do all kills and write the result after each; gives the exit code."""
     began, load_before = time.monotonic(), os.getloadavg()
     busy_before = psutil.cpu_percent(1) / 100
@@ -263,16 +265,28 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, out: Path) -> int:
         print(f"uninterrupted: {duration:.1f} s, {len(renames)} renames, {len(expected)} files", flush=True)
         kills: list[Kill] = []
         pending = _moments(n_kills, n_renames, len(renames), duration, seed)
-        for number, moment in enumerate(pending, 1):
-            home = folder / f"kill-{number}"
-            kill = attempt(recipe, home, moment, expected)
-            kills.append(kill)
+
+        def one(numbered: tuple[int, Moment]) -> Kill:
+            home = folder / f"kill-{numbered[0]}"
+            kill = attempt(recipe, home, numbered[1], expected)
             shutil.rmtree(home)
-            print(f"{number}/{len(pending)} {moment}: {kill.where}: {kill.outcome}", flush=True)
-            for line in kill.lost + kill.different_bytes:
-                print(f"    {line}", flush=True)
-            load = {"before": load_before, "after": os.getloadavg(), "busy_share_before": busy_before}
-            write_text(out, _result(kills, duration, renames, expected, seed, load, time.monotonic() - began))
+            return kill
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for kill in pool.map(one, enumerate(pending, 1)):
+                    kills.append(kill)
+                    print(f"{len(kills)}/{len(pending)} {kill.moment}: {kill.where}: {kill.outcome}", flush=True)
+                    for line in kill.lost + kill.different_bytes:
+                        print(f"    {line}", flush=True)
+                    load = {"before": load_before, "after": os.getloadavg(), "busy_share_before": busy_before}
+                    seconds = time.monotonic() - began
+                    write_text(out, _result(kills, duration, renames, expected, seed, jobs, load, seconds))
+            except SystemExit:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(LIVE):
+                    _kill_group(process)
+                raise
     totals = _totals(kills)
     print(f"kills={totals['kills']} lost={totals['lost']} different_bytes={totals['different_bytes']}")
     return 1 if totals["lost"] or totals["different_bytes"] else 0
@@ -298,8 +312,8 @@ def _totals(kills: list[Kill]) -> dict[str, int]:
 
 
 def _result(
-    kills: list[Kill], duration: float, renames: list[str], expected: dict[str, str], seed: int, load: dict[str, Any],
-    seconds: float,
+    kills: list[Kill], duration: float, renames: list[str], expected: dict[str, str], seed: int, jobs: int,
+    load: dict[str, Any], seconds: float,
 ) -> str:  # fmt: skip
     from edgetune.runtime.machine import describe
 
@@ -307,6 +321,7 @@ def _result(
         "benchmark": "kill",
         "totals": _totals(kills),
         "seed": seed,
+        "jobs": jobs,
         "seconds": round(seconds, 1),
         "uninterrupted_s": duration,
         "renames": renames,
@@ -333,6 +348,7 @@ def main() -> int:
     parser.add_argument("--renames", type=int, help="kills around renames; all where absent")
     parser.add_argument("--quick", action="store_true", help="3 random moments and 3 renames")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="kills at the same time, each with a store of its own")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=2, type=Path, metavar=("RECIPE", "HOME"), help=argparse.SUPPRESS)
     parser.add_argument("--die-at", type=int, help=argparse.SUPPRESS)
@@ -343,7 +359,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that runs and temporary folders go too
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    return benchmark(*(3, 3) if given.quick else (given.kills, given.renames), given.seed, given.out)
+    return benchmark(*(3, 3) if given.quick else (given.kills, given.renames), given.seed, given.jobs, given.out)
 
 
 if __name__ == "__main__":
