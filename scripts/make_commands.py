@@ -304,7 +304,7 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     taught: dict[str, set[tuple[str, ...]]] = {}
     for split in SPLITS:
-        rng = random.Random(f"{seed} {split}")  # the held-out rows stay when the training phrases change
+        rng = random.Random(f"{seed} {split}")
         table, rows = templates(split), []
         for intent, want in wanted(split).items():
             made = attempts = 0
