@@ -20,12 +20,12 @@ from edgetune.graph import weighed_export
 from edgetune.recipe import Adapt, Bench, Calibration, Candidate, Recipe
 
 # Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
-TRAINING, TORCH, CALIBRATING, SOLVING = 0.45, 0.45, 0.45, 0.1
+TRAINING, TORCH, CALIBRATING, SOLVING = 0.29, 0.3, 0.5, 0.15
 SCORING = {"gguf": 0.22, "onnx": 0.3}
 DECODING = {"torch": 15.0, "gguf": 6.0, "onnx": 5.0}  # times the bytes of the weights that pass for each token
 MEMORY_BYTES_PER_S = 8e9
 START_S, EXPORT_S_PER_GB, MIB = 12.0, 130.0, 1 << 20
-RUNTIME_MIB = 450.0  # Python with torch and transformers
+RUNTIME_MIB, TRAINER_MIB = 450.0, 900.0  # Python with torch and transformers; with what training imports
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Estimator:
         subject, _, what = stage.rpartition(": ")
         recipe, sizes = self.recipe, self.sizes
         if stage == "base":
-            return Cost(START_S + 100 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
+            return Cost(START_S + 185 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
         if stage == "adapt":
             assert recipe.adapt is not None, "a recipe without adapt has no such stage"
             return self._training(recipe.adapt)
@@ -155,7 +155,7 @@ class Estimator:
         logits = 3 * 4 * sizes.vocabulary * rows * n_labels / n_rows
         dense = 4 if config.method == "lora" or config.keep_dense else 0
         weights = sizes.linear * (dense + (0.6 if config.method == "qlora" else 0)) + 4 * sizes.head + 16 * lora
-        return Cost(START_S + self._seconds(flop, TRAINING), RUNTIME_MIB + (weights + activations + logits) / MIB)
+        return Cost(START_S + self._seconds(flop, TRAINING), TRAINER_MIB + (weights + activations + logits) / MIB)
 
     def _scoring(self, candidate: Candidate | None) -> Cost:
         """Score the held-out rows; a subject that is no candidate runs in torch."""
