@@ -37,14 +37,13 @@ class Group:
     @classmethod
     def of(cls, layers: Sequence[nn.Module]) -> Group | None:
         """Group layers; None where one of them is more than a frozen product and one plain adapter."""
-        if not all(isinstance(layer, FusedLora) for layer in layers):
+        found: list[Any] = [layer for layer in layers if isinstance(layer, FusedLora)]
+        names = {layer.plain_adapter() for layer in found}
+        name = names.pop() if len(names) == 1 and len(found) == len(layers) else None
+        if name is None:
             return None
-        names = {layer.plain_adapter() for layer in layers}  # type: ignore[operator]
-        name = names.pop()
-        if names or name is None:
-            return None
-        scales = {layer.scaling[name] for layer in layers}  # type: ignore[index, union-attr]
-        return cls(layers, name, scales.pop()) if len(scales) == 1 else None
+        scales = {float(layer.scaling[name]) for layer in found}
+        return cls(found, name, scales.pop()) if len(scales) == 1 else None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -61,7 +60,8 @@ class Group:
         stacked = _joined([layer.dequantized(dtype) for layer in self.layers])
         bases = [layer.get_base_layer() for layer in self.layers]
         if not any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
-            for base, part in zip(bases, stacked.split([len(base.weight) for base in bases]), strict=True):
+            parts = torch.split(stacked, [len(base.weight) for base in bases])
+            for base, part in zip(bases, parts, strict=True):
                 base.weight.data = part  # the layers keep looking at the same memory
             self._stacked = stacked
         elif all(layer.keep_dense for layer in self.layers):
@@ -89,7 +89,7 @@ class Group:
         A = _joined(parameters[:n]).to(g.dtype)
         parts, own, Bs = self._parts(g, u, parameters)
         gu = _joined([part @ B.to(g.dtype) for part, B in zip(parts, Bs, strict=True)], dim=1).mul_(self.scale)
-        grads = [*(gu.t() @ x).split(len(parameters[0])), *(p.t() @ o for p, o in zip(parts, own, strict=True))]
+        grads = [*torch.split(gu.t() @ x, len(parameters[0])), *(p.t() @ o for p, o in zip(parts, own, strict=True))]
         grads = [grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)]
         if not wants_x:
             return None, grads
@@ -97,7 +97,7 @@ class Group:
 
     def _parts(self, y: Tensor, u: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, Any, Sequence[Tensor]]:
         Bs = parameters[len(self.layers) :]
-        return y.split([len(B) for B in Bs], dim=1), u.split(Bs[0].shape[1], dim=1), Bs
+        return torch.split(y, [len(B) for B in Bs], dim=1), torch.split(u, Bs[0].shape[1], dim=1), Bs
 
 
 @dataclass
@@ -141,19 +141,15 @@ class FusedDecoder:
             if type(layer).__name__ not in LLAMA_LIKE:
                 return None
             at, mlp = layer.self_attn, layer.mlp
-            groups = [
-                Group.of(layers)
-                for layers in (
-                    (at.q_proj, at.k_proj, at.v_proj), (at.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-                )
-            ]  # fmt: skip
-            if any(group is None for group in groups):
+            qkv, out = Group.of((at.q_proj, at.k_proj, at.v_proj)), Group.of((at.o_proj,))
+            gate_up, down = Group.of((mlp.gate_proj, mlp.up_proj)), Group.of((mlp.down_proj,))
+            if qkv is None or out is None or gate_up is None or down is None:
                 return None
-            n_query = at.q_proj.out_features // at.head_dim
             blocks.append(
                 Block(
-                    *groups, (layer.input_layernorm, layer.post_attention_layernorm), n_query,
-                    at.k_proj.out_features // at.head_dim, at.head_dim, at.scaling,
+                    qkv, out, gate_up, down, (layer.input_layernorm, layer.post_attention_layernorm),
+                    at.q_proj.out_features // at.head_dim, at.k_proj.out_features // at.head_dim, at.head_dim,
+                    at.scaling,
                 )
             )  # fmt: skip
         return cls(decoder, blocks)

@@ -79,7 +79,8 @@ class FusedLora(nn.Module):
 
     def plain_adapter(self) -> str | None:
         """Name the one adapter that is nothing but A and B, None where there is more to it."""
-        name: str | None = self.active_adapters[0] if len(self.active_adapters) == 1 else None  # type: ignore[index, arg-type]
+        active: Any = self.active_adapters
+        name: str | None = active[0] if len(active) == 1 else None
         plain = (
             name in self.lora_A  # type: ignore[operator]
             and not (self.disable_adapters or self.merged or self.lora_variant)
