@@ -359,7 +359,11 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that runs and temporary folders go too
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    return benchmark(*(3, 3) if given.quick else (given.kills, given.renames), given.seed, given.jobs, given.out)
+    try:
+        return benchmark(*(3, 3) if given.quick else (given.kills, given.renames), given.seed, given.jobs, given.out)
+    finally:
+        for process in list(LIVE):  # of a benchmark that is told to stop
+            _kill_group(process)
 
 
 if __name__ == "__main__":

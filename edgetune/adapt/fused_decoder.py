@@ -40,7 +40,7 @@ class Group:
         found: list[Any] = [layer for layer in layers if isinstance(layer, FusedLora)]
         names = {layer.plain_adapter() for layer in found}
         name = names.pop() if len(names) == 1 and len(found) == len(layers) else None
-        if name is None:
+        if name is None or len({layer.base_bias is None for layer in found}) > 1:
             return None
         scales = {float(layer.scaling[name]) for layer in found}
         return cls(found, name, scales.pop()) if len(scales) == 1 else None
