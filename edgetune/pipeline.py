@@ -12,6 +12,7 @@ from edgetune.adapt import merge, sft
 from edgetune.artifact import Artifact, Store, write_text
 from edgetune.commands import run_commands
 from edgetune.compress import moments, quantize
+from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.graph import Graph, compress_name, export_name
 from edgetune.plan import Preflight, preflight
@@ -178,12 +179,15 @@ class Pipeline:
 
     def _hops_before_merge(self, adapter: Artifact, reference: Artifact) -> list[tuple[str, Accuracy]]:
         assert self.recipe.adapt is not None, "an adapter comes from adapt"
-        threads = self.recipe.bench.threads
-        base_job = Job.of("base", self.base, n_threads=threads)
+        """Score the base and the adapter on it, in the dtype in which the adapter was trained."""
+        threads, dtype = self.recipe.bench.threads, str(compute_dtype("cpu")).removeprefix("torch.")
+        base_job = Job.of("base", self.base, n_threads=threads, dtype=dtype)
         base = self.score(base_job, [self.base], generate=False, reference=reference)
         four_bit = self.recipe.adapt.method == "qlora"
         hop = "adapter on the nf4 base" if four_bit else "adapter on the base"
-        job = Job.of("adapter", self.base, n_threads=threads, adapter=str(adapter.path), quantize_base=four_bit)
+        job = Job.of(
+            "adapter", self.base, n_threads=threads, dtype=dtype, adapter=str(adapter.path), quantize_base=four_bit
+        )
         tuned = self.score(job, [self.base, adapter], generate=False, reference=reference)
         return [("base", measure.read_accuracy(base)), (hop, measure.read_accuracy(tuned))]
 

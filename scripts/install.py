@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # CPU flag as the kernel names it -> ggml's switch. AMX is left out on purpose: with gcc 12 its code ends in SIGSEGV.
 X86_SWITCHES = {
     "avx": "GGML_AVX", "avx2": "GGML_AVX2", "fma": "GGML_FMA", "f16c": "GGML_F16C", "bmi2": "GGML_BMI2",
-    "avx_vnni": "GGML_AVX_VNNI", "avx512f": "GGML_AVX512", "avx512_vbmi": "GGML_AVX512_VBMI",
+    "avx_vnni": "GGML_AVX_VNNI", "avx512f": "GGML_AVX512", "avx512vbmi": "GGML_AVX512_VBMI",
     "avx512_vnni": "GGML_AVX512_VNNI", "avx512_bf16": "GGML_AVX512_BF16",
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from edgetune.adapt.allocator import kept_memory
 from edgetune.adapt.base import load_base
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
 from edgetune.adapt.fused_decoder import FusedDecoder
@@ -36,7 +37,7 @@ from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.progress import Report, silent
 from edgetune.recipe import Adapt
 
-STAGE = "adapt.sft/2"
+STAGE = "adapt.sft/3"
 IGNORE = -100
 
 
@@ -208,7 +209,8 @@ def run(
         torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
         model, head = attach(config, source.path, device)
         trainer = make_trainer(config, model, head, train, evaluate, pending.work, device, seed, progress, log_folder)
-        trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
+        with kept_memory():
+            trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
         save_adapter(model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed

@@ -1,0 +1,36 @@
+"""Attention within packed rows against torch's own, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from edgetune.packed import SHORT, Layout, attention
+
+
+def separate(heads: torch.Tensor, n_query: int, n_key: int, layout: Layout) -> torch.Tensor:
+    """Attend row by row in float64, each behind the prefix."""
+    prefix, own = torch.split(heads, [layout.n_prefix, len(heads) - layout.n_prefix])
+    results = []
+    for number, row in enumerate(torch.split(own, list(layout.lengths))):
+        q, k, v = torch.split(torch.cat([prefix, row]).transpose(0, 1), [n_query, n_key, n_key])
+        k, v = (x.repeat_interleave(n_query // n_key, dim=0) for x in (k, v))
+        found = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=0.3)[0]
+        results.append(found.transpose(0, 1)[0 if number == 0 else layout.n_prefix :])
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("n_prefix", [0, 1, 7])
+@pytest.mark.parametrize("lengths", [(1,), (5, 2, 9), (SHORT + 3, 4)])
+def test_values_and_gradients_are_those_of_separate_rows(n_prefix: int, lengths: tuple[int, ...]) -> None:
+    n_query, n_key, size = 6, 2, 8
+    draw = torch.Generator().manual_seed(n_prefix)
+    heads = torch.randn(n_prefix + sum(lengths), n_query + 2 * n_key, size, generator=draw, dtype=torch.float64)
+    heads.requires_grad_()
+    layout = Layout.of(n_prefix, lengths)
+    found, expected = attention(heads, n_query, n_key, layout, 0.3), separate(heads, n_query, n_key, layout)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # softmax is float32
+    weight = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
+    gradients = [torch.autograd.grad((x * weight).sum(), heads)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
