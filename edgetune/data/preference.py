@@ -103,7 +103,7 @@ def parse_preference(record: Record, form: Format) -> PreferenceRow:
     answers = [_answer(turns[n_shared:], key, where) for key, turns in (("chosen", chosen), ("rejected", rejected))]
     if answers[0] == answers[1]:
         raise DataError(f"{where}: 'chosen' and 'rejected' are the same text; the pair says nothing")
-    return PreferenceRow(asked, *answers, record.line)
+    return PreferenceRow(asked, answers[0], answers[1], record.line)
 
 
 def parse_kto(record: Record, form: Format) -> KtoRow:

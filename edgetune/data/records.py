@@ -80,7 +80,7 @@ def _csv(path: Path) -> Iterator[Record]:
                 where = f"{path} line {reader.line_num}"
                 if None in values:
                     raise DataError(f"{where}: more fields than the {len(reader.fieldnames or ())} of the first line")
-                yield _flat({key: value for key, value in values.items() if value not in (None, "")}, number, where)
+                yield _flat({key: value for key, value in values.items() if value is not None}, number, where)
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num}: not valid CSV ({error}); give JSONL") from error
         except UnicodeDecodeError as error:
@@ -135,7 +135,7 @@ def _flat(values: dict[str, Any], line: int, where: str) -> Record:
     decoded = {
         key: _decoded(value.encode(), f"{where}: {key!r}", "give JSON in this column")
         for key, value in values.items()
-        if key in STRUCTURED and isinstance(value, str)
+        if key in STRUCTURED and isinstance(value, str) and value.strip()
     }
     return Record({**values, **decoded}, line, where)
 
