@@ -319,6 +319,9 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+from edgetune import cli_data  # noqa: E402, F401 - its verbs join the app above
+
+
 def main() -> None:
     """Run the command line: an expected error is one line, and its exit code."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin for long crawl where the machine is shared
