@@ -66,8 +66,9 @@ class Pipeline:
             "adapt",
             self.graph.adapter,
             lambda out, progress: sft.run(
-                config, self.base, out, rows=self.work.train, golden=self.work.golden, device=recipe.device,
-                seed=recipe.seed, progress=progress, log_folder=self.stages.folder / "tensorboard",
+                config, self.base, out, rows=self.work.train, golden=self.work.golden,
+                mixture=self.work.mixture, device=recipe.device, seed=recipe.seed, progress=progress,
+                log_folder=self.stages.folder / "tensorboard",
             ),
         )  # fmt: skip
         self.model = self.stages.run("merge", self.graph.model, lambda out, _: merge.run(self.base, adapter, out))

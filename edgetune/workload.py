@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.artifact import Artifact
-from edgetune.data import checks
+from edgetune.data import checks, mixture
 from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
-from edgetune.data.golden import Golden, make_golden
+from edgetune.data.golden import Golden, trained_golden
+from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
 from edgetune.recipe import Calibration, Data
 
@@ -29,6 +30,7 @@ class Workload:
     train: list[Rendered]
     heldout: list[Rendered]
     n_too_long: int  # training rows left out
+    mixture: Mixture  # where each training row comes from
     golden: Golden
     calibration_text: list[int]  # general text that calibrates
     measured_text: list[int]  # general text that measures; shares nothing with the former
@@ -62,13 +64,18 @@ class Workload:
 
 def check_files(data: Data) -> None:
     """Read the rows and refuse what can be refused before a model is there. Raises DataError."""
-    train = read_rows(Path(data.train), data.format, data.train_rows)
-    heldout = read_rows(Path(data.heldout), data.format, data.heldout_rows)
-    checks.refuse_leaks(train, heldout, Path(data.train), Path(data.heldout))
+    mixture.compose(data)
+
+
+def train_rows(data: Data) -> list[Row]:
+    """Read the training rows as they were written, copies counted."""
+    return [entry.row for entry in mixture.compose(data).train]
 
 
 def heldout_rows(data: Data) -> list[Row]:
     """Read the held-out rows as they were written."""
+    if data.heldout is None:
+        return mixture.compose(data).heldout
     return read_rows(Path(data.heldout), data.format, data.heldout_rows)
 
 
@@ -78,19 +85,21 @@ def load(data: Data, base: Artifact) -> Workload:
 
     tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     stop = Golden.read(base.path).stop_ids
-    train_path, heldout_path = Path(data.train), Path(data.heldout)
-    train_rows = read_rows(train_path, data.format, data.train_rows)
-    heldout_rows = read_rows(heldout_path, data.format, data.heldout_rows)
-    checks.refuse_leaks(train_rows, heldout_rows, train_path, heldout_path)
-    train, n_too_long = checks.fit([render(row, tokenizer, stop) for row in train_rows], data.max_length, train_path)
-    heldout = [render(row, tokenizer, stop) for row in heldout_rows]
-    talks = [row.as_dicts for row in train_rows[:GOLDEN_ROWS] if row.text is None]
+    composed = mixture.compose(data)
+    once = {id(entry.row): entry.row for entry in composed.train}
+    rendered = {key: render(row, tokenizer, stop) for key, row in once.items()}
+    train_path = Path(data.sources[0].path)
+    train, n_too_long = checks.fit([rendered[id(entry.row)] for entry in composed.train], data.max_length, train_path)
+    checks.refuse_untaught(train, stop, train_path)
+    kept = [entry for entry in composed.train if len(rendered[id(entry.row)].ids) <= data.max_length]
+    talks = [row for row in list(once.values())[:GOLDEN_ROWS] if row.text is None]
     general = Path(data.general) if data.general else None
     return Workload(
         train=train,
-        heldout=heldout,
+        heldout=[render(row, tokenizer, stop) for row in composed.heldout],
         n_too_long=n_too_long,
-        golden=make_golden(tokenizer, talks, stop),
+        mixture=describe(data, composed, kept),
+        golden=trained_golden(tokenizer, talks, stop),
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
