@@ -270,6 +270,8 @@ class Pipeline:
         said = []
         if self.work.n_too_long:
             said.append(f"{self.work.n_too_long} training rows were longer than max_length and were left out.")
+        if self.work.mixture.leaks:
+            said.append(f"{self.work.mixture.leaks} training rows ask what a held-out group asks and were left out.")
         busy = [name for name, found in latencies.items() if found.load.busy]
         if busy:
             share = max(latencies[name].load.others_during for name in busy)

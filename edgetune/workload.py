@@ -14,7 +14,8 @@ from edgetune.data.general import general_text
 from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
-from edgetune.recipe import Calibration, Data
+from edgetune.recipe import Calibration
+from edgetune.recipe_data import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

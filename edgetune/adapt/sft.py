@@ -224,8 +224,11 @@ def run(
                 f"eval_rows={config.eval_rows} is more than a fifth of the rows: {n_eval} are used"
             )
         pending.notes.update(_history(trainer.state))
-        copies = {"copies_left_out": len(others) - len(train)} if len(train) < len(others) else {}
-        pending.notes["rows"] = {"train": len(train), "early_stopping": len(evaluate), **copies}
+        if len(train) < len(others):
+            pending.fallbacks.append(
+                f"{len(others) - len(train)} copies of rows set aside for early stopping were left out of training"
+            )
+        pending.notes["rows"] = {"train": len(train), "early_stopping": len(evaluate)}
         pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return pending.artifact
 

@@ -6,7 +6,7 @@ conversations: the turns that they share are the prompt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = ()
     extras: tuple[dict[str, Any], ...] = ()  # as in Row
 
-    def with_answer(self, answer: str, line: int) -> Row:
+    def with_answer(self, answer: str, line: int, form: Format) -> Row:
         """The conversation that ends with this answer, to be rendered as any other."""
         extras = (*self.extras, {}) if self.extras else ()
-        return Row((*self.messages, ("assistant", answer)), None, line, self.tools, extras)
+        return Row((*self.messages, ("assistant", answer)), None, line, self.tools, extras, form=form)
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class PreferenceRow:
     chosen: str
     rejected: str
     line: int
-    form: Format = field(default="preference", compare=False)
 
     @property
     def rows(self) -> tuple[Row, Row]:
         """Both conversations: the chosen, then the rejected."""
-        return self.prompt.with_answer(self.chosen, self.line), self.prompt.with_answer(self.rejected, self.line)
+        chosen, rejected = (
+            self.prompt.with_answer(answer, self.line, "preference") for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,10 @@ class KtoRow:
     completion: str
     label: bool
     line: int
-    form: Format = field(default="kto", compare=False)
 
     @property
     def row(self) -> Row:
-        return self.prompt.with_answer(self.completion, self.line)
+        return self.prompt.with_answer(self.completion, self.line, "kto")
 
 
 def read_preferences(path: Path, form: Format = "auto", limit: int | None = None) -> list[PreferenceRow]:

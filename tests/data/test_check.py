@@ -35,7 +35,7 @@ FAULTY: list[Any] = [
 ]
 HELD = [
     {"prompt": "PLEASE switch the light in the kitchen on", "completion": "on"},
-    {"prompt": "Please switch the lights in the kitchen on", "completion": "on"},
+    {"prompt": "Please switch the light in the kitchen on!!", "completion": "on"},
     {"prompt": "How many people live in the house?", "completion": "three"},
 ]
 
