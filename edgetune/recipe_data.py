@@ -47,7 +47,7 @@ class Mix(Closed):
     replay_share: Share | None = Field(None, description="share of the mixture that replay sources fill, usually 0.2")
     decay: Decay | None = Field(None, description="weights by date")
     balance: Balance | None = Field(None, description="weights by label")
-    seed: int = Field(0, description="seed of caps, draws and order")
+    seed: int = Field(0, description="seed of caps and draws")
 
 
 class Split(Closed):
