@@ -44,7 +44,9 @@ class Mix(Closed):
 
     rows: Count | None = Field(None, description="rows of the mixture; what the sources' rows weigh together if absent")
     temperature: Positive | None = Field(None, description="a source's share goes with its rows ** (1 / temperature)")
-    replay_share: Share | None = Field(None, description="share of the mixture that replay sources fill, usually 0.2")
+    replay_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the mixture that replay sources fill, usually 0.2"
+    )
     decay: Decay | None = Field(None, description="weights by date")
     balance: Balance | None = Field(None, description="weights by label")
     seed: int = Field(0, description="seed of caps and draws")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,8 +93,6 @@ def shares(sources: Sequence[TrainSource], sizes: Sequence[float], mix: Mix) -> 
     """Rows that each source gives, by largest remainders; `sizes` are what its rows weigh."""
     replay_share = mix.replay_share or 0.0
     learned = sum(size for size, source in zip(sizes, sources, strict=True) if not source.replay)
-    if replay_share == 1 and mix.rows is None:
-        raise DataError("mix.replay_share=1 leaves no row to learn; 0.2 is usual")
     total = mix.rows or round(learned / (1 - replay_share))
     exact = np.zeros(len(sources))
     for replay, part in ((False, 1 - replay_share), (True, replay_share)):
@@ -125,7 +124,7 @@ def systematic(weights: NDArray[np.float64], count: int, rng: np.random.Generato
     """Copies of each row, `count` in all: its due share, rounded up or down at random."""
     order = rng.permutation(len(weights))
     ends = np.cumsum(weights[order])
-    ends *= count / ends[-1]
+    ends = np.round(ends * (count / ends[-1]), 9)  # whole numbers stay whole
     ends[-1] = count
     marks = np.floor(ends + rng.random() * (1 - 1e-9))
     copies = np.empty(len(weights), dtype=np.int64)
@@ -168,10 +167,10 @@ def _value(record: Record, key: str, asked: str) -> str:
 def _date(record: Record, decay: Decay) -> float:
     value = record.values.get(decay.field)
     try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         found = "nothing" if value is None else repr(value)[:40]
         raise DataError(
             f"{record.where}: {decay.field!r} (mix.decay.field) must be an ISO 8601 date or seconds since 1970, "

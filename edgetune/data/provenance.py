@@ -42,9 +42,11 @@ class Mixture(BaseModel):
     settings: dict[str, object]  # mix and split, as the recipe has them
 
     @property
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> list[dict[str, object]]:
         """What the manifest says of it beside the file's digest."""
-        return {one.path: {"rows": one.drawn, "different": one.used, "digest": one.digest} for one in self.sources}
+        return [
+            {"path": one.path, "rows": one.drawn, "different": one.used, "digest": one.digest} for one in self.sources
+        ]
 
     def write(self, folder: Path) -> None:
         write_text(folder / FILE, self.model_dump_json(indent=1) + "\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,7 +46,7 @@ def is_hub_set(path: Path) -> bool:
     return len(path.parts) == 2 and not path.suffix and not str(path).startswith((".", "~"))
 
 
-def _opened(path: Path, reader: Any) -> Iterator[Record]:
+def _opened(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
     try:
         yield from reader(path)
     except OSError as error:

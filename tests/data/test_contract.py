@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from edgetune.artifact import Artifact
+from edgetune.artifact import Artifact, draft
+from edgetune.compress import quantize
 from edgetune.data.checks import apart, refuse_untaught
 from edgetune.data.contract import hold
 from edgetune.data.formats import Row, parse_row
@@ -18,6 +19,7 @@ from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.records import Record
 from edgetune.data.render import Rendered, render
 from edgetune.errors import ContractError, DataError
+from edgetune.recipe import Rtn
 from tests.data.test_formats import ANSWERED, ASKED, TOOL, WITH_TOOLS
 
 # As the tiny model's, and with tools, calls and their results.
@@ -61,6 +63,16 @@ def test_ids_and_label_masks_are_stored_and_hold(folder: Path) -> None:
 def test_golden_conversations_of_a_base_have_no_mask(tiny_model: Artifact) -> None:
     assert "trained_ids" not in (tiny_model.path / "golden.json").read_text()
     hold(tiny_model.path)
+
+
+def test_a_checkpoint_that_would_render_otherwise_is_not_written(folder: Path, tmp_path: Path) -> None:
+    golden = Golden.read(folder)
+    golden.model_copy(update={"bos_id": 0}).write(folder)
+    with draft(tmp_path / "wrong", kind="model", stage="source/1", config={}) as pending:
+        shutil.copytree(folder, pending.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    with pytest.raises(ContractError, match=r"BOS differs from training's: '0', here '1'$"):
+        quantize.run(Rtn(group_size=32), pending.artifact, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def edit(path: Path, **values: Any) -> None:

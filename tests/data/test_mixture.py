@@ -166,7 +166,7 @@ def test_the_mixture_is_told_exactly(tmp_path: Path) -> None:
     assert made.sources[1].digest == content_digest([e.row for e in composed.train if e.source == 1])
     assert made.sources[0].sha256 is not None
     assert made.settings == {}
-    assert made.summary[path] == {"rows": 2, "different": 2, "digest": made.sources[0].digest}
+    assert made.summary[0] == {"path": path, "rows": 2, "different": 2, "digest": made.sources[0].digest}
 
 
 @given(st.lists(st.integers(1, 40)))
@@ -185,9 +185,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no such label": ({"mix": {"balance": {"label": "intent"}}}, r"line 1: mix\.balance\.label 'intent' is no key of"),
     "no such group": ({"split": {"group": "user"}}, r"line 1: split\.group names the key 'user', the row has prompt, "),
     "one group": ({"split": {"group": "completion"}}, r"split: the training rows are one group only \(4 rows\)"),
-    "nothing but replay": (
-        {"mix": {"replay_share": 1.0}, "replay": True},
-        r"mix\.replay_share=1 leaves no row to learn",
+    "a date that is no number": (
+        {"mix": {"decay": {"field": "nan", "half_life_days": 1}}},
+        r"line 1: 'nan' \(mix\.decay\.field\) must be an ISO 8601 date or seconds since 1970, found nan$",
     ),
 }
 
@@ -195,9 +195,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_each_fault_says_what_to_do(tmp_path: Path, case: str) -> None:
     settings, says = FAULTS[case]
-    train: Any = save(tmp_path, "a", rows("a", 4))
-    if settings.pop("replay", False):
-        train = [{"path": train}, {"path": save(tmp_path, "b", rows("b", 2)), "replay": True}]
+    train = save(tmp_path, "a", rows("a", 4, nan=float("nan")))
     with pytest.raises(DataError, match=says):
         compose(make(tmp_path, train, **settings))
 

@@ -8,6 +8,8 @@ from rich.text import Text
 
 from edgetune.data.check.findings import DataReport
 
+RARE = 0.001  # languages below this share are in the JSON only
+
 
 def print_summary(report: DataReport, console: Console) -> None:
     """Print files, findings, lengths, labels and languages; places of rows are in the JSON and the page."""
@@ -39,5 +41,5 @@ def print_summary(report: DataReport, console: Console) -> None:
             highlight=False, markup=False,
         )  # fmt: skip
     total = sum(report.languages.values())
-    shares = [f"{name} {rows / total:.1%}" for name, rows in list(report.languages.items())[:6]]
+    shares = [f"{name} {rows / total:.1%}" for name, rows in report.languages.items() if rows / total >= RARE]
     console.print(f"Language of the questions: {', '.join(shares)}", highlight=False)
