@@ -73,6 +73,15 @@ def train_rows(data: Data) -> list[Row]:
     return [entry.row for entry in mixture.compose(data).train]
 
 
+def rows_line(data: Data) -> str:
+    """Say how many rows there are, and in which formats they were found."""
+    composed = mixture.compose(data)
+    said = []
+    for rows, use in (([entry.row for entry in composed.train], "to train on"), (composed.heldout, "held out")):
+        said.append(f"{len(rows)} {use} ({', '.join(dict.fromkeys(row.form for row in rows))})")
+    return f"rows: {', '.join(said)}"
+
+
 def heldout_rows(data: Data) -> list[Row]:
     """Read the held-out rows as they were written."""
     if data.heldout is None:

@@ -28,6 +28,7 @@ def test_a_plain_file_is_rendered_row_by_row(tiny_model: Artifact, tmp_path: Pat
     work = workload.load(data, tiny_model)
     assert work.train == [render(row, tokenizer, [2]) for row in read_rows(Path(str(data.train)))]
     assert work.mixture.sources[0].rows == "1-4"
+    assert workload.rows_line(data) == "rows: 4 to train on (completion), 2 held out (completion)"
     assert workload.train_rows(data) == read_rows(Path(str(data.train)))
 
 

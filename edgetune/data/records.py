@@ -79,7 +79,10 @@ def _csv(path: Path) -> Iterator[Record]:
             for number, values in enumerate(reader, 1):
                 where = f"{path} line {reader.line_num}"
                 if None in values:
-                    raise DataError(f"{where}: more fields than the {len(reader.fieldnames or ())} of the first line")
+                    n_named = len(reader.fieldnames or ())
+                    raise DataError(
+                        f"{where}: more fields than the {n_named} of the first line; quote those with commas"
+                    )
                 yield _flat({key: value for key, value in values.items() if value is not None}, number, where)
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num}: not valid CSV ({error}); give JSONL") from error
@@ -98,7 +101,9 @@ def _parquet(path: Path) -> Iterator[Record]:
             for number, values in enumerate(rows, 1):
                 yield _flat(_without_none(values), number, f"{path} row {number}")
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+        raise DataError(
+            f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); write it again"
+        ) from error
 
 
 def _folder(path: Path) -> Any:

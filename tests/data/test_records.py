@@ -77,7 +77,11 @@ def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
 BAD: dict[str, tuple[str, bytes, str]] = {
     "json cut": ("json", b'[{"text": "a"}', r"rows\.json: not valid JSON \(.*\); give a list of objects$"),
     "json of numbers": ("json", b'[{"text": "a"}, 3]', r"rows\.json row 2: found a JSON int, a row is an object$"),
-    "csv with too many fields": ("csv", b"text\na,b\n", r"rows\.csv line 2: more fields than the 1 of the first line$"),
+    "csv with too many fields": (
+        "csv",
+        b"text\na,b\n",
+        r"rows\.csv line 2: more fields than the 1 of the first line; quote",
+    ),
     "csv with an open quote": ("csv", b'text\n"a\n', r"rows\.csv line \d: not valid CSV \(.*\); give JSONL$"),
     "csv that is not UTF-8": (
         "csv",
@@ -88,7 +92,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "csv, messages no JSON": ("csv", b"messages\n[hi]\n", r"line 2: 'messages': not valid JSON .*; give JSON in this"),
     "csv, empty cell": ("csv", b"instruction,output\na,\n", r"rows\.csv line 2: 'output' .*, found ''$"),
     "csv of nothing": ("csv", b"text\n", r"rows\.csv: holds no rows"),
-    "not parquet": ("parquet", b"PAR1 no", r"rows\.parquet: not a Parquet file that can be read \(.*\)$"),
+    "not parquet": (
+        "parquet",
+        b"PAR1 no",
+        r"rows\.parquet: not a Parquet file that can be read \(.*\); write it again$",
+    ),
 }
 
 
