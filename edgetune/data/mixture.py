@@ -84,7 +84,7 @@ def draw(parts: Sequence[list[Entry]], sources: Sequence[TrainSource], mix: Mix)
     counts = shares(sources, [float(one.sum()) for one in weights], mix)
     drawn = []
     for part, weight, count, rng in zip(parts, weights, counts, rngs, strict=True):
-        copies = systematic(weight, count, rng)
+        copies = systematic(weight, [entry.label for entry in part], count, rng)
         drawn += [entry for entry, n in zip(part, copies.tolist(), strict=True) for _ in range(n)]
     return drawn
 
@@ -120,9 +120,14 @@ def row_weights(part: Sequence[Entry], mix: Mix, newest: float) -> NDArray[np.fl
     return weights
 
 
-def systematic(weights: NDArray[np.float64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Copies of each row, `count` in all: its due share, rounded up or down at random."""
+def systematic(
+    weights: NDArray[np.float64], labels: Sequence[str | None], count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Copies of each row, `count` in all: its due, rounded up or down at random; the sum of a label likewise."""
     order = rng.permutation(len(weights))
+    if any(label is not None for label in labels):
+        stratum = np.unique([str(label) for label in labels], return_inverse=True)[1]
+        order = order[np.argsort(stratum[order], kind="stable")]
     ends = np.cumsum(weights[order])
     ends = np.round(ends * (count / ends[-1]), 9)  # whole numbers stay whole
     ends[-1] = count

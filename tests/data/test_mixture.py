@@ -81,7 +81,7 @@ def test_another_seed_draws_other_rows(tmp_path: Path) -> None:
     st.lists(st.floats(0.01, 100), min_size=1, max_size=50), st.integers(1, 500), st.integers(0, 9)
 )  # fmt: skip
 def test_a_draw_gives_each_row_its_due(weights: list[float], count: int, seed: int) -> None:
-    found = systematic(np.asarray(weights), count, np.random.default_rng(seed))
+    found = systematic(np.asarray(weights), [None] * len(weights), count, np.random.default_rng(seed))
     due = np.asarray(weights) * count / sum(weights)
     assert found.sum() == count
     assert (np.abs(found - due) < 1 + 1e-6).all()
@@ -122,6 +122,16 @@ def test_rare_labels_are_drawn_as_often_as_others(tmp_path: Path, field: str, la
     assert len(compose(data).train) == 12 + 3 * 2
     data = make(tmp_path, path, mix={"balance": {"label": label, "strength": 0.5}})
     assert len(compose(data).train) == 12 + 3 * 2
+
+
+def test_what_is_not_whole_is_drawn_within_a_label(tmp_path: Path) -> None:
+    found = rows("often", 29, kind="often") + rows("rare", 7, kind="rare") + rows("seldom", 3, kind="seldom")
+    data = make(tmp_path, save(tmp_path, "a", found), mix={"balance": {"label": "kind"}})
+    entries = compose(data).train
+    assert Counter(entry.label for entry in entries) == {"often": 29, "rare": 29, "seldom": 29}
+    copies = Counter(entry.row.line for entry in entries)
+    assert {copies[line] for line in range(30, 37)} == {4, 5}
+    assert {copies[line] for line in range(37, 40)} == {9, 10}
 
 
 def test_a_split_keeps_groups_whole(tmp_path: Path) -> None:
