@@ -38,7 +38,7 @@ from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.progress import Report, silent
 from edgetune.recipe import Adapt
 
-STAGE = "adapt.sft/2"
+STAGE = "adapt.sft/3"
 IGNORE = -100
 
 
