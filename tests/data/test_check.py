@@ -144,6 +144,17 @@ def test_personal_data(text: str, kinds: list[str]) -> None:
     assert personal.find(text) == kinds
 
 
+def test_what_is_personal_is_masked_everywhere(tmp_path: Path) -> None:
+    calls = [{"name": "send", "arguments": {"to": MAIL}}]
+    rows: list[Any] = [{"prompt": f"Who is number {i % 9} of them?", "completion": MAIL} for i in range(20)]
+    rows.append({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]})
+    rows.append({"prompt": "a", "completion": "b", "label": MAIL, "messages": MAIL})
+    report = examine([Input(write(tmp_path, *rows))], DataCheck(), 60, None)
+    assert report.personal == {"e-mail": 21}
+    assert MAIL not in report.model_dump_json()
+    assert MAIL not in render_page(report)
+
+
 def test_a_mask_leaves_the_rest(tmp_path: Path) -> None:
     assert personal.mask("to x@y.org or +49 30 1234567!") == ("to [e-mail] or [phone]!", ["e-mail", "phone"])
 

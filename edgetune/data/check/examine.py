@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN, EXCERPT = 10, 160
+WHOLE = "Whole row"
 Hit = tuple["Item", str | None]  # a row, and where its like stands
 
 
@@ -62,8 +63,8 @@ class Item:
 
     @property
     def everything(self) -> str:
-        """All that a model would see: system turn and rejected answer, too."""
-        turns = [self.row.text or "", *(content for _, content in self.row.messages)]
+        """All that a model would see: system turn, calls and rejected answer, too."""
+        turns = [self.row.text or "", *(content for _, content in self.row.messages), *map(str, self.row.extras)]
         return "\n".join([*turns, self.rejected.answer if self.rejected is not None else ""])
 
 
@@ -105,23 +106,17 @@ def examine(inputs: Sequence[Input], config: DataCheck, max_length: int, templat
         mute = [item for item, pair in zip(rows.train, rendered, strict=False) if not pair[0].n_labels]
         judge.add("without_loss", "Training rows whose mask carries no loss", _places(mute), len(rows.train))
         lengths = [
-            _lengths("Whole row", "tokens", longest),
+            _lengths(WHOLE, "tokens", longest),
             _lengths("Answer", "tokens", [len(pair[0].ids) - pair[0].start for pair in rendered]),
         ]
     else:
         longest = [len(item.text) for item in [*rows.train, *rows.heldout]]
         answers = [len(item.row.answer) for item in [*rows.train, *rows.heldout]]
-        lengths = [_lengths("Whole row", "characters", longest), _lengths("Answer", "characters", answers)]
+        lengths = [_lengths(WHOLE, "characters", longest), _lengths("Answer", "characters", answers)]
     _repeated(rows, config, judge)
     trivial = [i for i in rows.train if i.row.text is None and is_trivial(i.question, i.row.answer)]
     judge.add("trivial", "Trivial answers", _places(trivial), len(rows.train))
-    kinds, hits = Counter[str](), []
-    for item in [*rows.train, *rows.heldout]:
-        found = personal.find(item.everything)
-        kinds.update(found)
-        if found:
-            hits.append(Place(row=item.place, says=", ".join(found)))
-    judge.add("personal", "Rows with what looks like personal data or a key", hits, len(rows.train) + len(rows.heldout))
+    kinds = _personal([*rows.train, *rows.heldout], judge)
     tell = Languages().tell
     return DataReport(
         edgetune=__version__,
@@ -245,12 +240,31 @@ def _repeated(rows: Rows, config: DataCheck, judge: _Judge) -> None:
         judge.add("near_overlap", "Held-out rows almost in train", _pairs(almost), len(rows.heldout))
 
 
+def _personal(items: Sequence[Item], judge: _Judge) -> Counter[str]:
+    """Rows by kind of what looks like personal data; their places say the kinds and nothing else."""
+    kinds = Counter[str]()
+    hits = []
+    for item in items:
+        found = personal.find(item.everything)
+        kinds.update(found)
+        if found:
+            hits.append(Place(row=item.place, says=", ".join(found)))
+    judge.add("personal", "Rows with what looks like personal data or a key", hits, len(items))
+    return kinds
+
+
 def _labels(items: Sequence[Item]) -> list[Labels]:
     counts = find_labels([item.row.answer for item in items if item.row.text is None] or [""])
     marked = Counter(item.label for item in items if item.label is not None)
     if marked:
         counts["label"] = marked
-    return [Labels(label=key, counts=dict(c.most_common()), evenness=evenness(c)) for key, c in counts.items()]
+    found = []
+    for key, values in counts.items():
+        shown = Counter[str]()
+        for name, n in values.items():
+            shown[personal.mask(name)[0]] += n
+        found.append(Labels(label=key, counts=dict(shown.most_common()), evenness=evenness(values)))
+    return found
 
 
 def _lengths(what: str, unit: str, values: Sequence[int]) -> Lengths:
