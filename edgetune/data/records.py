@@ -17,6 +17,7 @@ from edgetune.backends import require
 from edgetune.errors import DataError
 
 STRUCTURED = ("messages", "tools")  # columns that flat tables hold as JSON text
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # what ends so is never a set on the hub
 DATASET_MARKS = ("state.json", "dataset_dict.json")
 
 
@@ -43,7 +44,7 @@ def read_records(path: Path, limit: int | None = None) -> Iterator[Record]:
 
 def is_hub_set(path: Path) -> bool:
     """Tell whether a source that is no file is spelled as a set on the hub: org/name or org/name:split."""
-    return len(path.parts) == 2 and not path.suffix and not str(path).startswith((".", "~"))
+    return len(path.parts) == 2 and path.suffix.lower() not in FILES and not str(path).startswith((".", "~"))
 
 
 def _opened(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:

@@ -73,8 +73,10 @@ def test_each_source_gives_its_share(tmp_path: Path, sources: list[Any], mix: An
 
 def test_another_seed_draws_other_rows(tmp_path: Path) -> None:
     path = save(tmp_path, "a", rows("a", 30))
-    first, second = (compose(make(tmp_path, path, mix={"rows": 10, "seed": seed})).train for seed in (1, 2))
-    assert {entry.row.line for entry in first} != {entry.row.line for entry in second}
+    for train, mix in ((path, {"rows": 10}), ([{"path": path, "cap": 10}], {})):
+        first, second = (compose(make(tmp_path, train, mix={**mix, "seed": seed})).train for seed in (1, 2))
+        assert len({entry.row.line for entry in first}) == 10
+        assert {entry.row.line for entry in first} != {entry.row.line for entry in second}
 
 
 @given(

@@ -149,3 +149,4 @@ def test_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", ["a/b.jsonl", "a/b/c", "rows", "/a/b", "../b"])
 def test_what_is_no_hub_set(path: str) -> None:
     assert not is_hub_set(Path(path))
+    assert is_hub_set(Path("org/name-v1.5:test"))
