@@ -97,11 +97,11 @@ def load(data: Data, base: Artifact) -> Workload:
     stop = Golden.read(base.path).stop_ids
     composed = mixture.compose(data)
     once = {id(entry.row): entry.row for entry in composed.train}
-    rendered = {key: render(row, tokenizer, stop) for key, row in once.items()}
-    train_path = Path(data.sources[0].path)
-    train, n_too_long = checks.fit([rendered[id(entry.row)] for entry in composed.train], data.max_length, train_path)
-    checks.refuse_untaught(train, stop, train_path)
-    kept = [entry for entry in composed.train if len(rendered[id(entry.row)].ids) <= data.max_length]
+    made = {key: [render(row, tokenizer, stop)] for key, row in once.items()}
+    rendered = [one for entry in composed.train for one in made[id(entry.row)]]
+    train, n_too_long = checks.fit(rendered, data.max_length, Path(data.sources[0].path))
+    checks.refuse_untaught(train, stop, Path(data.sources[0].path))
+    kept = [e for e in composed.train if any(len(one.ids) <= data.max_length for one in made[id(e.row)])]
     talks = [row for row in list(once.values())[:GOLDEN_ROWS] if row.text is None]
     general = Path(data.general) if data.general else None
     return Workload(
