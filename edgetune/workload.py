@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from edgetune.data.general import general_text
 from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
+from edgetune.errors import DataError
 from edgetune.recipe import Calibration
 from edgetune.recipe_data import Data
 
@@ -96,23 +98,35 @@ def load(data: Data, base: Artifact) -> Workload:
     tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     stop = Golden.read(base.path).stop_ids
     composed = mixture.compose(data)
-    once = {id(entry.row): entry.row for entry in composed.train}
-    made = {key: [render(row, tokenizer, stop)] for key, row in once.items()}
+    paths = [Path(source.path) for source in data.sources]
+    once = {id(entry.row): entry for entry in composed.train}
+    made = {key: [_render(entry.row, tokenizer, stop, paths[entry.source])] for key, entry in once.items()}
     rendered = [one for entry in composed.train for one in made[id(entry.row)]]
-    train, n_too_long = checks.fit(rendered, data.max_length, Path(data.sources[0].path))
-    checks.refuse_untaught(train, stop, Path(data.sources[0].path))
+    train, n_too_long = checks.fit(rendered, data.max_length, paths[0])
     kept = [e for e in composed.train if any(len(one.ids) <= data.max_length for one in made[id(e.row)])]
-    talks = [row for row in list(once.values())[:GOLDEN_ROWS] if row.text is None]
+    for index, path in enumerate(paths):
+        own = [one for entry in kept if entry.source == index for one in made[id(entry.row)]]
+        if own:
+            checks.refuse_untaught(own, stop, path)
+    talks = [entry.row for entry in list(once.values())[:GOLDEN_ROWS] if entry.row.text is None]
+    heldout_path = Path(data.heldout) if data.heldout is not None else paths[0]
     general = Path(data.general) if data.general else None
     return Workload(
         train=train,
-        heldout=[render(row, tokenizer, stop) for row in composed.heldout],
+        heldout=[_render(row, tokenizer, stop, heldout_path) for row in composed.heldout],
         n_too_long=n_too_long,
         mixture=describe(data, composed, kept),
         golden=trained_golden(tokenizer, talks, stop),
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
+
+
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], path: Path) -> Rendered:
+    try:
+        return render(row, tokenizer, stop)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

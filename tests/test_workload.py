@@ -57,11 +57,15 @@ def test_a_mixture_goes_with_the_adapter(tiny_model: Artifact, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, r"a\.jsonl: line 2 has no labelled token"),
-        ({"messages": [ASKED, ANSWERED], "tools": [{"name": "f"}]}, "line 2: the chat template does not show the row"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, r"b\.jsonl: line 2 has no labelled token"),
+        (
+            {"messages": [ASKED, ANSWERED], "tools": [{"name": "f"}]},
+            r"b\.jsonl: line 2: the chat template does not show the row",
+        ),
     ],
 )
 def test_what_is_refused_before_the_first_step(tiny_model: Artifact, tmp_path: Path, row: Any, says: str) -> None:
-    data = make(tmp_path, save(tmp_path, "a", [*rows("a", 1), row]))
+    train = [{"path": save(tmp_path, "a", rows("a", 1))}, {"path": save(tmp_path, "b", [*rows("b", 1), row])}]
+    data = make(tmp_path, train)
     with pytest.raises(DataError, match=says):
         workload.load(data, tiny_model)
