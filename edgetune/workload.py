@@ -109,11 +109,11 @@ def load(data: Data, base: Artifact) -> Workload:
         if own:
             checks.refuse_untaught(own, stop, path)
     talks = [entry.row for entry in list(once.values())[:GOLDEN_ROWS] if entry.row.text is None]
-    heldout_path = Path(data.heldout) if data.heldout is not None else paths[0]
+    held = [paths[entry.source] for entry in composed.split] or [Path(str(data.heldout))] * len(composed.heldout)
     general = Path(data.general) if data.general else None
     return Workload(
         train=train,
-        heldout=[_render(row, tokenizer, stop, heldout_path) for row in composed.heldout],
+        heldout=[_render(row, tokenizer, stop, path) for row, path in zip(composed.heldout, held, strict=True)],
         n_too_long=n_too_long,
         mixture=describe(data, composed, kept),
         golden=trained_golden(tokenizer, talks, stop),

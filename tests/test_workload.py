@@ -69,3 +69,12 @@ def test_what_is_refused_before_the_first_step(tiny_model: Artifact, tmp_path: P
     data = make(tmp_path, train)
     with pytest.raises(DataError, match=says):
         workload.load(data, tiny_model)
+
+
+def test_a_split_is_rendered(tiny_model: Artifact, tmp_path: Path) -> None:
+    train = [{"path": save(tmp_path, name, rows(name, 10))} for name in ("a", "b")]
+    data = make(tmp_path, train, split={"share": 0.2})
+    work = workload.load(data, tiny_model)
+    assert (len(work.train), len(work.heldout)) == (16, 4)
+    asked = [row.prompt for row in workload.heldout_rows(data)]
+    assert [one.drawn for one in work.mixture.split] == [sum(f"user: {name} " in a for a in asked) for name in "ab"]
