@@ -78,6 +78,7 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
     from rich.table import Table
 
+    from edgetune import workload
     from edgetune.artifact import Store
     from edgetune.estimate import spoken
     from edgetune.plan import plan as make_plan
@@ -94,6 +95,7 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
         time = "" if stage.done else spoken(stage.cost.seconds)
         table.add_row(stage.name, state, time, f"{stage.cost.memory_mib / 1024:.1f} GiB")
     left = [stage.cost for stage in stages if not stage.done]
+    console.print(workload.rows_line(loaded.data), highlight=False)
     console.print(table)
     total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
     console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
@@ -317,6 +319,9 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|bitsandbytes\.|peft\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+from edgetune import cli_data  # noqa: E402, F401 - its verbs join the app above
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ class Pipeline:
             "adapt",
             self.graph.adapter,
             lambda out, progress: sft.run(
-                config, self.base, out, rows=self.work.train, golden=self.work.golden, device=recipe.device,
-                seed=recipe.seed, progress=progress, log_folder=self.stages.folder / "tensorboard",
+                config, self.base, out, rows=self.work.train, golden=self.work.golden,
+                mixture=self.work.mixture, device=recipe.device, seed=recipe.seed, progress=progress,
+                log_folder=self.stages.folder / "tensorboard",
             ),
         )  # fmt: skip
         self.model = self.stages.run("merge", self.graph.model, lambda out, _: merge.run(self.base, adapter, out))
@@ -273,6 +274,8 @@ class Pipeline:
         said = []
         if self.work.n_too_long:
             said.append(f"{self.work.n_too_long} training rows were longer than max_length and were left out.")
+        if self.work.mixture.leaks:
+            said.append(f"{self.work.mixture.leaks} training rows ask what a held-out group asks and were left out.")
         busy = [name for name, found in latencies.items() if found.load.busy]
         if busy:
             share = max(latencies[name].load.others_during for name in busy)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
 from edgetune.compress import quantize
-from edgetune.data.formats import read_rows
 from edgetune.errors import EdgetuneError, RecipeError
 from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_stages
 from edgetune.graph import Graph, stage_names
@@ -87,9 +85,8 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     ready = preflight(recipe)
     base = store.get(ready.source.identity)
     if base is None:
-        data = recipe.data
-        train = Counts.guess(read_rows(Path(data.train), data.format, data.train_rows))
-        heldout = Counts.guess(workload.heldout_rows(data))
+        train = Counts.guess(workload.train_rows(recipe.data))
+        heldout = Counts.guess(workload.heldout_rows(recipe.data))
         states: list[tuple[str, bool | None]] = [(name, None) for name in stage_names(recipe)]
         states[0] = ("base", False)
     else:

@@ -7,34 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from edgetune.closed import Closed, Count, Share
 from edgetune.errors import RecipeError
+from edgetune.recipe_data import Data
 
-Count = Annotated[int, Field(gt=0)]
 M = TypeVar("M", bound=BaseModel)
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Closed(BaseModel):
-    """A model that knows all its keys and never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(Closed):
-    """Rows to train on, and rows to judge by that training never sees."""
-
-    train: str = Field(description="JSONL file with training rows")
-    heldout: str = Field(description="JSONL file with held-out rows; a row that is also in train is refused")
-    general: str | None = Field(None, description="JSONL with general text; the prose of Python's own manual if absent")
-    format: Literal["auto", "alpaca", "chat", "text"] = "auto"
-    max_length: Count = Field(512, description="tokens; longer training rows are left out and counted")
-    train_rows: Count | None = Field(None, description="use the first N training rows")
-    heldout_rows: Count | None = Field(None, description="use the first N held-out rows")
-    generated_rows: int | None = Field(
-        None, ge=0, description="of the first N held-out rows, generate the wrong answers, for slot F1; all if absent"
-    )
 
 
 class Adapt(Closed):
@@ -245,7 +224,7 @@ def _exactly_one(model: M) -> M:
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
+    loc = [part for part in map(str, error["loc"]) if " " not in part]  # a union's branch has a name with spaces
     key = ".".join(loc) or "recipe"
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, loc[:-1])
@@ -274,8 +253,8 @@ def _keys_at(model: type[BaseModel], loc: list[str]) -> list[str]:
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    for option in node.get("anyOf", []):
-        if option.get("type") != "null":
+    for option in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+        if option.get("type") not in ("null", "string"):
             node = option
             break
     if "$ref" in node:

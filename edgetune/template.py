@@ -9,7 +9,7 @@ name: my-model
 base: {base}                  # pkg:NAME, org/model, ./folder or ./file.gguf
 
 data:
-  train: train.jsonl          # one JSON object a line: instruction/input/output, messages, or text
+  train: train.jsonl          # JSONL, JSON, CSV or Parquet; what a row may be: docs/data.md
   heldout: heldout.jsonl      # rows that training must not show; a row in both files is refused
 
 adapt:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.artifact import Artifact
-from edgetune.data import checks
+from edgetune.data import checks, mixture
 from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
-from edgetune.data.golden import Golden, make_golden
+from edgetune.data.golden import Golden, trained_golden
+from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
-from edgetune.recipe import Calibration, Data
+from edgetune.errors import DataError
+from edgetune.recipe import Calibration
+from edgetune.recipe_data import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +33,7 @@ class Workload:
     train: list[Rendered]
     heldout: list[Rendered]
     n_too_long: int  # training rows left out
+    mixture: Mixture  # where each training row comes from
     golden: Golden
     calibration_text: list[int]  # general text that calibrates
     measured_text: list[int]  # general text that measures; shares nothing with the former
@@ -62,13 +67,27 @@ class Workload:
 
 def check_files(data: Data) -> None:
     """Read the rows and refuse what can be refused before a model is there. Raises DataError."""
-    train = read_rows(Path(data.train), data.format, data.train_rows)
-    heldout = read_rows(Path(data.heldout), data.format, data.heldout_rows)
-    checks.refuse_leaks(train, heldout, Path(data.train), Path(data.heldout))
+    mixture.compose(data)
+
+
+def train_rows(data: Data) -> list[Row]:
+    """Read the training rows as they were written, copies counted."""
+    return [entry.row for entry in mixture.compose(data).train]
+
+
+def rows_line(data: Data) -> str:
+    """Say how many rows there are, and in which formats they were found."""
+    composed = mixture.compose(data)
+    said = []
+    for rows, use in (([entry.row for entry in composed.train], "to train on"), (composed.heldout, "held out")):
+        said.append(f"{len(rows)} {use} ({', '.join(dict.fromkeys(row.form for row in rows))})")
+    return f"rows: {', '.join(said)}"
 
 
 def heldout_rows(data: Data) -> list[Row]:
     """Read the held-out rows as they were written."""
+    if data.heldout is None:
+        return mixture.compose(data).heldout
     return read_rows(Path(data.heldout), data.format, data.heldout_rows)
 
 
@@ -78,22 +97,36 @@ def load(data: Data, base: Artifact) -> Workload:
 
     tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     stop = Golden.read(base.path).stop_ids
-    train_path, heldout_path = Path(data.train), Path(data.heldout)
-    train_rows = read_rows(train_path, data.format, data.train_rows)
-    heldout_rows = read_rows(heldout_path, data.format, data.heldout_rows)
-    checks.refuse_leaks(train_rows, heldout_rows, train_path, heldout_path)
-    train, n_too_long = checks.fit([render(row, tokenizer, stop) for row in train_rows], data.max_length, train_path)
-    heldout = [render(row, tokenizer, stop) for row in heldout_rows]
-    talks = [row.as_dicts for row in train_rows[:GOLDEN_ROWS] if row.text is None]
+    composed = mixture.compose(data)
+    paths = [Path(source.path) for source in data.sources]
+    once = {id(entry.row): entry for entry in composed.train}
+    made = {key: [_render(entry.row, tokenizer, stop, paths[entry.source])] for key, entry in once.items()}
+    rendered = [one for entry in composed.train for one in made[id(entry.row)]]
+    train, n_too_long = checks.fit(rendered, data.max_length, paths[0])
+    kept = [e for e in composed.train if any(len(one.ids) <= data.max_length for one in made[id(e.row)])]
+    for index, path in enumerate(paths):
+        own = [one for entry in kept if entry.source == index for one in made[id(entry.row)]]
+        if own:
+            checks.refuse_untaught(own, stop, path)
+    talks = [entry.row for entry in list(once.values())[:GOLDEN_ROWS] if entry.row.text is None]
+    held = [paths[entry.source] for entry in composed.split] or [Path(str(data.heldout))] * len(composed.heldout)
     general = Path(data.general) if data.general else None
     return Workload(
         train=train,
-        heldout=heldout,
+        heldout=[_render(row, tokenizer, stop, path) for row, path in zip(composed.heldout, held, strict=True)],
         n_too_long=n_too_long,
-        golden=make_golden(tokenizer, talks, stop),
+        mixture=describe(data, composed, kept),
+        golden=trained_golden(tokenizer, talks, stop),
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
+
+
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], path: Path) -> Rendered:
+    try:
+        return render(row, tokenizer, stop)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

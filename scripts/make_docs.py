@@ -48,7 +48,6 @@ MEANING = {
     "Recipe.candidates": "what is built, measured and judged, by name; at least one",
     "Recipe.bench": "how latency is measured",
     "Recipe.budgets": 'what "ship" means; without budgets every candidate that does not fail ships',
-    "Data.format": "format of train and heldout; auto looks at the keys of each row",
     "Adapt.method": "qlora holds the base in NF4 while it trains, lora in 16 bits or, on a CPU without bfloat16, in 32",
     "Adapt.r": "rank of the adapter, which is put on all linear layers but the output head",
     "Adapt.alpha": "the adapter's product is scaled by alpha / r",
@@ -121,7 +120,8 @@ def _children(node: dict[str, Any], place: str) -> list[tuple[str, str]]:
     """Name the parts that a key leads to, each with the path to it."""
     if "$ref" in node:
         return [(node["$ref"].rsplit("/", 1)[1], place)]
-    found = [pair for option in node.get("anyOf", []) for pair in _children(option, place)]
+    options = [*node.get("anyOf", ()), *node.get("oneOf", ())]
+    found = [pair for option in options for pair in _children(option, place)]
     if isinstance(node.get("items"), dict):
         found += _children(node["items"], f"{place}[]")
     if isinstance(node.get("additionalProperties"), dict):
@@ -149,8 +149,8 @@ def _type(node: dict[str, Any]) -> str:
     """Say what a value may be."""
     if "$ref" in node:
         return "section"
-    if "anyOf" in node:
-        return " or ".join(_type(option) for option in node["anyOf"])
+    if "anyOf" in node or "oneOf" in node:
+        return " or ".join(_type(option) for option in node.get("anyOf") or node["oneOf"])
     if "enum" in node:
         return ", ".join(f"`{value}`" for value in node["enum"])
     if "const" in node:
@@ -187,6 +187,10 @@ def cli_page() -> str:
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     parts = [CLI_HEAD, f"```text\n{_help([])}```\n"]
     parts += [f"## {verb}\n\n```text\n{_help([verb])}```\n" for verb in verbs]
+    for group in app.registered_groups:
+        inner = group.typer_instance.registered_commands if group.typer_instance is not None else []
+        names = [command.name or command.callback.__name__ for command in inner if command.callback]
+        parts += [f"## {group.name} {name}\n\n```text\n{_help([str(group.name), name])}```\n" for name in names]
     return "\n".join(parts)
 
 

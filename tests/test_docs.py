@@ -54,6 +54,10 @@ def complaint(words: list[str]) -> str | None:
         return None
     if words[0] not in verbs:
         return f"no verb {words[0]}"
+    if hasattr(verbs[words[0]], "commands"):
+        verbs, words = verbs[words[0]].commands, words[1:]
+        if not words or words[0] not in verbs:
+            return f"no such verb in the group: {' '.join(words[:1])}"
     flags = {f for p in verbs[words[0]].params for f in (*p.opts, *p.secondary_opts) if f.startswith("-")} | {"--help"}
     unknown = [word for word in words[1:] if word.startswith("--") and word.partition("=")[0] not in flags]
     return f"{words[0]} has no {', '.join(unknown)}" if unknown else None
@@ -73,6 +77,9 @@ def test_commands_name_verbs_and_flags_that_exist(page: Path) -> None:
 def test_the_check_of_commands_finds_what_does_not_exist() -> None:
     assert complaint(["run", "a.yaml", "--out", "b"]) is None
     assert complaint(["serve", "a"]) == "no verb serve"
+    assert complaint(["data", "check", "a", "--json", "b"]) is None
+    assert complaint(["data", "chekc"]) == "no such verb in the group: chekc"
+    assert complaint(["data", "check", "--fast"]) == "check has no --fast"
     assert complaint(["run", "a.yaml", "--fast"]) == "run has no --fast"
     assert any(True for page in PAGES for _ in commands(page, "edgetune"))
 

@@ -70,7 +70,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"unknown key 'budgets\.accuracy\.maxloss'; did you mean 'max_loss'\?$",
     ),
     "missing key": ({k: v for k, v in raw().items() if k != "base"}, r"^recipe: key 'base' is missing$"),
-    "missing key below": (raw(data={"train": "t"}), r"key 'data\.heldout' is missing$"),
+    "missing key below": (raw(data={"heldout": "h"}), r"key 'data\.train' is missing$"),
     "wrong type": (raw(seed="many"), r"seed: Input should be a valid integer.* \(found 'many'\)$"),
     "wrong type below": (raw(adapt={"r": [16]}), r"adapt\.r: Input should be a valid integer \(found \[16\]\)$"),
     "a scalar for a part": (raw(data="rows.jsonl"), r"data: Input should be .* \(found 'rows\.jsonl'\)$"),

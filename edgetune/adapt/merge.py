@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune.artifact import Artifact, draft, identity
+from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.sources import copy_tokenizer
 
@@ -28,5 +29,6 @@ def run(base: Artifact, adapter: Artifact, out: Path) -> Artifact:
         merged.to(torch.bfloat16).save_pretrained(pending.path)
         copy_tokenizer(base.path, pending.path)
         Golden.read(adapter.path).write(pending.path)
+        hold(pending.path)
         pending.notes["parameters"] = sum(p.numel() for p in merged.parameters())
     return pending.artifact

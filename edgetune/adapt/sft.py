@@ -29,7 +29,9 @@ from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import use_fused_layers
 from edgetune.artifact import Artifact, draft, identity, json_digest
+from edgetune.data.checks import apart, refuse_untaught
 from edgetune.data.golden import Golden
+from edgetune.data.provenance import Mixture
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
 from edgetune.errors import DataError
@@ -181,6 +183,7 @@ def run(
     *,
     rows: Sequence[Rendered],
     golden: Golden,
+    mixture: Mixture | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
@@ -188,16 +191,17 @@ def run(
 ) -> Artifact:
     """Train an adapter on rendered rows and write it as an `adapter` artifact.
 
-    `golden` is stored with it. A run that was killed goes on from its last whole checkpoint, to the same bytes on the
-    same machine. Raises DataError where too few rows remain beside those set aside for early stopping.
+    `golden` and `mixture`, the rows' origin, are stored with it. A run that was killed goes on from its last whole
+    checkpoint, to the same bytes on the same machine. Raises DataError where too few rows remain beside those set aside
+    for early stopping.
     """
-    if any(row.n_labels == 0 for row in rows):
-        raise DataError("a training row has no labelled token; it would teach nothing")
+    refuse_untaught(rows, golden.stop_ids)
     n_eval = min(config.eval_rows, len(rows) // 5)
     if n_eval == 0:
         raise DataError(f"{len(rows)} training rows are too few: give at least 5")
     order = np.random.default_rng(seed).permutation(len(rows))
-    evaluate, train = [rows[i] for i in order[:n_eval]], [rows[i] for i in order[n_eval:]]
+    evaluate, others = [rows[i] for i in order[:n_eval]], [rows[i] for i in order[n_eval:]]
+    train = apart(others, evaluate)
     with draft(
         out,
         kind="adapter",
@@ -213,12 +217,19 @@ def run(
             trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
         save_adapter(model, pending.path, source.identity)
         golden.write(pending.path)
+        if mixture is not None:
+            mixture.write(pending.path)
+            pending.notes["mixture"] = mixture.summary
         pending.seed = seed
         if n_eval < config.eval_rows:
             pending.fallbacks.append(
                 f"eval_rows={config.eval_rows} is more than a fifth of the rows: {n_eval} are used"
             )
         pending.notes.update(_history(trainer.state))
+        if len(train) < len(others):
+            pending.fallbacks.append(
+                f"{len(others) - len(train)} copies of rows set aside for early stopping were left out of training"
+            )
         pending.notes["rows"] = {"train": len(train), "early_stopping": len(evaluate)}
         pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return pending.artifact

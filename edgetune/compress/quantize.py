@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
+from edgetune.data.contract import hold
 from edgetune.errors import UnsupportedError
 from edgetune.progress import Report, silent
 from edgetune.recipe import Gptq, Rtn
@@ -84,6 +85,7 @@ def run(
                 "damp_percent": config.damp_percent,
             }  # fmt: skip
         write_gptq(pending.path, source, layers, scheme, **how)
+        hold(pending.path)
         errors = {name: result.relative_error for name, result in results.items()}
         pending.seed, pending.calibration = seed, digest
         pending.scheme = {

@@ -30,3 +30,26 @@ def fit(rows: Sequence[Rendered], max_length: int, path: Path) -> tuple[list[Ren
             f"{path}: every row is longer than max_length={max_length} tokens (shortest {shortest}); raise it"
         )
     return kept, len(rows) - len(kept)
+
+
+def refuse_untaught(rows: Sequence[Rendered], stop_ids: Sequence[int], path: Path | None = None) -> None:
+    """Raise DataError where a row would teach nothing, or no row teaches where an answer ends."""
+    where = f"{path}: " if path is not None else ""
+    for row in rows:
+        if row.n_labels == 0:
+            raise DataError(
+                f"{where}line {row.line} has no labelled token, it would teach nothing; "
+                "give one of its answers the weight 1, or leave it out"
+            )
+    ends = set(stop_ids)
+    if not any(token in ends and learned for row in rows for token, learned in zip(row.ids, row.labels, strict=True)):
+        raise DataError(
+            f"{where}no training row shows an end token ({sorted(ends)}) as learned, so the model would not stop; "
+            "use a template that ends answers with one of them"
+        )
+
+
+def apart(train: Sequence[Rendered], evaluate: Sequence[Rendered]) -> list[Rendered]:
+    """Leave out the training rows that are also evaluated: copies that a mixture or the data itself repeats."""
+    seen = {row.ids for row in evaluate}
+    return [row for row in train if row.ids not in seen]

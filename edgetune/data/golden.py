@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from edgetune.data.formats import Row
+from edgetune.data.render import render
 from edgetune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -31,10 +33,21 @@ class Conversation(BaseModel):
     """One rendered conversation. `ids[:prompt_length]` is the prompt with the generation mark."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     text: str
     ids: list[int]
     prompt_length: int
+    tools: list[dict[str, Any]] = []
+    muted: list[int] = []  # turns that are shown and not learned
+    trained_ids: list[int] | None = None  # as training saw it: tokenized turn by turn, through the last end token
+    labels: str | None = None  # for each of these "1" where it is learned, else "0"
+
+    @property
+    def row(self) -> Row:
+        """The conversation as a row, to be rendered again."""
+        turns = tuple((message["role"], message["content"]) for message in self.messages)
+        extras = tuple({k: v for k, v in m.items() if k not in ("role", "content")} for m in self.messages)
+        return Row(turns, None, 0, tuple(self.tools), extras if any(extras) else (), frozenset(self.muted))
 
 
 class PlainText(BaseModel):
@@ -65,20 +78,40 @@ class Golden(BaseModel):
             raise ArtifactError(f"{folder / FILE} cannot be read: {str(error).splitlines()[0]}") from error
 
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / FILE).write_text(self.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8")
 
 
 def make_golden(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]], stop_ids: Sequence[int]
 ) -> Golden:
     """Render conversations (each ends with an assistant turn) with the model's own template."""
+    return _golden(tokenizer, [conversation_of(tokenizer, messages, []) for messages in conversations], stop_ids)
+
+
+def trained_golden(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], stop_ids: Sequence[int]) -> Golden:
+    """Render training rows, with the ids and the label mask that training gives each."""
     made = []
-    for messages in conversations:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        made.append(Conversation(messages=messages, text=text, ids=ids, prompt_length=n_prompt))
+    for row in rows:
+        seen = render(row, tokenizer, stop_ids)
+        talk = conversation_of(tokenizer, row.as_dicts, list(row.tools))
+        learned = {"muted": sorted(row.muted), "trained_ids": list(seen.ids), "labels": seen.mask}
+        made.append(talk.model_copy(update=learned))
+    return _golden(tokenizer, made, stop_ids)
+
+
+def conversation_of(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> Conversation:
+    """Render one conversation as a runtime gets it: one text."""
+    given = {"tools": tools or None, "tokenize": False}
+    text = str(tokenizer.apply_chat_template(messages, **given))
+    prompt = str(tokenizer.apply_chat_template(messages[:-1], **given, add_generation_prompt=True))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return Conversation(messages=messages, text=text, ids=ids, prompt_length=n_prompt, tools=tools)
+
+
+def _golden(tokenizer: PreTrainedTokenizerBase, made: list[Conversation], stop_ids: Sequence[int]) -> Golden:
     bos = tokenizer.bos_token_id
     n_bos = 0
     if made and bos is not None:

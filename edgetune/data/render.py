@@ -7,8 +7,8 @@ text, then each answer. So the ids of training are the ids of inference, whateve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from edgetune.data.formats import Row
 from edgetune.errors import DataError
@@ -31,10 +31,16 @@ class Rendered:
     def n_labels(self) -> int:
         return sum(self.labels)
 
+    @property
+    def mask(self) -> str:
+        """The labels as text: "1" where a token is learned, else "0"."""
+        return "".join(str(int(learned)) for learned in self.labels)
+
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Rendered:
     """Render one row: loss on answers and their end token only; a plain text is learned as a whole.
 
+    A turn that the row mutes is shown and not learned, so that a row may end up without any label.
     Raises DataError where the model has no chat template, or the template cannot carry the row.
     """
     if row.text is not None:
@@ -47,22 +53,43 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     ids: list[int] = []
     labels: list[bool] = []
     done, start = "", 0
-    for turn, message in enumerate(row.as_dicts):
+    turns = row.as_dicts
+    for turn, message in enumerate(turns):
         if message["role"] != "assistant":
             continue
-        prompt = _template(tokenizer, row, row.as_dicts[:turn], generate=True)
-        whole = _template(tokenizer, row, row.as_dicts[: turn + 1], generate=False)
+        prompt = _template(tokenizer, row, turns[:turn], generate=True)
+        whole = _template(tokenizer, row, turns[: turn + 1], generate=False)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise DataError(f"line {row.line}: the chat template rewrites earlier turns; give one answer a row")
         given = tokenizer(prompt[len(done) :], add_special_tokens=False)["input_ids"]
         answer = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
         learned = _through_stop(answer, stop_ids, row)
         start = len(ids) + len(given)
+        end = start + learned
         ids += [*given, *answer]
-        labels += [False] * len(given) + [True] * learned + [False] * (len(answer) - learned)
+        labels += [False] * len(given) + [turn not in row.muted] * learned + [False] * (len(answer) - learned)
         done = whole
-    end = start + sum(labels[start:])
-    return Rendered(tuple(ids[:end]), tuple(labels[:end]), start, row.messages[-1][1], row.line)
+    _shows_tools(tokenizer, row, done)
+    target = row.messages[-1][1]
+    if row.extras and row.extras[-1]:  # the template alone knows how calls are spelled
+        target = str(tokenizer.decode(ids[start : end - 1]))
+    return Rendered(tuple(ids[:end]), tuple(labels[:end]), start, target, row.line)
+
+
+def _shows_tools(tokenizer: PreTrainedTokenizerBase, row: Row, rendered: str) -> None:
+    """Refuse a template that leaves out the tools, the calls or their results: it would teach to answer without."""
+    if row.tools and rendered == _template(tokenizer, replace(row, tools=()), row.as_dicts, generate=False):
+        raise DataError(
+            f"line {row.line}: the chat template does not show the row's tools; use a model that takes tools"
+        )
+    for (role, content), extra in zip(row.messages, row.extras, strict=False):
+        names = [call["function"]["name"] for call in extra.get("tool_calls", ())]
+        missing = [part for part in (*names, *([content] if role == "tool" else ())) if part.strip() not in rendered]
+        if missing:
+            raise DataError(
+                f"line {row.line}: the chat template leaves out {missing[0][:40]!r} of a tool call; "
+                "use a model that takes tools"
+            )
 
 
 def _through_stop(answer: list[int], stop_ids: Sequence[int], row: Row) -> int:
@@ -73,10 +100,14 @@ def _through_stop(answer: list[int], stop_ids: Sequence[int], row: Row) -> int:
     raise DataError(f"line {row.line}: the chat template ends the answer with none of the stop tokens {list(stop_ids)}")
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[dict[str, str]], *, generate: bool) -> str:
+def _template(tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[dict[str, Any]], *, generate: bool) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=list(row.tools) or None, tokenize=False, add_generation_prompt=generate
+            )
+        )
     except (TemplateError, ValueError) as error:
         raise DataError(f"line {row.line}: the chat template refuses the row ({error})") from error

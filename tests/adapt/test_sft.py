@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 def test_rows_without_labels_are_refused(tiny_model: Artifact, tmp_path: Path) -> None:
     empty = Rendered((1, 2, 3), (False, False, False), 1, "", 1)
-    with pytest.raises(DataError, match="no labelled token"):
+    with pytest.raises(DataError, match=r"^line \d+ has no labelled token"):
         train(tiny_model, tmp_path / "adapter", [empty] * 10)
     assert list(tmp_path.iterdir()) == []
 

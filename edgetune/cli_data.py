@@ -1,0 +1,105 @@
+"""The verb group `data`: what is in a set of rows, before a model learns it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from edgetune.cli import DEFAULT_STORE, StoreFolder, _console, _quiet, app
+from edgetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetune.data.check.examine import Input, Template
+    from edgetune.data.formats import Format
+    from edgetune.recipe_data import Data
+
+MAX_LENGTH = 512
+data = typer.Typer(help="Look at rows before a model learns them.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def check(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="training rows: files, `datasets` folders, org/name; those of --recipe if absent"),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="model under whose template lengths and masks are measured")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="recipe whose base, files and data.check limits are used")] = None,
+    heldout: Annotated[Path | None, typer.Option(help="held-out rows, looked for among the training rows")] = None,
+    format: Annotated[str | None, typer.Option(help="row format; told by the keys of each row if absent")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="tokens; the recipe's, or 512, if absent")] = None,
+    json: Annotated[Path | None, typer.Option(help="write everything that was found here")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page for people here")] = None,
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Count lengths, duplicates, leaks, labels, languages, personal data; 3 where something is over its limit."""
+    from edgetune.artifact import write_text
+    from edgetune.data.check.examine import examine
+    from edgetune.data.check.page import render_page
+    from edgetune.data.check.summary import print_summary
+    from edgetune.recipe import load_recipe
+    from edgetune.recipe_data import DataCheck
+
+    loaded = load_recipe(recipe) if recipe is not None else None
+    rows = loaded.data if loaded is not None else None
+    inputs = _inputs(files or [], rows, heldout, _format(format))
+    name = base if base is not None or loaded is None else loaded.base
+    template = _template(name, store) if name is not None else None
+    tokens = max_length or (rows.max_length if rows is not None else MAX_LENGTH)
+    found = examine(inputs, rows.check if rows is not None else DataCheck(), tokens, template)
+    print_summary(found, _console())
+    for path, text in ((json, found.model_dump_json(indent=1) + "\n"), (html, render_page(found))):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+    raise typer.Exit(3 if found.over else 0)
+
+
+def _inputs(files: Sequence[Path], rows: Data | None, heldout: Path | None, form: Format) -> list[Input]:
+    """Training rows of the command line or the recipe, then held-out rows likewise."""
+    from edgetune.data.check.examine import Input
+
+    told = form if form != "auto" or rows is None else rows.format
+    if files:
+        found = [Input(path, form=told) for path in files]
+    elif rows is not None:
+        found = [
+            Input(Path(one.path), form=told if one.format == "auto" else one.format, limit=rows.train_rows)
+            for one in rows.sources
+        ]
+    else:
+        raise UsageError("data check: name files with training rows, or a --recipe")
+    if heldout is not None:
+        return [*found, Input(heldout, heldout=True, form=told)]
+    if rows is not None and rows.heldout is not None:
+        found.append(Input(Path(rows.heldout), heldout=True, form=told, limit=rows.heldout_rows))
+    return found
+
+
+def _format(name: str | None) -> Format:
+    from edgetune.data.formats import Format
+
+    known: tuple[Format, ...] = get_args(Format)
+    for form in known:
+        if form == (name or "auto"):
+            return form
+    raise UsageError(f"--format {name!r} is not known; use {', '.join(known)}")
+
+
+def _template(base: str, store: Path) -> Template:
+    """Read the tokenizer of a base, which is made into an artifact where the store has none."""
+    from transformers import AutoTokenizer
+
+    from edgetune.artifact import Store
+    from edgetune.data.check.examine import Template
+    from edgetune.data.golden import Golden
+    from edgetune.single import open_model
+
+    _quiet()
+    model = open_model(base, Store(store), _console())
+    tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
+    return Template(base, tokenizer, Golden.read(model.path).stop_ids)

@@ -1,0 +1,1 @@
+"""What is in a set of rows, before a model learns it: `edgetune data check`."""

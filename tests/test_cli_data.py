@@ -1,0 +1,80 @@
+"""`edgetune data check` as a user meets it: tables, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgetune.artifact import Artifact
+from edgetune.data.check.findings import DataReport
+from tests import test_cli
+from tests.data.test_check import FAULTY, HELD
+from tests.data.test_formats import write
+from tests.test_cli import Call, child
+
+call = test_cli.call  # the fixture
+
+RECIPE = """
+name: a
+base: {base}
+data:
+  train: [{{path: {train}}}]
+  heldout: {heldout}
+  max_length: 100
+  check: {{refused: 0.5, overlap: 0.5, without_loss: 0.5, trivial: {trivial}}}
+candidates: {{x: {{}}}}
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    heldout = write(tmp_path, *HELD).rename(tmp_path / "heldout.jsonl")
+    return write(tmp_path, *FAULTY), heldout
+
+
+def test_a_file_without_a_model(call: Call, files: tuple[Path, Path]) -> None:
+    code, out, err = call("data", "check", str(files[0]))
+    assert (code, err) == (3, "")
+    assert "Rows that training cannot read" in out
+    assert "Whole row, characters: " in out
+    assert "longer than" not in out
+
+
+def test_json_and_page_are_written(call: Call, files: tuple[Path, Path], tmp_path: Path) -> None:
+    places = [tmp_path / "out" / "a.json", tmp_path / "out" / "a.html"]
+    code, _, _ = call(
+        "data", "check", str(files[0]), "--heldout", str(files[1]), "--json", str(places[0]), "--html", str(places[1])
+    )
+    assert code == 3
+    report = DataReport.model_validate(json.loads(places[0].read_text()))
+    assert [file.heldout for file in report.files] == [False, True]
+    assert places[1].read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(("trivial", "code"), [("null", 0), (0.05, 3)])
+def test_a_recipe_sets_base_files_and_limits(
+    call: Call, files: tuple[Path, Path], tmp_path: Path, tiny_model: Artifact, trivial: object, code: int
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(base=tiny_model.path, train=files[0], heldout=files[1], trivial=trivial))
+    found, out, err = call("data", "check", "--recipe", str(recipe), "--store", str(tmp_path / "store"))
+    assert (found, err) == (code, "")
+    assert "Training rows longer than 100 tokens" in out
+    assert "heldout.jsonl: 3 rows, held out, completion" in out
+
+
+def test_faults_are_one_line(call: Call, files: tuple[Path, Path], tmp_path: Path) -> None:
+    assert call("data", "check")[2] == "edgetune: data check: name files with training rows, or a --recipe\n"
+    code, _, err = call("data", "check", str(files[0]), "--format", "sharegpt")
+    assert (code, err.startswith("edgetune: --format 'sharegpt' is not known; use auto, alpaca, chat")) == (2, True)
+    code, _, err = call("data", "check", str(tmp_path / "no.jsonl"))
+    assert code == 2
+    assert "no.jsonl: cannot be read" in err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    ended = child("data", "check", "--help")
+    assert ended.returncode == 0
+    assert "LOADED []" in ended.stderr

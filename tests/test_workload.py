@@ -1,0 +1,80 @@
+"""A recipe's data as training gets it: rendered, mixed, with the origin of every row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from edgetune import workload
+from edgetune.adapt import sft
+from edgetune.artifact import Artifact
+from edgetune.data.formats import read_rows
+from edgetune.data.golden import Golden
+from edgetune.data.provenance import FILE, Mixture
+from edgetune.data.render import render
+from edgetune.errors import DataError
+from edgetune.recipe import Adapt
+from tests.data.test_formats import ANSWERED, ASKED
+from tests.data.test_mixture import make, rows, save
+
+
+def test_a_plain_file_is_rendered_row_by_row(tiny_model: Artifact, tmp_path: Path) -> None:
+    data = make(tmp_path, save(tmp_path, "a", rows("a", 4)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
+    work = workload.load(data, tiny_model)
+    assert work.train == [render(row, tokenizer, [2]) for row in read_rows(Path(str(data.train)))]
+    assert work.mixture.sources[0].rows == "1-4"
+    assert workload.rows_line(data) == "rows: 4 to train on (completion), 2 held out (completion)"
+    assert workload.train_rows(data) == read_rows(Path(str(data.train)))
+
+
+def test_a_mixture_goes_with_the_adapter(tiny_model: Artifact, tmp_path: Path) -> None:
+    general = [{"text": "turn the light"}, {"text": "long " * 200}]
+    train = [
+        {"path": save(tmp_path, "a", rows("set the light", 12))},
+        {"path": save(tmp_path, "b", general), "replay": True},
+    ]
+    data = make(tmp_path, train, mix={"replay_share": 0.4}, max_length=64)
+    work = workload.load(data, tiny_model)
+    assert (len(work.train), work.n_too_long) == (16, 4)
+    assert [one.rows for one in work.mixture.sources] == ["1-12", "1x4"]
+    config = Adapt(method="lora", r=2, max_steps=1, eval_rows=3, batch_size=2, report_to=[])
+    made = sft.run(config, tiny_model, tmp_path / "adapter", rows=work.train, golden=work.golden, mixture=work.mixture)
+    assert Mixture.model_validate_json((made.path / FILE).read_bytes()) == work.mixture
+    assert FILE in made.manifest.files
+    assert made.manifest.notes["mixture"] == json.loads(json.dumps(work.mixture.summary))
+    first = Golden.read(made.path).conversations[0]
+    assert (first.trained_ids, first.labels) == (list(work.train[0].ids), work.train[0].mask)
+    told = made.manifest.notes["rows"]
+    assert told["early_stopping"] == 3
+    assert told["train"] <= 13
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, r"b\.jsonl: line 2 has no labelled token"),
+        (
+            {"messages": [ASKED, ANSWERED], "tools": [{"name": "f"}]},
+            r"b\.jsonl: line 2: the chat template does not show the row",
+        ),
+    ],
+)
+def test_what_is_refused_before_the_first_step(tiny_model: Artifact, tmp_path: Path, row: Any, says: str) -> None:
+    train = [{"path": save(tmp_path, "a", rows("a", 1))}, {"path": save(tmp_path, "b", [*rows("b", 1), row])}]
+    data = make(tmp_path, train)
+    with pytest.raises(DataError, match=says):
+        workload.load(data, tiny_model)
+
+
+def test_a_split_is_rendered(tiny_model: Artifact, tmp_path: Path) -> None:
+    train = [{"path": save(tmp_path, name, rows(name, 10))} for name in ("a", "b")]
+    data = make(tmp_path, train, split={"share": 0.2})
+    work = workload.load(data, tiny_model)
+    assert (len(work.train), len(work.heldout)) == (16, 4)
+    asked = [row.prompt for row in workload.heldout_rows(data)]
+    assert [one.drawn for one in work.mixture.split] == [sum(f"user: {name} " in a for a in asked) for name in "ab"]
