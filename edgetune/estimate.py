@@ -17,7 +17,8 @@ from edgetune.compress.architectures import linear_shapes
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.graph import weighed_export
-from edgetune.recipe import Adapt, Bench, Calibration, Candidate, Recipe
+from edgetune.recipe import Bench, Calibration, Candidate, Recipe
+from edgetune.recipe_training import Adapt
 
 # Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
 TRAINING, TORCH, CALIBRATING, SOLVING = 0.29, 0.3, 0.5, 0.15

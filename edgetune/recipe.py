@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from edgetune.closed import Closed, Count, Share
 from edgetune.errors import RecipeError
+from edgetune.recipe_training import Adapt, Prefer
 
-Count = Annotated[int, Field(gt=0)]
 M = TypeVar("M", bound=BaseModel)
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Closed(BaseModel):
-    """A model that knows all its keys and never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(Closed):
@@ -35,38 +29,6 @@ class Data(Closed):
     generated_rows: int | None = Field(
         None, ge=0, description="of the first N held-out rows, generate the wrong answers, for slot F1; all if absent"
     )
-
-
-class Adapt(Closed):
-    """LoRA on a 16-bit base, or QLoRA on a base in NF4 (arXiv:2106.09685, arXiv:2305.14314)."""
-
-    method: Literal["qlora", "lora"] = "qlora"
-    r: Count = 16
-    alpha: Count = 32
-    dropout: Share = 0.0
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    loraplus_lr_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
-        1.0, description="learning rate of LoRA's B over that of its A (arXiv:2402.12354); 1 is plain LoRA"
-    )
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
-    max_steps: Count | None = None
-    batch_size: Count = Field(16, description="rows an optimizer step")
-    micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
-    keep_dense: bool = Field(False, description="qlora: keep dequantized weights; faster, as large as the 16-bit base")
-    warmup_ratio: Share = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    eval_steps: Count = Field(50, description="optimizer steps between held-out losses and checkpoints")
-    eval_rows: Count = Field(64, description="training rows set aside for early stopping")
-    patience: Count = Field(3, description="held-out losses without progress before training stops")
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
-
-    @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> Adapt:
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise ValueError(f"micro_batch_size={micro} does not divide batch_size={self.batch_size}")
-        return self
 
 
 class Calibration(Closed):
@@ -183,6 +145,7 @@ class Recipe(Closed):
     device: str = Field("cpu", description="torch device that trains and quantizes: cpu, cuda, cuda:1")
     data: Data
     adapt: Adapt | None = Adapt()
+    prefer: Prefer | None = Field(None, exclude_if=lambda value: value is None)
     candidates: Annotated[dict[str, Candidate], Field(min_length=1)]
     bench: Bench = Bench()
     budgets: Budgets = Budgets()

@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress with tokens/s, and checkpoints that say when they are whole."""
+"""Trainer callbacks: progress with tokens/s, checkpoints that say when they are whole, blocks freed one by one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -64,3 +65,21 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self.first
         rate = done * self.tokens_per_step / (time.monotonic() - self.began)
         self.progress(state.global_step, state.max_steps, f"{self.loss}{rate:.0f} tokens/s")
+
+
+class GradualUnfreezing(TrainerCallback):  # type: ignore[misc]
+    """Trains the last block first and one more each `every` steps, embeddings last (arXiv:1801.06146, section 3.3)."""
+
+    def __init__(self, causal: Any, every: int) -> None:
+        embeddings = list(causal.get_input_embeddings().parameters())
+        blocks: list[list[nn.Parameter]] = [list(block.parameters()) for block in causal.get_decoder().layers]
+        inside = {id(p) for group in (embeddings, *blocks) for p in group}
+        blocks[-1] += [p for p in causal.parameters() if id(p) not in inside]  # the last norm, a head of its own
+        self._groups = [*reversed(blocks), embeddings]
+        self._every = every
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        free = 1 + state.global_step // self._every
+        for place, group in enumerate(self._groups):
+            for parameter in group:
+                parameter.requires_grad_(place < free)

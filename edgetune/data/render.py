@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgetune.artifact import json_digest
 from edgetune.data.formats import Row
 from edgetune.errors import DataError
 
@@ -30,6 +31,11 @@ class Rendered:
     @property
     def n_labels(self) -> int:
         return sum(self.labels)
+
+
+def rows_digest(rows: Sequence[Rendered]) -> str:
+    """Digest of token ids and label masks."""
+    return json_digest([[list(row.ids), [int(k) for k in row.labels]] for row in rows])
 
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Rendered:
