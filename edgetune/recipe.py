@@ -159,6 +159,19 @@ class Recipe(Closed):
             )
         return self
 
+    @model_validator(mode="after")
+    def _separate_adapters_are_not_converted(self) -> Recipe:
+        if self.adapt is None or not self.adapt.separate:
+            return self
+        why = "method prefix changes no weights" if self.adapt.method == "prefix" else "merge is separate"
+        for name, candidate in self.candidates.items():
+            if candidate.compress or candidate.export is not None:
+                raise ValueError(f"candidates.{name}: adapt: {why}, so there is no model to compress or export; "
+                                 f"write {name}: {{}}, which runs base and adapter in torch")  # fmt: skip
+        if self.prefer is not None:
+            raise ValueError(f"prefer: adapt: {why}, so there is no model to start from; merge it or leave prefer out")
+        return self
+
     @field_validator("candidates")
     @classmethod
     def _names(cls, candidates: dict[str, Candidate]) -> dict[str, Candidate]:

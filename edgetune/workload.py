@@ -13,6 +13,7 @@ from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
 from edgetune.data.golden import Golden, make_golden
 from edgetune.data.render import Rendered, render
+from edgetune.data.windows import render_windows
 from edgetune.recipe import Calibration, Data
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def load(data: Data, base: Artifact) -> Workload:
     train_rows = read_rows(train_path, data.format, data.train_rows)
     heldout_rows = read_rows(heldout_path, data.format, data.heldout_rows)
     checks.refuse_leaks(train_rows, heldout_rows, train_path, heldout_path)
-    train, n_too_long = checks.fit([render(row, tokenizer, stop) for row in train_rows], data.max_length, train_path)
+    rendered = [one for row in train_rows for one in render_windows(row, tokenizer, stop, data.max_length)]
+    train, n_too_long = checks.fit(rendered, data.max_length, train_path)
     heldout = [render(row, tokenizer, stop) for row in heldout_rows]
     talks = [row.as_dicts for row in train_rows[:GOLDEN_ROWS] if row.text is None]
     general = Path(data.general) if data.general else None

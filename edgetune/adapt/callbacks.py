@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from edgetune.artifact import write_text
 from edgetune.progress import Report
 
 SEAL = "complete"
@@ -65,6 +67,43 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self.first
         rate = done * self.tokens_per_step / (time.monotonic() - self.began)
         self.progress(state.global_step, state.max_steps, f"{self.loss}{rate:.0f} tokens/s")
+
+
+class SpeedLog(TrainerCallback):  # type: ignore[misc]
+    """Writes tokens/s by step to a file of the run, for its report: a manifest holds no times."""
+
+    def __init__(self, file: Path, made: str, tokens_per_step: float) -> None:
+        self._file, self._made, self._tokens = file, made, tokens_per_step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._curve = [point for point in read_speed(self._file, self._made) if point[0] <= state.global_step]
+        self._last = (state.global_step, time.monotonic())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step, now = state.global_step, time.monotonic()
+        self._curve.append([step, round(self._tokens * (step - self._last[0]) / (now - self._last[1]), 1)])
+        self._last = (step, now)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._file, json.dumps({"identity": self._made, "tokens_per_s": self._curve}) + "\n")
+
+
+def read_speed(file: Path, made: str) -> list[list[float]]:
+    """Give what was written while the artifact of that identity was trained; nothing where another one was."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    curve: list[list[float]] = found["tokens_per_s"] if found.get("identity") == made else []
+    return curve
 
 
 class GradualUnfreezing(TrainerCallback):  # type: ignore[misc]

@@ -41,6 +41,9 @@ def attach(config: Adapt, folder: Path, device: str) -> nn.Module:
         return load_base(folder, device, four_bit=False, dtype=torch.float32).requires_grad_(True)
     base = load_base(folder, device, four_bit=config.four_bit)
     model: nn.Module = get_peft_model(base, peft_config(config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft leaves DoRA's magnitudes in 16 bits, where small updates are lost
+            parameter.data = parameter.data.float()
     return model
 
 

@@ -23,7 +23,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt import methods
-from edgetune.adapt.callbacks import CheckpointSeal, GradualUnfreezing, ProgressReport, last_sealed_checkpoint
+from edgetune.adapt.callbacks import (
+    CheckpointSeal,
+    GradualUnfreezing,
+    ProgressReport,
+    SpeedLog,
+    last_sealed_checkpoint,
+)
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.pull import Pull
 from edgetune.artifact import Artifact, draft, identity
@@ -38,6 +44,7 @@ from edgetune.sources import copy_tokenizer
 
 STAGE = "adapt.sft/2"
 IGNORE = -100
+SPEED = "adapt-speed.json"  # in the folder of the logs
 
 
 class LabelledHead:
@@ -228,6 +235,9 @@ def run(
         model, head = attach(config, source.path, device)
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(config, model, head, train, evaluate, pending.work, device, seed, progress, log_folder)
+        if log_folder is not None:
+            made = planned_identity(config, source.identity, rows, seed)
+            trainer.add_callback(SpeedLog(log_folder / SPEED, made, tokens_per_step(config, train)))
         trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
         if full:
             model.to(torch.bfloat16).save_pretrained(pending.path)  # type: ignore[operator]
@@ -311,7 +321,7 @@ def make_trainer(
     )
     callbacks: list[Any] = [
         CheckpointSeal(),
-        ProgressReport(progress, tokens_per_step=sum(len(r.ids) for r in train) / len(train) * config.batch_size),
+        ProgressReport(progress, tokens_per_step(config, train)),
         EarlyStoppingCallback(early_stopping_patience=config.patience),
     ]
     if config.unfreeze_steps is not None:
@@ -338,6 +348,11 @@ def make_trainer(
 
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def tokens_per_step(config: Adapt, train: Sequence[Rendered]) -> float:
+    """Mean number of real tokens of an optimizer step."""
+    return sum(len(row.ids) for row in train) / len(train) * config.batch_size
 
 
 def _packs(model: nn.Module) -> bool:
