@@ -206,7 +206,7 @@ class Pipeline:
             name, self.base, n_threads=threads, **settings, adapter=str(artifact.path),
             quantize_base=self.recipe.adapt.four_bit,
         )  # fmt: skip
-        return job if name == "adapter" else replace(job, size_bytes=self.base.size_bytes + artifact.size_bytes)
+        return replace(job, size_bytes=self.base.size_bytes + artifact.size_bytes)
 
     def _hops_before(self, reference: Artifact) -> list[tuple[str, Accuracy]]:
         """Score what comes before the reference: the base, the adapter on its base, what preference training began."""

@@ -208,7 +208,7 @@ class Prefer(Closed):
         _refuse_uneven_batches(self.batch_size, self.micro_batch_size)
         if self.method == "grpo" and not self.rewards:
             raise ValueError(f"grpo needs rewards; give a list of {', '.join(Reward.model_fields)}")
-        if self.method == "grpo" and (self.micro_batch_size or self.batch_size) % self.generations:
+        if self.method == "grpo" and self.batch_size % self.generations:
             raise ValueError(f"generations={self.generations} does not divide the {self.batch_size} answers of a step")
         if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
             raise ValueError("kto compares rows of a batch with one another; give at least 2 rows at once")

@@ -37,4 +37,15 @@ def load_base(folder: Path, device: str, *, four_bit: bool, dtype: torch.dtype |
         local_files_only=True,
     )
     model.requires_grad_(False)
+    if four_bit:
+        keep_layout(model)
     return model
+
+
+def keep_layout(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights for the CPU in an evaluation: dequantized they would be noise."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -38,7 +38,8 @@ def attach(config: Adapt, folder: Path, device: str) -> nn.Module:
     from peft import get_peft_model
 
     if config.method == "full":
-        return load_base(folder, device, four_bit=False, dtype=torch.float32).requires_grad_(True)
+        whole: nn.Module = load_base(folder, device, four_bit=False, dtype=torch.float32)
+        return whole.requires_grad_(True)
     base = load_base(folder, device, four_bit=config.four_bit)
     model: nn.Module = get_peft_model(base, peft_config(config))
     for parameter in model.parameters():

@@ -100,7 +100,7 @@ def test_what_is_merged_gives_the_logits_of_the_adapter_on_its_base(
 def test_our_layers_give_pefts_loss_and_gradient_or_step_aside(
     tiny_model: Artifact, rows: list[Rendered], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    config = Adapt(method=method, r=4, **SMALL)
+    config = Adapt(method=method, r=4, alpha=4, **SMALL)
     found = []
     for ours in (False, True):
         torch.manual_seed(0)
@@ -258,6 +258,19 @@ def test_the_merge_that_diverges_less_is_chosen_and_the_table_is_kept(
     plain = merge.run(tiny_model, adapter, tmp_path / "plain")
     assert plain.manifest.config == {}
     assert plain.manifest.files != made.manifest.files
+
+
+def test_an_evaluation_leaves_the_4_bit_weights_as_they_are(tiny_model: Artifact) -> None:
+    """bitsandbytes repacks them for some CPUs, after which peft and we would read other numbers out of them."""
+    import bitsandbytes as bnb
+
+    model = load_base(tiny_model.path, "cpu", four_bit=True)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    before = [layer.weight.data.clone() for layer in layers]
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[3, 4, 5]]))
+    assert layers
+    assert all(torch.equal(layer.weight.data, kept) for layer, kept in zip(layers, before, strict=True))
 
 
 def test_ia3_in_an_architecture_that_peft_does_not_know() -> None:

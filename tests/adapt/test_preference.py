@@ -158,7 +158,8 @@ def test_grpo_wants_prompts(tmp_path: Path) -> None:
         ({"json_valid": {}}, [1, 0, 1]),
         ({"exact_match": {}}, [1, 0, 0]),
         ({"regex": {"pattern": r"\{.*\}"}}, [1, 0, 0]),
-        ({"length": {"characters": 4}}, [0.25, 0, 1]),
+        ({"length": {"characters": 4}}, [0.25, 0.25, 1]),
+        ({"length": {"characters": 3}}, [0, 0, 1]),
     ],
 )
 def test_rule_rewards(reward: dict[str, Any], earned: list[float]) -> None:
