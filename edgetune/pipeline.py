@@ -90,7 +90,7 @@ class Pipeline:
                 graph.preferred,
                 lambda out, progress: preference.run(
                     prefer, self.adapted, out, examples=graph.examples, device=recipe.device, seed=recipe.seed,
-                    progress=progress, log_folder=logs,
+                    progress=progress, log_folder=logs / "prefer",
                 ),
             )  # fmt: skip
             self.model = self.stages.run(

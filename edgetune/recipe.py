@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from edgetune.closed import Closed, Count, Share
+from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_training import Adapt, Prefer
-
-M = TypeVar("M", bound=BaseModel)
 
 
 class Data(Closed):
@@ -65,7 +63,7 @@ class CompressStep(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> CompressStep:
-        return _exactly_one(self)
+        return exactly_one(self)
 
     @property
     def method(self) -> Rtn | Gptq:
@@ -96,7 +94,7 @@ class Export(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> Export:
-        return _exactly_one(self)
+        return exactly_one(self)
 
 
 class Candidate(Closed):
@@ -211,13 +209,6 @@ def parse_as(model: type[M], raw: dict[str, Any], where: str) -> M:
         return model.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(model, error.errors()[0])}") from error
-
-
-def _exactly_one(model: M) -> M:
-    given = [name for name in type(model).model_fields if getattr(model, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(type(model).model_fields)}; found {given or 'none'}")
-    return model
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from edgetune.closed import Amount, Closed, Count, Positive, Share
+from edgetune.closed import Amount, Closed, Count, Positive, Share, exactly_one
 
 Method = Literal["qlora", "lora", "dora", "rslora", "ia3", "prefix", "full"]
 LORA = ("qlora", "lora", "dora", "rslora")
@@ -161,10 +161,7 @@ class Reward(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> Reward:
-        given = [name for name in Reward.model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(Reward.model_fields)}; found {given or 'none'}")
-        return self
+        return exactly_one(self)
 
 
 PREFER_READS: dict[str, tuple[str, ...]] = {

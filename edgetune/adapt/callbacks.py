@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self.first
         rate = done * self.tokens_per_step / (time.monotonic() - self.began)
         self.progress(state.global_step, state.max_steps, f"{self.loss}{rate:.0f} tokens/s")
+
+
+def tensorboard(report_to: Sequence[str], folder: Path | None) -> list[TrainerCallback]:
+    """Give the callback that writes curves into `folder`, where the recipe wants it and there is one."""
+    if "tensorboard" not in report_to or folder is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]
 
 
 class SpeedLog(TrainerCallback):  # type: ignore[misc]

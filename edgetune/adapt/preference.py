@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt import methods, rewards
 from edgetune.adapt.base import load_base
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint, tensorboard
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.golden import Golden
@@ -99,12 +99,11 @@ def run(
         lora = methods.lora_config(config.adapter, config.r, config.alpha)
         settings = _settings(config, len(order), pending.work, device, seed)
         n_tokens = sum(len(r.ids) for i in order for r in rendered[i]) / len(order)
-        callbacks: list[Any] = [CheckpointSeal(), ProgressReport(progress, n_tokens * config.batch_size)]
-        if "tensorboard" in config.report_to and log_folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-            from transformers.integrations import TensorBoardCallback
-
-            callbacks.append(TensorBoardCallback(SummaryWriter(str(log_folder))))
+        callbacks: list[Any] = [
+            CheckpointSeal(),
+            ProgressReport(progress, n_tokens * config.batch_size),
+            *tensorboard(config.report_to, log_folder),
+        ]
         trainer = trl_trainers.make(
             config, base, lora, tokenizer, [(rendered[i], examples[i].label) for i in order], settings, callbacks
         )

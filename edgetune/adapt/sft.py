@@ -29,6 +29,7 @@ from edgetune.adapt.callbacks import (
     ProgressReport,
     SpeedLog,
     last_sealed_checkpoint,
+    tensorboard,
 )
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.pull import Pull
@@ -323,14 +324,10 @@ def make_trainer(
         CheckpointSeal(),
         ProgressReport(progress, tokens_per_step(config, train)),
         EarlyStoppingCallback(early_stopping_patience=config.patience),
+        *tensorboard(config.report_to, log_folder),
     ]
     if config.unfreeze_steps is not None:
         callbacks.append(GradualUnfreezing(model, config.unfreeze_steps))
-    if "tensorboard" in config.report_to and log_folder is not None:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(log_folder))))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = CompletionTrainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgetune.adapt.rewards import Score, score_of
@@ -45,7 +46,7 @@ def make(
     return trainer
 
 
-def _dpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> Any:
+def _dpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -60,10 +61,10 @@ def _dpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -
     arguments = DPOConfig(
         loss_type={"dpo": "sigmoid", "ipo": "ipo"}[config.method], max_length=config.max_length, **settings
     )
-    return lambda **given: Ready(args=arguments, train_dataset=Dataset.from_list(rows), **given)
+    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
 
 
-def _kto(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> Any:
+def _kto(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
@@ -84,10 +85,10 @@ def _kto(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -
         max_length=config.max_length, train_sampling_strategy="sequential",
         undesirable_weight=good / max(len(rows) - good, 1), **settings,
     )  # fmt: skip
-    return lambda **given: Ready(args=arguments, train_dataset=Dataset.from_list(rows), **given)
+    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
 
 
-def _orpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> Any:
+def _orpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
     from datasets import Dataset
 
     with warnings.catch_warnings():
@@ -109,10 +110,10 @@ def _orpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) 
             row[f"{name}_labels"] = [IGNORE] * one.start + _answer(one)
         rows.append(row)
     arguments = ORPOConfig(max_length=config.max_length, remove_unused_columns=False, **settings)
-    return lambda **given: Ready(args=arguments, train_dataset=Dataset.from_list(rows), **given)
+    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
 
 
-def _grpo(config: Prefer, examples: Examples, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+def _grpo(config: Prefer, examples: Examples, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> partial[Any]:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -128,7 +129,7 @@ def _grpo(config: Prefer, examples: Examples, settings: dict[str, Any], tokenize
         temperature=config.temperature, reward_weights=[weight for _, weight, _ in found], **settings,
     )  # fmt: skip
     functions = [_as_trl_calls_it(name, score) for name, _, score in found]
-    return lambda **given: Ready(args=arguments, train_dataset=Dataset.from_list(rows), reward_funcs=functions, **given)
+    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows), reward_funcs=functions)
 
 
 def _as_trl_calls_it(name: str, score: Score) -> Any:
