@@ -113,7 +113,9 @@ def _orpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) 
     return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
 
 
-def _grpo(config: Prefer, examples: Examples, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> partial[Any]:
+def _grpo(
+    config: Prefer, examples: Examples, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> partial[Any]:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
