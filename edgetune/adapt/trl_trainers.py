@@ -36,9 +36,11 @@ def make(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     build = {"kto": _kto, "orpo": _orpo, "grpo": _grpo}.get(config.method, _dpo)
-    trainer = build(config, examples, settings, tokenizer)(
-        model=base, peft_config=lora, processing_class=tokenizer, callbacks=callbacks
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that trl still uses
+        trainer = build(config, examples, settings, tokenizer)(
+            model=base, peft_config=lora, processing_class=tokenizer, callbacks=callbacks
+        )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # trl rounds it to bfloat16 on a 4-bit base, and loses small updates
             parameter.data = parameter.data.float()
