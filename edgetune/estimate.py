@@ -16,8 +16,9 @@ from typing import Any
 from edgetune.compress.architectures import linear_shapes
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
-from edgetune.graph import weighed_export
-from edgetune.recipe import Adapt, Bench, Calibration, Candidate, Recipe
+from edgetune.graph import merges, weighed_export
+from edgetune.recipe import Bench, Calibration, Candidate, Recipe
+from edgetune.recipe_training import LORA, Adapt, Prefer
 
 # Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
 TRAINING, TORCH, CALIBRATING, SOLVING = 0.29, 0.3, 0.5, 0.15
@@ -122,7 +123,10 @@ class Estimator:
         if stage == "adapt":
             assert recipe.adapt is not None, "a recipe without adapt has no such stage"
             return self._training(recipe.adapt)
-        if stage == "merge":
+        if stage == "prefer":
+            assert recipe.prefer is not None, "a recipe without prefer has no such stage"
+            return self._preference(recipe.prefer)
+        if stage in ("merge", "merge preferred"):
             return Cost(10 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 2 * sizes.bytes_16 / MIB)
         if stage == "latency":
             return self._latency(recipe.bench)
@@ -147,15 +151,30 @@ class Estimator:
         sizes = self.sizes
         n_rows, n_tokens, n_labels = max(self.train.n_rows, 1), self.train.n_tokens, self.train.n_labels
         passes = config.epochs if config.max_steps is None else config.max_steps * config.batch_size / n_rows
-        lora = config.r * sizes.lora_per_rank
-        flop = passes * (n_tokens * (4 * sizes.linear + 6 * lora) + 4 * n_labels * sizes.head)
+        full = config.method == "full"
+        lora = config.r * sizes.lora_per_rank if config.method in LORA else 0
+        flop = passes * (n_tokens * ((6 if full else 4) * sizes.linear + 6 * lora) + 4 * n_labels * sizes.head)
         rows = config.micro_batch_size or config.batch_size
         tokens = rows * n_tokens / n_rows
         activations = tokens * sizes.n_layers * (10 * sizes.hidden + 6 * sizes.intermediate) * 4
         logits = 3 * 4 * sizes.vocabulary * rows * n_labels / n_rows
-        dense = 4 if config.method == "lora" or config.keep_dense else 0
-        weights = sizes.linear * (dense + (0.6 if config.method == "qlora" else 0)) + 4 * sizes.head + 16 * lora
+        dense = 4 if not config.four_bit or config.keep_dense else 0
+        weights = sizes.linear * (dense + (0.6 if config.four_bit else 0)) + 4 * sizes.head + 16 * lora
+        weights += 12 * (sizes.linear + sizes.head) if full else 0  # gradients and Adam's two moments
         return Cost(START_S + self._seconds(flop, TRAINING), TRAINER_MIB + (weights + activations + logits) / MIB)
+
+    def _preference(self, config: Prefer) -> Cost:
+        """Rows are taken to be as long as training rows; a pair is two, and all but ORPO read each once more."""
+        answers = 1 if config.method in ("kto", "grpo") else 2
+        rows = config.train_rows or self.train.n_rows
+        steps = config.max_steps or ceil(config.epochs * rows * (config.generations if config.method == "grpo" else 1)
+                                         / config.batch_size)  # fmt: skip
+        as_adapt = Adapt(
+            method=config.adapter, r=config.r, max_steps=steps * answers, batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+        )  # fmt: skip
+        one = self._training(as_adapt)
+        return Cost(START_S + (one.seconds - START_S) * (1.0 if config.method == "orpo" else 1.5), one.memory_mib)
 
     def _scoring(self, candidate: Candidate | None) -> Cost:
         """Score the held-out rows; a subject that is no candidate runs in torch."""
@@ -189,7 +208,13 @@ class Estimator:
 
 def measured_stages(recipe: Recipe) -> list[str]:
     """Name the measurements of a recipe, in the order in which they are made."""
-    hops = ["reference", *(["base", "adapter"] if recipe.adapt is not None else []), *recipe.candidates]
+    hops = ["reference"]
+    if recipe.adapt is not None or recipe.prefer is not None:
+        hops.append("base")
+    if recipe.adapt is not None:
+        hops += ["adapter"] if merges(recipe.adapt) else []
+        hops += ["adapted"] if recipe.prefer is not None else []
+    hops += recipe.candidates
     return [*(f"{name}: accuracy" for name in hops), "latency"]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-from edgetune.adapt import merge, sft
+from edgetune.adapt import merge, preference, sft
 from edgetune.compress import moments, quantize
 from edgetune.data.calibration import CalibrationSet
+from edgetune.data.render import Rendered
 from edgetune.recipe import Calibration, Candidate, GgufExport, Gptq, Recipe
+from edgetune.recipe_training import Adapt
 from edgetune.workload import Workload
 
 UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")  # llama.cpp rounds these without an importance matrix
@@ -31,9 +33,37 @@ class Graph:
         return sft.planned_identity(self.recipe.adapt, self.base, self.work.train, self.recipe.seed)
 
     @cached_property
+    def set_aside(self) -> list[Rendered]:
+        """Rows that training is watched by, on which `merge: auto` measures."""
+        return sft.set_aside(self.recipe.adapt, self.work.train, self.recipe.seed)[0] if self.recipe.adapt else []
+
+    @cached_property
+    def adapted(self) -> str:
+        """Identity of what `adapt` leaves: the merged model, a model trained as a whole, or an adapter apart."""
+        config = self.recipe.adapt
+        if config is None or self.adapter is None:
+            return self.base
+        if not merges(config):
+            return self.adapter
+        rows = self.set_aside if config.merge == "auto" else []
+        return merge.planned_identity(self.base, self.adapter, config.merge, rows)
+
+    @cached_property
+    def examples(self) -> list[preference.Example]:
+        """Rows of preference training."""
+        return preference.read(self.recipe.prefer) if self.recipe.prefer else []
+
+    @cached_property
+    def preferred(self) -> str | None:
+        """Identity of the adapter of preference training, None where there is none."""
+        if self.recipe.prefer is None:
+            return None
+        return preference.planned_identity(self.recipe.prefer, self.adapted, self.examples, self.recipe.seed)
+
+    @cached_property
     def model(self) -> str:
-        """Identity of the 16-bit model that candidates are made from: merged, or the base itself."""
-        return self.base if self.adapter is None else merge.planned_identity(self.base, self.adapter)
+        """Identity of what candidates are made from: all adapters merged, the base itself, or an adapter apart."""
+        return self.adapted if self.preferred is None else merge.planned_identity(self.adapted, self.preferred)
 
     def calibration(self, config: Calibration) -> CalibrationSet:
         """Give the calibration rows of a stage; equal settings share them."""
@@ -76,7 +106,8 @@ class Graph:
         """Every stage that makes an artifact, as (name, identity), in the order of work; shared ones once."""
         seen = {self.base}
         yield "base", self.base
-        for name, made in [("adapt", self.adapter), ("merge", self.model), *self._candidates()]:
+        training = [("adapt", self.adapter), ("merge", self.adapted), ("prefer", self.preferred)]
+        for name, made in [*training, ("merge preferred", self.model), *self._candidates()]:
             if made is not None and made not in seen:
                 seen.add(made)
                 yield name, made
@@ -90,12 +121,20 @@ class Graph:
 
 def stage_names(recipe: Recipe) -> list[str]:
     """Name what a recipe makes, as `Graph.stages` does; candidates that share a stage each name it."""
-    names = ["base", *(["adapt", "merge"] if recipe.adapt is not None else [])]
+    names = ["base"]
+    if recipe.adapt is not None:
+        names += ["adapt", *(["merge"] if merges(recipe.adapt) else [])]
+    names += ["prefer", "merge preferred"] if recipe.prefer is not None else []
     for name, candidate in recipe.candidates.items():
         names += [f"{name}: importance matrix"] if weighed_export(candidate) else []
         names += [f"{name}: {compress_name(candidate)}"] if candidate.compress else []
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return names
+
+
+def merges(config: Adapt) -> bool:
+    """Whether an adapter is merged; method full leaves none, and some stay apart."""
+    return config.method != "full" and not config.separate
 
 
 def weighed_export(candidate: Candidate) -> GgufExport | None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from edgetune import __version__, measure, sources, workload
-from edgetune.adapt import merge, sft
+from edgetune.adapt import merge, preference, sft
+from edgetune.adapt.callbacks import read_speed
 from edgetune.artifact import Artifact, Store, write_text
 from edgetune.commands import run_commands
 from edgetune.compress import moments, quantize
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
-from edgetune.graph import Graph, compress_name, export_name
+from edgetune.graph import Graph, compress_name, export_name, merges
 from edgetune.plan import Preflight, preflight
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
 from edgetune.runtime.engine import TokenRow
-from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, Verdict
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, Seam, Verdict
 from edgetune.runtime.machine import describe
 from edgetune.runtime.report.write import write_report
 from edgetune.runtime.verdict import judge
@@ -57,22 +60,44 @@ class Pipeline:
         return self.base
 
     def adapt(self) -> Artifact:
-        """Train and merge; without `adapt` in the recipe the base is the model."""
+        """Train and merge, then prefer and merge; without either in the recipe the base is the model."""
+        recipe, graph, logs = self.recipe, self.graph, self.stages.folder / "tensorboard"
         self.adapter: Artifact | None = None
-        if self.recipe.adapt is None or self.graph.adapter is None:
-            self.model = self.base
-            return self.model
-        config, recipe = self.recipe.adapt, self.recipe
-        self.adapter = adapter = self.stages.run(
-            "adapt",
-            self.graph.adapter,
-            lambda out, progress: sft.run(
-                config, self.base, out, rows=self.work.train, golden=self.work.golden,
-                mixture=self.work.mixture, device=recipe.device, seed=recipe.seed, progress=progress,
-                log_folder=self.stages.folder / "tensorboard",
-            ),
-        )  # fmt: skip
-        self.model = self.stages.run("merge", self.graph.model, lambda out, _: merge.run(self.base, adapter, out))
+        self.preferred: Artifact | None = None
+        self.model = self.base
+        if recipe.adapt is not None and graph.adapter is not None:
+            config = recipe.adapt
+            self.model = self.adapter = adapter = self.stages.run(
+                "adapt",
+                graph.adapter,
+                lambda out, progress: sft.run(
+                    config, self.base, out, rows=self.work.train, golden=self.work.golden,
+                    mixture=self.work.mixture, device=recipe.device, seed=recipe.seed, progress=progress,
+                    log_folder=logs,
+                ),
+            )  # fmt: skip
+            if merges(config):
+                self.model = self.stages.run(
+                    "merge",
+                    graph.adapted,
+                    lambda out, _: merge.run(
+                        self.base, adapter, out, config.merge, graph.set_aside if config.merge == "auto" else []
+                    ),
+                )
+        self.adapted = self.model
+        if recipe.prefer is not None and graph.preferred is not None:
+            prefer = recipe.prefer
+            self.preferred = preferred = self.stages.run(
+                "prefer",
+                graph.preferred,
+                lambda out, progress: preference.run(
+                    prefer, self.adapted, out, examples=graph.examples, device=recipe.device, seed=recipe.seed,
+                    progress=progress, log_folder=logs / "prefer",
+                ),
+            )  # fmt: skip
+            self.model = self.stages.run(
+                "merge preferred", graph.model, lambda out, _: merge.run(self.adapted, preferred, out)
+            )
         return self.model
 
     def build(self, name: str, candidate: Candidate) -> Artifact | None:
@@ -150,22 +175,17 @@ class Pipeline:
         """Do everything, and write the report."""
         self.prepare()
         self.adapt()
-        threads = self.recipe.bench.threads
-        reference = self.score(
-            Job.of("reference", self.model, n_threads=threads), [self.model], generate=True, reference=None
-        )
-        hops: list[tuple[str, Accuracy]] = []
-        if self.adapter is not None:
-            hops = self._hops_before_merge(self.adapter, reference)
+        reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
+        hops = self._hops_before(reference)
         scored = {"reference": measure.read_accuracy(reference)}
-        hops.append(("merged" if self.adapter is not None else "base", scored["reference"]))
+        hops.append((self._reference_hop(), scored["reference"]))
         shipped: dict[str, Artifact] = {}
         for name, candidate in self.recipe.candidates.items():
             artifact = self.build(name, candidate)
             if artifact is None:
                 continue
             shipped[name] = artifact
-            job = Job.of(name, artifact, n_threads=threads)
+            job = self._job(name, artifact)
             evidence = self.stages.attempt(
                 name,
                 "accuracy",
@@ -178,24 +198,50 @@ class Pipeline:
         timed = self._time(shipped)
         return self._report(shipped, scored, hops, timed)
 
-    def _hops_before_merge(self, adapter: Artifact, reference: Artifact) -> list[tuple[str, Accuracy]]:
-        assert self.recipe.adapt is not None, "an adapter comes from adapt"
-        """Score the base and the adapter on it, in the dtype in which the adapter was trained."""
-        threads, dtype = self.recipe.bench.threads, str(compute_dtype("cpu")).removeprefix("torch.")
-        base_job = Job.of("base", self.base, n_threads=threads, dtype=dtype)
-        base = self.score(base_job, [self.base], generate=False, reference=reference)
-        four_bit = self.recipe.adapt.method == "qlora"
-        hop = "adapter on the nf4 base" if four_bit else "adapter on the base"
+    def _job(self, name: str, artifact: Artifact, **settings: Any) -> Job:
+        """The job of an artifact; an adapter runs on the base that it was trained on, and ships with it."""
+        threads = self.recipe.bench.threads
+        if artifact.manifest.kind != "adapter":
+            return Job.of(name, artifact, n_threads=threads, **settings)
+        assert self.recipe.adapt is not None, "only adapt leaves an adapter"
         job = Job.of(
-            "adapter", self.base, n_threads=threads, dtype=dtype, adapter=str(adapter.path), quantize_base=four_bit
-        )
-        tuned = self.score(job, [self.base, adapter], generate=False, reference=reference)
-        return [("base", measure.read_accuracy(base)), (hop, measure.read_accuracy(tuned))]
+            name, self.base, n_threads=threads, **settings, adapter=str(artifact.path),
+            quantize_base=self.recipe.adapt.four_bit,
+        )  # fmt: skip
+        return replace(job, size_bytes=self.base.size_bytes + artifact.size_bytes)
+
+    def _hops_before(self, reference: Artifact) -> list[tuple[str, Accuracy]]:
+        """Score what comes before the reference, in the dtype of training: the base, the adapter on its base, what
+        preference training began with."""
+        subjects: list[tuple[str, str, Artifact]] = []
+        if self.model is not self.base:
+            subjects.append(("base", "base", self.base))
+        if self.adapter is not None and self.recipe.adapt is not None and merges(self.recipe.adapt):
+            four_bit = self.recipe.adapt.four_bit
+            subjects.append(("adapter on the nf4 base" if four_bit else "adapter on the base", "adapter", self.adapter))
+        if self.adapter is not None and self.preferred is not None:
+            subjects.append(("adapted", "adapted", self.adapted))
+        hops = []
+        for hop, name, artifact in subjects:
+            parents = [self.base, artifact] if name == "adapter" else [artifact]
+            job = self._job(name, artifact, dtype=str(compute_dtype("cpu")).removeprefix("torch."))
+            found = self.score(job, parents, generate=False, reference=reference)
+            hops.append((hop, measure.read_accuracy(found)))
+        return hops
+
+    def _reference_hop(self) -> str:
+        if self.preferred is not None:
+            return "preferred"
+        if self.adapter is None or self.recipe.adapt is None:
+            return "base"
+        if merges(self.recipe.adapt):
+            return "merged"
+        return "trained" if self.recipe.adapt.method == "full" else "adapter kept apart"
 
     def _time(self, shipped: dict[str, Artifact]) -> list[Latency | Failure]:
-        threads, bench = self.recipe.bench.threads, self.recipe.bench
-        jobs = [Job.of("reference", self.model, n_threads=threads, dtype="bfloat16")]
-        jobs += [Job.of(name, artifact, n_threads=threads) for name, artifact in shipped.items()]
+        bench = self.recipe.bench
+        jobs = [self._job("reference", self.model, dtype="bfloat16")]
+        jobs += [self._job(name, artifact) for name, artifact in shipped.items()]
         parents = [self.model, *shipped.values()]
         stream = self.work.prompt(max(bench.prompt_tokens))
         made = measure.latency_identity(jobs, [p.identity for p in parents], bench, stream)
@@ -227,10 +273,10 @@ class Pipeline:
             machine=describe(),
             reference="reference",
             accuracy=[*(found for hop, found in hops if hop == "base"), *scored.values()]
-            if self.adapter is not None
+            if self.model is not self.base
             else list(scored.values()),
             latency=list(latencies.values()),
-            seams=[seam(hop, found) for hop, found in hops],
+            seams=[*self._tried_merges(), *(seam(hop, found) for hop, found in hops)],
             verdicts=[
                 self._judge(name, shipped.get(name), scored, latencies, failures) for name in self.recipe.candidates
             ],
@@ -242,7 +288,7 @@ class Pipeline:
             },
             warnings=self._warnings(scored, latencies),
             stages=self.stages.done,
-            training=self.adapter.manifest.notes if self.adapter is not None else None,
+            training=self._training(),
             texts=[
                 RowText(prompt=row.messages[-2][1] if row.messages else "", gold=scored_row.target_text)
                 for row, scored_row in zip(workload.heldout_rows(self.recipe.data), self.rows, strict=True)
@@ -250,6 +296,26 @@ class Pipeline:
         )
         write_report(report, self.stages.folder)
         return report
+
+    def _tried_merges(self) -> list[Seam]:
+        """What `merge: auto` measured, on rows of its own: lines of the ledger that stand aside."""
+        tried: list[dict[str, Any]] = self.adapted.manifest.notes.get("merge", [])
+        return [
+            Seam.model_validate(entry | {"hop": f"on rows set aside: {entry['hop']}", "engine": "torch", "aside": True})
+            for entry in tried
+        ]
+
+    def _training(self) -> dict[str, Any] | None:
+        """The curves and facts of both trainings."""
+        notes = dict(self.adapter.manifest.notes) if self.adapter is not None else {}
+        if self.adapter is not None:
+            speed = read_speed(self.stages.folder / "tensorboard" / sft.SPEED, self.adapter.identity)
+            notes |= {"tokens_per_s": speed} if speed else {}
+        if "merged_into" in self.adapted.manifest.notes:
+            notes["merged_into"] = self.adapted.manifest.notes["merged_into"]
+        if self.preferred is not None:
+            notes["preference"] = self.preferred.manifest.notes
+        return notes or None
 
     def _judge(
         self,
@@ -262,7 +328,7 @@ class Pipeline:
         return judge(
             name,
             self.recipe.budgets,
-            size_bytes=artifact.size_bytes if artifact else None,
+            size_bytes=self._job(name, artifact).size_bytes if artifact else None,
             accuracy=scored.get(name),
             reference=scored["reference"],
             latency=latencies.get(name),

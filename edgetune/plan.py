@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
 from edgetune.compress import quantize
+from edgetune.data.checks import refuse_leaks
 from edgetune.errors import EdgetuneError, RecipeError
 from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_stages
 from edgetune.graph import Graph, stage_names
@@ -35,7 +37,20 @@ def preflight(recipe: Recipe) -> Preflight:
         except EdgetuneError as error:
             raise type(error)(f"candidates.{name}: {error}") from error
     if recipe.adapt is not None:
-        for logger in recipe.adapt.report_to:
+        from edgetune.adapt import methods
+
+        methods.check(recipe.adapt, config)
+    if recipe.prefer is not None:
+        from edgetune.adapt import preference, rewards
+
+        require("trl")
+        rewards.sources_of(recipe.prefer.rewards)
+        asked = [example.rows[0] for example in preference.read(recipe.prefer)]
+        heldout = workload.heldout_rows(recipe.data)
+        held = recipe.data.heldout or recipe.data.sources[0].path  # a split is taken out of the training rows
+        refuse_leaks(asked, heldout, Path(recipe.prefer.train), Path(held))
+    for part in (recipe.adapt, recipe.prefer):
+        for logger in part.report_to if part is not None else ():
             if logger != "tensorboard":
                 require(logger)
     check_device(recipe.device)

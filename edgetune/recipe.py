@@ -4,48 +4,15 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from edgetune.closed import Closed, Count, Share
+from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
-
-M = TypeVar("M", bound=BaseModel)
-
-
-class Adapt(Closed):
-    """LoRA on a 16-bit base, or QLoRA on a base in NF4 (arXiv:2106.09685, arXiv:2305.14314)."""
-
-    method: Literal["qlora", "lora"] = "qlora"
-    r: Count = 16
-    alpha: Count = 32
-    dropout: Share = 0.0
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    loraplus_lr_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
-        1.0, description="learning rate of LoRA's B over that of its A (arXiv:2402.12354); 1 is plain LoRA"
-    )
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
-    max_steps: Count | None = None
-    batch_size: Count = Field(16, description="rows an optimizer step")
-    micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
-    keep_dense: bool = Field(False, description="qlora: keep dequantized weights; faster, as large as the 16-bit base")
-    warmup_ratio: Share = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    eval_steps: Count = Field(50, description="optimizer steps between held-out losses and checkpoints")
-    eval_rows: Count = Field(64, description="training rows set aside for early stopping")
-    patience: Count = Field(3, description="held-out losses without progress before training stops")
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
-
-    @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> Adapt:
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise ValueError(f"micro_batch_size={micro} does not divide batch_size={self.batch_size}")
-        return self
+from edgetune.recipe_training import Adapt, Prefer
 
 
 class Calibration(Closed):
@@ -82,7 +49,7 @@ class CompressStep(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> CompressStep:
-        return _exactly_one(self)
+        return exactly_one(self)
 
     @property
     def method(self) -> Rtn | Gptq:
@@ -113,7 +80,7 @@ class Export(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> Export:
-        return _exactly_one(self)
+        return exactly_one(self)
 
 
 class Candidate(Closed):
@@ -162,6 +129,7 @@ class Recipe(Closed):
     device: str = Field("cpu", description="torch device that trains and quantizes: cpu, cuda, cuda:1")
     data: Data
     adapt: Adapt | None = Adapt()
+    prefer: Prefer | None = Field(None, exclude_if=lambda value: value is None)
     candidates: Annotated[dict[str, Candidate], Field(min_length=1)]
     bench: Bench = Bench()
     budgets: Budgets = Budgets()
@@ -173,6 +141,19 @@ class Recipe(Closed):
             raise ValueError(
                 "budgets.accuracy.metric slot_f1 needs the answers of all rows; leave data.generated_rows out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _separate_adapters_are_not_converted(self) -> Recipe:
+        if self.adapt is None or not self.adapt.separate:
+            return self
+        why = "method prefix changes no weights" if self.adapt.method == "prefix" else "merge is separate"
+        for name, candidate in self.candidates.items():
+            if candidate.compress or candidate.export is not None:
+                raise ValueError(f"candidates.{name}: adapt: {why}, so there is no model to compress or export; "
+                                 f"write {name}: {{}}, which runs base and adapter in torch")  # fmt: skip
+        if self.prefer is not None:
+            raise ValueError(f"prefer: adapt: {why}, so there is no model to start from; merge it or leave prefer out")
         return self
 
     @field_validator("candidates")
@@ -214,13 +195,6 @@ def parse_as(model: type[M], raw: dict[str, Any], where: str) -> M:
         return model.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(model, error.errors()[0])}") from error
-
-
-def _exactly_one(model: M) -> M:
-    given = [name for name in type(model).model_fields if getattr(model, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(type(model).model_fields)}; found {given or 'none'}")
-    return model
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

@@ -132,12 +132,26 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
         raise UsageError(f"{path}: the model has no chat template")
     template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(golden.chat_template)
     text = template.render(messages=messages, add_generation_prompt=True)
-    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=4096, n_threads=threads)
+    settings: dict[str, object] = {}
+    if artifact.manifest.kind == "adapter":
+        path, settings = _base_of(artifact)
+    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=4096, n_threads=threads, **settings)
     try:
         ids = greedy(engine, engine.tokenize(text), frozenset(golden.stop_ids), max_new_tokens)
         return engine.detokenize([token for token in ids if token not in golden.stop_ids])
     finally:
         engine.close()
+
+
+def _base_of(adapter: Artifact) -> tuple[Path, dict[str, object]]:
+    """Find the base of an adapter in the store that holds it, and how the engine puts them together."""
+    place = adapter.path.resolve()
+    base = Store(place.parent).get(next(iter(adapter.manifest.parents)))
+    if base is None:
+        raise UsageError(f"{adapter.path}: its base is not in {place.parent}; give an adapter where it was made")
+    config = adapter.manifest.config
+    four_bit = "qlora" in (config["method"], config.get("adapter")) or config.get("base_bits") == 4
+    return base.path, {"adapter": str(place), "quantize_base": four_bit}
 
 
 def _refuse_existing(out: Path) -> None:

@@ -15,6 +15,7 @@ from edgetune.data.general import general_text
 from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
+from edgetune.data.windows import render_windows
 from edgetune.errors import DataError
 from edgetune.recipe import Calibration
 from edgetune.recipe_data import Data
@@ -100,7 +101,9 @@ def load(data: Data, base: Artifact) -> Workload:
     composed = mixture.compose(data)
     paths = [Path(source.path) for source in data.sources]
     once = {id(entry.row): entry for entry in composed.train}
-    made = {key: [_render(entry.row, tokenizer, stop, paths[entry.source])] for key, entry in once.items()}
+    made = {
+        key: _windows(entry.row, tokenizer, stop, paths[entry.source], data.max_length) for key, entry in once.items()
+    }
     rendered = [one for entry in composed.train for one in made[id(entry.row)]]
     train, n_too_long = checks.fit(rendered, data.max_length, paths[0])
     kept = [e for e in composed.train if any(len(one.ids) <= data.max_length for one in made[id(e.row)])]
@@ -120,6 +123,15 @@ def load(data: Data, base: Artifact) -> Workload:
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
+
+
+def _windows(
+    row: Row, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], path: Path, max_length: int
+) -> list[Rendered]:
+    try:
+        return render_windows(row, tokenizer, stop, max_length)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _render(row: Row, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], path: Path) -> Rendered:

@@ -120,6 +120,7 @@ class Seam(Record):
     token_accuracy: float
     nll_per_token: float
     kl_per_token: float | None
+    aside: bool = False  # measured on other rows, and against another reference: not a step of the way
 
 
 class Check(Record):

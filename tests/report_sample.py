@@ -227,4 +227,8 @@ def _training(rng: np.random.Generator) -> dict[str, Any]:
     loss = [[s, float(0.02 + 1.9 * np.exp(-s / 28) + abs(rng.normal(0, 0.02)))] for s in range(5, 305, 5)]
     heldout = [[s, float(0.031 + 1.9 * np.exp(-s / 30))] for s in range(50, 301, 50)]
     rows = {"train": 4736, "early_stopping": 64}
-    return {"steps": 300, "loss": loss, "heldout_loss": heldout, "rows": rows, "trained_parameters": 4_884_480}
+    rate = [[s, 1e-3 * (1 - s / 300)] for s in range(5, 305, 5)]
+    speed = [[s, float(900 + rng.normal(0, 30))] for s in range(5, 305, 5)]
+    preferred = {"steps": 40, "reward_margin": [[s, float(s / 10 - 0.3)] for s in range(40)], "rows": {"train": 320}}
+    return {"steps": 300, "loss": loss, "heldout_loss": heldout, "rows": rows, "trained_parameters": 4_884_480,
+            "learning_rate": rate, "tokens_per_s": speed, "preference": preferred}  # fmt: skip

@@ -107,6 +107,57 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "candidate with a space": (raw(candidates={"a b": {}}), r"candidate name 'a b' may hold"),
     "candidate without a name": (raw(candidates={"": {}}), r"candidate name '' may hold"),
     "name with a slash": (raw(name="../up"), r"name: String should match pattern .* \(found '\.\./up'\)$"),
+    "a key that the method does not read": (
+        raw(adapt={"method": "full", "r": 8}),
+        r"adapt: r is not read by method full \(qlora, lora, dora, rslora read it\); remove it$",
+    ),
+    "a prefix key elsewhere": (raw(adapt={"virtual_tokens": 4}), r"virtual_tokens is not read by method qlora"),
+    "bits where the method says them": (raw(adapt={"base_bits": 4}), r"base_bits is not read by method qlora"),
+    "dense weights of a 16-bit base": (
+        raw(adapt={"method": "lora", "keep_dense": True}),
+        r"adapt: keep_dense keeps what 4 bits were turned into; method lora holds a 16-bit base$",
+    ),
+    "a round trip that training did not see": (
+        raw(adapt={"method": "lora", "merge": "auto"}),
+        r"adapt: merge auto needs a base in 4 bits; method lora holds 16, leave it out$",
+    ),
+    "a prefix that is to be merged": (
+        raw(adapt={"method": "prefix", "merge": "base16"}),
+        r"adapt: merge base16: a prefix is no change of weights and stays separate; leave it out$",
+    ),
+    "an adapter apart that is to be exported": (
+        raw(adapt={"merge": "separate"}),
+        r"candidates\.q4: adapt: merge is separate, so there is no model to compress or export; write q4: \{\}, which",
+    ),
+    "a prefix that is to be exported": (raw(adapt={"method": "prefix"}), r"adapt: method prefix changes no weights"),
+    "preference training of nothing merged": (
+        raw(adapt={"method": "prefix"}, candidates={"a": {}}, prefer={"method": "dpo", "train": "p.jsonl"}),
+        r"prefer: adapt: method prefix changes no weights, so there is no model to start from",
+    ),
+    "grpo without a reward": (
+        raw(prefer={"method": "grpo", "train": "t.jsonl"}),
+        r"prefer: grpo needs rewards; give a list of json_valid, exact_match, regex, length, function$",
+    ),
+    "a reward where none is earned": (
+        raw(prefer={"method": "dpo", "train": "t.jsonl", "rewards": [{"json_valid": {}}]}),
+        r"prefer: rewards is not read by method dpo \(grpo read it\); remove it$",
+    ),
+    "two rewards in one": (
+        raw(prefer={"method": "grpo", "train": "t", "rewards": [{"json_valid": {}, "exact_match": {}}]}),
+        r"prefer\.rewards\.0: give exactly one of json_valid, .*; found \['json_valid', 'exact_match'\]$",
+    ),
+    "a broken pattern": (
+        raw(prefer={"method": "grpo", "train": "t", "rewards": [{"regex": {"pattern": "("}}]}),
+        r"regex\.pattern: '\(' is no regular expression",
+    ),
+    "answers that make no groups": (
+        raw(prefer={"method": "grpo", "train": "t", "rewards": [{"json_valid": {}}], "batch_size": 6}),
+        r"prefer: generations=4 does not divide the 6 answers of a step$",
+    ),
+    "kto one by one": (
+        raw(prefer={"method": "kto", "train": "t", "micro_batch_size": 1}),
+        r"prefer: kto compares rows of a batch with one another; give at least 2 rows at once$",
+    ),
     "a key that is a number": (raw() | {1: 2}, r"1"),  # type: ignore[dict-item]
 }  # fmt: skip
 
@@ -185,6 +236,35 @@ def test_a_recipe_survives_its_own_json() -> None:
     recipe = parse_recipe(gptq(calibration={"n_samples": 4}))
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        {"method": "full", "unfreeze_steps": 3, "l2": 0.1},
+        {"method": "prefix", "virtual_tokens": 7},
+        {"method": "ia3", "base_bits": 4, "best_by": "exact_match"},
+        {"merge": "auto"},
+    ],
+)
+def test_a_method_s_own_keys_survive_and_those_that_it_does_not_read_are_not_written(adapt: dict[str, Any]) -> None:
+    recipe = parse_recipe(raw(adapt=adapt, candidates={"a": {}}))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    dumped = recipe.model_dump()["adapt"]
+    assert adapt.items() <= dumped.items()
+    assert ("r" in dumped) == (recipe.adapt is not None and recipe.adapt.method == "qlora")
+    assert "prefer" not in recipe.model_dump()
+
+
+def test_what_yesterday_s_recipes_wrote_is_what_they_write_today() -> None:
+    """Identities are digests of these keys: a key that is unset must not show."""
+    recipe = parse_recipe(raw(adapt={"r": 8}))
+    assert recipe.adapt is not None
+    assert list(recipe.adapt.model_dump()) == [
+        "method", "r", "alpha", "dropout", "learning_rate", "loraplus_lr_ratio", "epochs", "max_steps", "batch_size",
+        "micro_batch_size", "keep_dense", "warmup_ratio", "weight_decay", "max_grad_norm", "eval_steps", "eval_rows",
+        "patience", "report_to",
+    ]  # fmt: skip
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:

@@ -33,7 +33,7 @@ def test_a_plain_file_is_rendered_row_by_row(tiny_model: Artifact, tmp_path: Pat
 
 
 def test_a_mixture_goes_with_the_adapter(tiny_model: Artifact, tmp_path: Path) -> None:
-    general = [{"text": "turn the light"}, {"text": "long " * 200}]
+    general = [{"text": "turn the light"}, {"instruction": "long " * 200, "output": "x"}]
     train = [
         {"path": save(tmp_path, "a", rows("set the light", 12))},
         {"path": save(tmp_path, "b", general), "replay": True},

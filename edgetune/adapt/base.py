@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_base(folder: Path, method: Literal["qlora", "lora"], device: str) -> PreTrainedModel:
-    """Load a `model` artifact with frozen weights; `qlora` holds its linear layers in NF4 (arXiv:2305.14314)."""
+def load_base(folder: Path, device: str, *, four_bit: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a `model` artifact with frozen weights, its linear layers in NF4 (arXiv:2305.14314) if `four_bit`.
+
+    Without `dtype` it is what the device computes fast.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = compute_dtype(device)
+    dtype = dtype or compute_dtype(device)
     quantization = None
-    if method == "qlora":
+    if four_bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -34,4 +37,15 @@ def load_base(folder: Path, method: Literal["qlora", "lora"], device: str) -> Pr
         local_files_only=True,
     )
     model.requires_grad_(False)
+    if four_bit:
+        keep_layout(model)
     return model
+
+
+def keep_layout(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights for the CPU in an evaluation: dequantized they would be noise."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

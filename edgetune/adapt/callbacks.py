@@ -1,16 +1,20 @@
-"""Trainer callbacks: progress with tokens/s, and checkpoints that say when they are whole."""
+"""Trainer callbacks: progress with tokens/s, checkpoints that say when they are whole, blocks freed one by one."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from edgetune.artifact import write_text
 from edgetune.progress import Report
 
 SEAL = "complete"
@@ -64,3 +68,68 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self.first
         rate = done * self.tokens_per_step / (time.monotonic() - self.began)
         self.progress(state.global_step, state.max_steps, f"{self.loss}{rate:.0f} tokens/s")
+
+
+def tensorboard(report_to: Sequence[str], folder: Path | None) -> list[TrainerCallback]:
+    """Give the callback that writes curves into `folder`, where the recipe wants it and there is one."""
+    if "tensorboard" not in report_to or folder is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]
+
+
+class SpeedLog(TrainerCallback):  # type: ignore[misc]
+    """Writes tokens/s by step to a file of the run, for its report: a manifest holds no times."""
+
+    def __init__(self, file: Path, made: str, tokens_per_step: float) -> None:
+        self._file, self._made, self._tokens = file, made, tokens_per_step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._curve = [point for point in read_speed(self._file, self._made) if point[0] <= state.global_step]
+        self._last = (state.global_step, time.monotonic())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step, now = state.global_step, time.monotonic()
+        self._curve.append([step, round(self._tokens * (step - self._last[0]) / (now - self._last[1]), 1)])
+        self._last = (step, now)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._file, json.dumps({"identity": self._made, "tokens_per_s": self._curve}) + "\n")
+
+
+def read_speed(file: Path, made: str) -> list[list[float]]:
+    """Give what was written while the artifact of that identity was trained; nothing where another one was."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    curve: list[list[float]] = found["tokens_per_s"] if found.get("identity") == made else []
+    return curve
+
+
+class GradualUnfreezing(TrainerCallback):  # type: ignore[misc]
+    """Trains the last block first and one more each `every` steps, embeddings last (arXiv:1801.06146, section 3.3)."""
+
+    def __init__(self, causal: Any, every: int) -> None:
+        embeddings = list(causal.get_input_embeddings().parameters())
+        blocks: list[list[nn.Parameter]] = [list(block.parameters()) for block in causal.get_decoder().layers]
+        inside = {id(p) for group in (embeddings, *blocks) for p in group}
+        blocks[-1] += [p for p in causal.parameters() if id(p) not in inside]  # the last norm, a head of its own
+        self._groups = [*reversed(blocks), embeddings]
+        self._every = every
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        free = 1 + state.global_step // self._every
+        for place, group in enumerate(self._groups):
+            for parameter in group:
+                parameter.requires_grad_(place < free)

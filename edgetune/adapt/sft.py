@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314).
+"""Supervised fine-tuning, with every method of `adapt.method`; plain text rows make it continued pretraining.
 
 peft holds the adapter, bitsandbytes the 4-bit base, Hugging Face's Trainer the loop. Ours is the loss: the output head
 runs at labelled positions only, since a prompt's logits are most of the head's work and teach nothing.
@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, N labelled positions, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,24 +22,33 @@ from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from edgetune.adapt import methods
 from edgetune.adapt.allocator import kept_memory
-from edgetune.adapt.base import load_base
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
+from edgetune.adapt.callbacks import (
+    CheckpointSeal,
+    GradualUnfreezing,
+    ProgressReport,
+    SpeedLog,
+    last_sealed_checkpoint,
+    tensorboard,
+)
 from edgetune.adapt.fused_decoder import FusedDecoder
-from edgetune.adapt.lora_linear import use_fused_layers
-from edgetune.artifact import Artifact, draft, identity, json_digest
+from edgetune.adapt.pull import Pull
+from edgetune.artifact import Artifact, draft, identity
 from edgetune.data.checks import apart, refuse_untaught
 from edgetune.data.golden import Golden
 from edgetune.data.provenance import Mixture
-from edgetune.data.render import Rendered
+from edgetune.data.render import Rendered, rows_digest
 from edgetune.devices import has_fast_bfloat16
 from edgetune.errors import DataError
 from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.progress import Report, silent
-from edgetune.recipe import Adapt
+from edgetune.recipe_training import Adapt
+from edgetune.sources import copy_tokenizer
 
 STAGE = "adapt.sft/3"
 IGNORE = -100
+SPEED = "adapt-speed.json"  # in the folder of the logs
 
 
 class LabelledHead:
@@ -66,13 +74,14 @@ class LabelledHead:
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
-    """Hugging Face's Trainer with the loss at labelled positions only."""
+    """Hugging Face's Trainer with the loss at labelled positions only, and exact match where rows are evaluated."""
 
-    def __init__(self, *args: Any, head: LabelledHead, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: LabelledHead, pull: Pull | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.head = head
-        self._causal = self.model.get_base_model()  # peft's layers stay inside
-        self._fused = FusedDecoder.of(self._causal)
+        self.head, self.pull = head, pull
+        self._causal = methods.causal_of(self.model)
+        self._fused = None if methods.is_prefix(self.model) else FusedDecoder.of(self._causal)
+        self._exact = torch.zeros(2)  # rows of an evaluation that come out exactly, and all
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
 
     def compute_loss(
@@ -92,7 +101,20 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             loss = loss / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
+        if not model.training:
+            wrong = logits.detach().argmax(-1) != labels[keep]
+            self._exact += torch.tensor([float(n) for n in exact_rows(wrong, inputs, keep)])
+        elif self.pull is not None:
+            loss = loss + self.pull() / self.args.gradient_accumulation_steps
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the share of rows at whose every labelled position the likeliest token is the gold one."""
+        self._exact.zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        exact, rows = self.accelerator.reduce(self._exact.to(self.args.device)).tolist()
+        output.metrics["eval_exact_match"] = exact / rows
+        return output
 
     def _packed(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
         """Logits [N, V] of the labelled positions of packed rows."""
@@ -113,6 +135,19 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).logits
         return logits
+
+
+def exact_rows(wrong: Tensor, inputs: dict[str, Tensor], keep: Tensor) -> tuple[int, int]:
+    """Count rows without a wrong label, and all rows: wrong [N] at the positions where keep [B, T-1] is true."""
+    if "lengths" in inputs:
+        n_prefix, *lengths = inputs["lengths"].tolist()
+        row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(keep.device)
+        rows = row_of[keep[0].nonzero().flatten() + 1 - n_prefix]  # position p predicts token p + 1
+        n_rows = len(lengths)
+    else:
+        rows, n_rows = keep.nonzero()[:, 0], len(keep)
+    errors = torch.zeros(n_rows, device=keep.device).index_add_(0, rows, wrong.float())
+    return int((errors == 0).sum()), n_rows
 
 
 def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str, Tensor]:
@@ -166,11 +201,6 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return self._rows[index]
 
 
-def rows_digest(rows: Sequence[Rendered]) -> str:
-    """Digest of token ids and label masks."""
-    return json_digest([[list(row.ids), [int(k) for k in row.labels]] for row in rows])
-
-
 def planned_identity(config: Adapt, source_identity: str, rows: Sequence[Rendered], seed: int) -> str:
     """Identity of the adapter that `run` would make."""
     return identity(STAGE, _config(config, seed), [source_identity], {"rows": rows_digest(rows)})
@@ -196,15 +226,12 @@ def run(
     for early stopping.
     """
     refuse_untaught(rows, golden.stop_ids)
-    n_eval = min(config.eval_rows, len(rows) // 5)
-    if n_eval == 0:
-        raise DataError(f"{len(rows)} training rows are too few: give at least 5")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    evaluate, others = [rows[i] for i in order[:n_eval]], [rows[i] for i in order[n_eval:]]
+    evaluate, others = set_aside(config, rows, seed)
     train = apart(others, evaluate)
+    full = config.method == "full"
     with draft(
         out,
-        kind="adapter",
+        kind="model" if full else "adapter",
         stage=STAGE,
         config=_config(config, seed),
         parents=[source],
@@ -212,18 +239,26 @@ def run(
     ) as pending:
         torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
         model, head = attach(config, source.path, device)
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(config, model, head, train, evaluate, pending.work, device, seed, progress, log_folder)
+        if log_folder is not None:
+            made = planned_identity(config, source.identity, rows, seed)
+            trainer.add_callback(SpeedLog(log_folder / SPEED, made, tokens_per_step(config, train)))
         with kept_memory():
             trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
-        save_adapter(model, pending.path, source.identity)
+        if full:
+            model.to(torch.bfloat16).save_pretrained(pending.path)  # type: ignore[operator]
+            copy_tokenizer(source.path, pending.path)
+        else:
+            methods.save_adapter(model, pending.path, source.identity)
         golden.write(pending.path)
         if mixture is not None:
             mixture.write(pending.path)
             pending.notes["mixture"] = mixture.summary
         pending.seed = seed
-        if n_eval < config.eval_rows:
+        if len(evaluate) < config.eval_rows:
             pending.fallbacks.append(
-                f"eval_rows={config.eval_rows} is more than a fifth of the rows: {n_eval} are used"
+                f"eval_rows={config.eval_rows} is more than a fifth of the rows: {len(evaluate)} are used"
             )
         pending.notes.update(_history(trainer.state))
         if len(train) < len(others):
@@ -231,25 +266,23 @@ def run(
                 f"{len(others) - len(train)} copies of rows set aside for early stopping were left out of training"
             )
         pending.notes["rows"] = {"train": len(train), "early_stopping": len(evaluate)}
-        pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        pending.notes["trained_parameters"] = n_trained
     return pending.artifact
 
 
-def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, LabelledHead]:
-    """Load the base and put a fresh adapter on all its linear layers."""
-    from peft import LoraConfig, get_peft_model
+def set_aside(config: Adapt, rows: Sequence[Rendered], seed: int) -> tuple[list[Rendered], list[Rendered]]:
+    """Draw the rows that training is watched by, and give them and the others. Raises DataError where none remain."""
+    n_eval = min(config.eval_rows, len(rows) // 5)
+    if n_eval == 0:
+        raise DataError(f"{len(rows)} training rows are too few: give at least 5")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[i] for i in order[:n_eval]], [rows[i] for i in order[n_eval:]]
 
-    base = load_base(folder, config.method, device)
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    use_fused_layers(lora, keep_dense=config.keep_dense)
-    model = get_peft_model(base, lora)
-    return model, LabelledHead(base.get_output_embeddings())
+
+def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, LabelledHead]:
+    """Load the base as its method trains it, and let its head see labelled positions only."""
+    model = methods.attach(config, folder, device)
+    return model, LabelledHead(methods.causal_of(model).get_output_embeddings())
 
 
 def make_trainer(
@@ -287,8 +320,8 @@ def make_trainer(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=f"eval_{config.best_by}",
+        greater_is_better=config.best_by == "exact_match",
         logging_steps=min(10, steps),
         train_sampling_strategy="group_by_length",
         report_to=[name for name in config.report_to if name != "tensorboard"],
@@ -302,25 +335,24 @@ def make_trainer(
     )
     callbacks: list[Any] = [
         CheckpointSeal(),
-        ProgressReport(progress, tokens_per_step=sum(len(r.ids) for r in train) / len(train) * config.batch_size),
+        ProgressReport(progress, tokens_per_step(config, train)),
         EarlyStoppingCallback(early_stopping_patience=config.patience),
+        *tensorboard(config.report_to, log_folder),
     ]
-    if "tensorboard" in config.report_to and log_folder is not None:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(log_folder))))
+    if config.unfreeze_steps is not None:
+        callbacks.append(GradualUnfreezing(model, config.unfreeze_steps))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = CompletionTrainer(
             model,
             arguments,
-            data_collator=pack if can_pack(model) and arguments.world_size == 1 else pad,
+            data_collator=pack if _packs(model) and arguments.world_size == 1 else pad,
             train_dataset=Rows(train),
             eval_dataset=Rows(evaluate),
             callbacks=callbacks,
-            optimizers=(make_optimizer(config, model), None),
+            optimizers=(methods.make_optimizer(config, model), None),
             head=head,
+            pull=Pull(model, config.l2) if config.l2 else None,
         )
     from transformers.trainer_callback import PrinterCallback
 
@@ -328,36 +360,32 @@ def make_trainer(
     return trainer
 
 
-def make_optimizer(config: Adapt, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW in which B may learn faster than A (LoRA+, arXiv:2402.12354)."""
-    from peft.optimizers import create_loraplus_optimizer
-
-    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=config.learning_rate, loraplus_lr_ratio=config.loraplus_lr_ratio,
-        loraplus_weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
-    return optimizer
+def tokens_per_step(config: Adapt, train: Sequence[Rendered]) -> float:
+    """Mean number of real tokens of an optimizer step."""
+    return sum(len(row.ids) for row in train) / len(train) * config.batch_size
 
 
-def save_adapter(model: nn.Module, folder: Path, base_identity: str) -> None:
-    """Write adapter weights and config; the config names the base by its identity, not by a path."""
-    model.save_pretrained(folder)  # type: ignore[operator]
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_identity
-    config["target_modules"] = sorted(config["target_modules"])  # peft writes a set: its order changes between runs
-    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def _packs(model: nn.Module) -> bool:
+    """Whether rows may be packed; a prefix goes before each row of a padded batch."""
+    return can_pack(model) and not methods.is_prefix(model)
 
 
 def _config(config: Adapt, seed: int) -> dict[str, Any]:
-    """What the adapter depends on: where the log goes and how a step is cut do not belong to it."""
-    return {**config.model_dump(exclude={"report_to"}), "seed": seed}
+    """What the adapter depends on: where the log goes and what becomes of it later do not belong to it."""
+    return {**config.model_dump(exclude={"report_to", "merge"}), "seed": seed}
 
 
 def _history(state: TrainerState) -> dict[str, Any]:
-    """Loss curves by step, without times: the manifest must not change from run to run."""
-    train = [[e["step"], round(e["loss"], 6)] for e in state.log_history if "loss" in e]
-    held = [[e["step"], round(e["eval_loss"], 6)] for e in state.log_history if "eval_loss" in e]
-    rate = [[e["step"], e["learning_rate"]] for e in state.log_history if "learning_rate" in e]
-    return {"steps": state.global_step, "loss": train, "heldout_loss": held, "learning_rate": rate}
+    """Curves by step, without times: the manifest must not change from run to run."""
+
+    def curve(key: str) -> list[list[float]]:
+        return [[e["step"], round(float(e[key]), 6)] for e in state.log_history if key in e]
+
+    return {
+        "steps": state.global_step,
+        "loss": curve("loss"),
+        "heldout_loss": curve("eval_loss"),
+        "heldout_exact_match": curve("eval_exact_match"),
+        "learning_rate": [[e["step"], e["learning_rate"]] for e in state.log_history if "learning_rate" in e],
+        "gradient_norm": curve("grad_norm"),
+    }

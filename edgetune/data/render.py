@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgetune.artifact import json_digest
 from edgetune.data.formats import Row
 from edgetune.errors import DataError
 
@@ -35,6 +36,11 @@ class Rendered:
     def mask(self) -> str:
         """The labels as text: "1" where a token is learned, else "0"."""
         return "".join(str(int(learned)) for learned in self.labels)
+
+
+def rows_digest(rows: Sequence[Rendered]) -> str:
+    """Digest of token ids and label masks."""
+    return json_digest([[list(row.ids), [int(k) for k in row.labels]] for row in rows])
 
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Rendered:

@@ -19,7 +19,7 @@ from torch import Tensor
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
 from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
-from edgetune.runtime.engine import Logits, TokenRow
+from edgetune.runtime.engine import Logits, TokenRow, greedy
 
 BATCH_TOKENS = 2048  # padded tokens of one forward pass
 HEAD_POSITIONS = 256  # positions of one pass through the output head, to bound the float32 logits
@@ -35,6 +35,7 @@ class TorchEngine:
         self._causal = (
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # peft's layers stay inside
+        self._prefix = _prefix_of(model)
         self._decoder = self._causal.get_decoder()
         self._head = self._causal.get_output_embeddings()
         self._config = self._causal.config.get_text_config(decoder=True)
@@ -90,7 +91,7 @@ class TorchEngine:
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
-        self._cache = transformers.DynamicCache(config=self._config)
+        self._cache = self._fresh_cache(1)
         return self._append(ids)
 
     def decode(self, token: int) -> Logits:
@@ -102,7 +103,7 @@ class TorchEngine:
     def score(self, ids: Sequence[int]) -> Logits:
         """Give the logits of every position of one row, [T, V]."""
         self._check(len(ids), ids)
-        hidden = self._decoder(input_ids=self._tensor([list(ids)]), use_cache=False).last_hidden_state[0]  # [T, C]
+        hidden = self._states([list(ids)])[0]  # [T, C]
         return np.concatenate([self._logits(part) for part in torch.split(hidden, HEAD_POSITIONS)])
 
     @torch.inference_mode()
@@ -114,7 +115,7 @@ class TorchEngine:
         """
         hidden: dict[int, Tensor] = {}
         self._check(max(len(row.ids) - 1 for row in rows), *(row.ids for row in rows))
-        run = self._packed if can_pack(self._causal) else self._padded
+        run = self._packed if can_pack(self._causal) and self._prefix is None else self._padded
         for batch in _batches(rows):
             hidden |= zip(batch, run([rows[i] for i in batch]), strict=True)
         for i in range(len(rows)):
@@ -137,7 +138,7 @@ class TorchEngine:
         """The same for a model that cannot be packed: padded on the right, where causal attention never looks."""
         width = max(len(row.ids) for row in rows)
         padded = [[*row.ids[:-1], *[0] * (width - len(row.ids))] for row in rows]
-        states = self._decoder(input_ids=self._tensor(padded), use_cache=False).last_hidden_state  # [B, T, C]
+        states = self._states(padded)  # [B, T, C]
         return [part[row.start - 1 : len(row.ids) - 1].clone() for part, row in zip(states, rows, strict=True)]
 
     @torch.inference_mode()
@@ -147,6 +148,8 @@ class TorchEngine:
         """Continue all prompts at once, padded on the left: a token of one row costs as much as one of many."""
         if not prompts:
             return []
+        if self._prefix is not None:
+            return [greedy(self, prompt, stop, n) for prompt, n in zip(prompts, max_new_tokens, strict=True)]
         pad, longest = min(stop), max(map(len, prompts))
         ids = torch.full((len(prompts), longest), pad)
         seen = torch.zeros_like(ids)
@@ -180,9 +183,24 @@ class TorchEngine:
         self._cache = self._causal = self._decoder = self._head = None
         torch.set_num_threads(self._n_threads_before)
 
+    def _states(self, ids: list[list[int]]) -> Tensor:
+        """Hidden states [B, T, C] of rows of one length, behind the adapter's prefix where it is one."""
+        cache = self._fresh_cache(len(ids)) if self._prefix is not None else None
+        states: Tensor = self._decoder(
+            input_ids=self._tensor(ids), past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+        return states
+
+    def _fresh_cache(self, n_rows: int) -> Any:
+        """An empty cache, or one that holds the adapter's prefix."""
+        if self._prefix is None:
+            return transformers.DynamicCache(config=self._config)
+        return self._prefix.get_prompt(batch_size=n_rows)
+
     @torch.inference_mode()
     def _append(self, ids: Sequence[int]) -> Logits:
-        self._check(self._cache.get_seq_length() + len(ids), ids)
+        n_prefix = self._prefix.active_peft_config.num_virtual_tokens if self._prefix is not None else 0
+        self._check(self._cache.get_seq_length() - n_prefix + len(ids), ids)
         out = self._decoder(input_ids=self._tensor([list(ids)]), past_key_values=self._cache, use_cache=True)
         return self._logits(out.last_hidden_state[0, -1])
 
@@ -212,6 +230,11 @@ class TorchEngine:
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._device)
+
+
+def _prefix_of(model: Any) -> Any:
+    """Give the peft model where its adapter is a prefix of keys and values; other adapters live in the layers."""
+    return model if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False) else None
 
 
 def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool) -> Any:

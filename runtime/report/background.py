@@ -17,6 +17,26 @@ def curve(training: dict[str, Any] | None, key: str) -> list[tuple[float, float]
     return [point for point in points if all(map(math.isfinite, point))]
 
 
+CURVES = {
+    "heldout_exact_match": "Exact match of the rows set aside",
+    "learning_rate": "Learning rate",
+    "gradient_norm": "Gradient norm",
+    "tokens_per_s": "Tokens a second",
+    "reward_margin": "Reward margin, chosen less rejected",
+    "reward": "Mean reward",
+}
+
+
+def curves(training: dict[str, Any] | None) -> list[tuple[str, list[tuple[float, float]]]]:
+    """What was noted by step beside the loss, as (title, curve); preference training after `adapt`."""
+    preferred = (training or {}).get("preference")
+    found = [(title, curve(training, key)) for key, title in CURVES.items()]
+    if isinstance(preferred, dict):
+        titles = {"loss": "Loss", **CURVES}
+        found += [(f"Preference training: {title}", curve(preferred, key)) for key, title in titles.items()]
+    return [(title, points) for title, points in found if len(points) > 1]
+
+
 def facts(training: dict[str, Any] | None) -> list[tuple[str, str]]:
     flat: dict[str, Any] = {}
     for key, value in (training or {}).items():

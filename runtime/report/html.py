@@ -56,6 +56,7 @@ def render_html(view: View, *, evidence: str = "report.json", digest: str = "") 
         lengths=[(n, f"{n} tokens") for n in view.cases],
         distributions=_distributions(view),
         curve=plots.curve(view.training, view.heldout),
+        curves=[(title, plots.curve(points, [], title)) for title, points in view.training_curves],
         hop_bars=_hop_bars(view),
     )
 

@@ -235,14 +235,14 @@ def _hill(name: str, verdict: str, samples: Floats, x: Scale, base: float, tall:
     )  # fmt: skip
 
 
-def curve(train: Sequence[tuple[float, float]], heldout: Sequence[tuple[float, float]]) -> Markup:
-    """Draw the training loss and the held-out loss over optimizer steps."""
+def curve(train: Sequence[tuple[float, float]], heldout: Sequence[tuple[float, float]], what: str = "Loss") -> Markup:
+    """Draw a figure over optimizer steps: a line of training's, and dots of the rows set aside."""
     if len(train) + len(heldout) < 2:
         return Markup("")
-    label = "Loss over optimizer steps."
-    for what, points in (("Training", train), ("Held-out", heldout)):
+    label = f"{what} over optimizer steps."
+    for where, points in (("In training", train), ("On rows set aside", heldout)):
         if points:
-            label += f" {what} loss goes from {number(points[0][1], 3)} to {number(points[-1][1], 3)}."
+            label += f" {where} it goes from {points[0][1]:.3g} to {points[-1][1]:.3g}."
     return picture({s: _curve(train, heldout, w, label) for s, w in (("wide", WIDE), ("narrow", NARROW))})
 
 
@@ -252,7 +252,8 @@ def _curve(
     height = 260
     points = [*train, *heldout]
     x = Scale(0, max(p[0] for p in points), 46, width - 14)
-    y = Scale(0, max(p[1] for p in points) * 1.05, height - 46, 14)
+    low, high = min(0.0, *(p[1] for p in points)), max(p[1] for p in points)
+    y = Scale(low * 1.05, max(high, 0.0) * 1.05, height - 46, 14)
     parts = [*_axes(x, y, height, 6), tag("text", "optimizer steps", x=x.end, y=height - 8, class_="axis end")]
     line = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in train)
     parts.append(tag("polyline", points=line, class_="train"))

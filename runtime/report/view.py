@@ -127,6 +127,7 @@ class View:
     changes: list[Changes]
     training: list[tuple[float, float]]
     heldout: list[tuple[float, float]]
+    training_curves: list[tuple[str, list[tuple[float, float]]]]
     training_facts: list[tuple[str, str]]
     machine: list[tuple[str, str]]
     method: list[str]
@@ -167,6 +168,7 @@ def build_view(report: Report) -> View:
         changes=list(_changes(report, names, report.texts)),
         training=background.curve(report.training, "loss"),
         heldout=background.curve(report.training, "heldout_loss"),
+        training_curves=background.curves(report.training),
         training_facts=background.facts(report.training),
         machine=background.machine_facts(report.machine),
         method=background.method(report),
@@ -302,8 +304,9 @@ def _hops(seams: list[Seam], candidates: set[str]) -> Iterator[Hop]:
         if branch not in candidates:
             branch, step = "", seam.hop
         exact = seam.exact_match * 100
-        before = last.get(branch, last.get(""))
-        last[branch] = exact
+        before = None if seam.aside else last.get(branch, last.get(""))
+        if not seam.aside:
+            last[branch] = exact
         change = DASH if before is None else number(exact - before, 1, signed=True)
         cells = [
             number(seam.token_accuracy * 100, 2),

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, TrainerCallback
 
-from edgetune.adapt import sft
+from edgetune.adapt import methods, sft
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import FusedLora
 from edgetune.artifact import Artifact
@@ -18,7 +18,7 @@ from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, render
 from edgetune.errors import DataError
-from edgetune.recipe import Adapt
+from edgetune.recipe_training import Adapt
 
 CONFIG = Adapt(r=4, alpha=8, batch_size=4, max_steps=6, eval_steps=2, eval_rows=4, learning_rate=1e-2, report_to=[])
 
@@ -146,7 +146,7 @@ def test_fused_layer_equals_pefts(tiny_model: Artifact, method: str, monkeypatch
         torch.manual_seed(0)
         with monkeypatch.context() as patch:
             if not fused:
-                patch.setattr(sft, "use_fused_layers", lambda *_, **__: None)
+                patch.setattr(methods, "use_fused_layers", lambda *_, **__: None)
             config = CONFIG.model_copy(update={"method": method, "keep_dense": dense})
             model, _ = sft.attach(config, tiny_model.path, "cpu")
         assert any(isinstance(m, FusedLora) for m in model.modules()) == fused

@@ -17,7 +17,7 @@ import pytest
 from edgetune.errors import ArtifactError
 from edgetune.runtime.evidence import Report, RowText
 from edgetune.runtime.report import measures, plots
-from edgetune.runtime.report.columns import COLUMNS, number, seconds
+from edgetune.runtime.report.columns import COLUMNS, DASH, number, seconds
 from edgetune.runtime.report.html import render_html, shown
 from edgetune.runtime.report.markdown import console_table, render_markdown
 from edgetune.runtime.report.view import VERDICTS, View, build_view
@@ -140,6 +140,27 @@ def test_page_holds_everything_that_the_evidence_says(report: Report, paths: dic
         assert text in page
     assert 'aria-sort="ascending"' in page
     assert "21 min 24 s" in page
+
+
+def test_what_training_noted_by_step_is_drawn(view: View, paths: dict[str, Path]) -> None:
+    titles = [title for title, _ in view.training_curves]
+    assert titles == [
+        "Learning rate",
+        "Tokens a second",
+        "Preference training: Reward margin, chosen less rejected",
+    ]
+    page = paths["html"].read_text()
+    for title in titles:
+        assert f"<summary>{title}</summary>" in page
+    assert "Learning rate over optimizer steps. In training it goes from 0.000983 to 0." in page
+
+
+def test_lines_that_stand_aside_change_nothing_on_the_way(report: Report) -> None:
+    plain = [(hop.name, hop.change) for hop in build_view(report).hops]
+    tried = report.seams[0].model_copy(update={"hop": "on rows set aside: base4", "exact_match": 0.1, "aside": True})
+    hops = build_view(report.model_copy(update={"seams": [tried, *report.seams]})).hops
+    assert (hops[0].name, hops[0].change) == ("on rows set aside: base4", DASH)
+    assert [(hop.name, hop.change) for hop in hops[1:]] == plain
 
 
 def test_page_is_self_contained_and_hostile_text_does_nothing(paths: dict[str, Path]) -> None:

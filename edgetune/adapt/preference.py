@@ -1,0 +1,181 @@
+"""Preference and reward training of a LoRA adapter: DPO (arXiv:2305.18290), IPO (2310.12036), KTO (2402.01306),
+ORPO (2403.07691) and GRPO (2402.03300).
+
+trl does the mathematics, on ids that were rendered as for every other stage. The reference of DPO, IPO, KTO and GRPO
+is the model with its adapter switched off, so memory is that of one model; ORPO has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.trainer_callback import TrainerState
+
+from edgetune.adapt import methods, rewards
+from edgetune.adapt.base import load_base
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint, tensorboard
+from edgetune.artifact import Artifact, draft, identity, json_digest
+from edgetune.data.formats import Row, read_rows
+from edgetune.data.golden import Golden
+from edgetune.data.preference import read_kto, read_preferences
+from edgetune.data.render import Rendered, render
+from edgetune.devices import has_fast_bfloat16
+from edgetune.errors import DataError
+from edgetune.progress import Report, silent
+from edgetune.recipe_training import Prefer
+
+STAGE = "adapt.prefer/1"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of preference training: the chosen and the rejected conversation, or one with its label, if any."""
+
+    rows: tuple[Row, ...]
+    label: bool | None = None
+
+
+def read(config: Prefer) -> list[Example]:
+    """Read the rows that a method trains on. Raises DataError naming file and line."""
+    path, limit = Path(config.train), config.train_rows
+    if config.method == "kto":
+        return [Example((row.row,), row.label) for row in read_kto(path, limit=limit)]
+    if config.method != "grpo":
+        return [Example(row.rows) for row in read_preferences(path, limit=limit)]
+    rows = read_rows(path, limit=limit)
+    plain = next((row for row in rows if row.text is not None), None)
+    if plain is not None:
+        raise DataError(f"{path} line {plain.line}: a plain text has no prompt to answer; grpo needs conversations")
+    return [Example((row,)) for row in rows]
+
+
+def planned_identity(config: Prefer, source_identity: str, examples: Sequence[Example], seed: int) -> str:
+    """Identity of the adapter that `run` would make."""
+    return identity(STAGE, _config(config, seed), [source_identity], _sources(config, examples))
+
+
+def run(
+    config: Prefer,
+    source: Artifact,
+    out: Path,
+    *,
+    examples: Sequence[Example],
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Report = silent,
+    log_folder: Path | None = None,
+) -> Artifact:
+    """Train an adapter on a `model` artifact and write it as an `adapter` artifact; goes on after a kill.
+
+    Raises DataError where every row is longer than `max_length`.
+    """
+    from transformers import AutoTokenizer
+
+    golden = Golden.read(source.path)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    rendered = [[render(row, tokenizer, golden.stop_ids) for row in example.rows] for example in examples]
+    kept = [i for i, pair in enumerate(rendered) if _fits(config, pair)]
+    if not kept:
+        shortest = min(max(len(r.ids) for r in pair) for pair in rendered)
+        raise DataError(f"{config.train}: every row is longer than prefer.max_length={config.max_length} tokens "
+                        f"(shortest {shortest}); raise it")  # fmt: skip
+    order = [kept[i] for i in np.random.default_rng(seed).permutation(len(kept))]
+    with draft(
+        out,
+        kind="adapter",
+        stage=STAGE,
+        config=_config(config, seed),
+        parents=[source],
+        sources=_sources(config, examples),
+    ) as pending:
+        from edgetune.adapt import trl_trainers
+
+        base = load_base(source.path, device, four_bit=config.adapter == "qlora")
+        lora = methods.lora_config(config.adapter, config.r, config.alpha)
+        settings = _settings(config, len(order), pending.work, device, seed)
+        n_tokens = sum(len(r.ids) for i in order for r in rendered[i]) / len(order)
+        callbacks: list[Any] = [
+            CheckpointSeal(),
+            ProgressReport(progress, n_tokens * config.batch_size),
+            *tensorboard(config.report_to, log_folder),
+        ]
+        trainer = trl_trainers.make(
+            config, base, lora, tokenizer, [(rendered[i], examples[i].label) for i in order], settings, callbacks
+        )
+        trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
+        methods.save_adapter(trainer.model, pending.path, source.identity)
+        golden.write(pending.path)
+        pending.seed = seed
+        pending.notes.update(_history(trainer.state))
+        pending.notes["rows"] = {"train": len(order)}
+        pending.notes["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        if len(order) < len(examples):
+            pending.fallbacks.append(
+                f"{len(examples) - len(order)} rows are longer than prefer.max_length={config.max_length} and left out"
+            )
+    return pending.artifact
+
+
+def _fits(config: Prefer, pair: Sequence[Rendered]) -> bool:
+    return config.method == "grpo" or all(len(row.ids) <= config.max_length for row in pair)
+
+
+def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -> dict[str, Any]:
+    """What every trainer of trl takes: a cosine schedule, sealed checkpoints, no bars, no gradient checkpointing."""
+    micro = config.micro_batch_size or config.batch_size
+    answers = n_rows * (config.generations if config.method == "grpo" else 1)
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(answers / config.batch_size))
+    cpu = not device.startswith("cuda")
+    return {
+        "output_dir": str(work),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": config.batch_size // micro,
+        "max_steps": steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(config.warmup_ratio * steps),
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": not cpu and has_fast_bfloat16(device),
+        "use_cpu": cpu,
+        "gradient_checkpointing": False,
+        "save_steps": min(config.save_steps, steps),
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": [name for name in config.report_to if name != "tensorboard"],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "log_level": "error",
+        "beta": config.beta,
+    }
+
+
+def _config(config: Prefer, seed: int) -> dict[str, Any]:
+    return {**config.model_dump(exclude={"report_to", "train", "train_rows"}, exclude_none=True), "seed": seed}
+
+
+def _sources(config: Prefer, examples: Sequence[Example]) -> dict[str, str]:
+    said = [[[[row.as_dicts, list(row.tools)] for row in example.rows], example.label] for example in examples]
+    return {"rows": json_digest(said), **rewards.sources_of(config.rewards)}
+
+
+def _history(state: TrainerState) -> dict[str, Any]:
+    """Curves by step, without times: the manifest must not change from run to run."""
+    names = {
+        "loss": "loss",
+        "reward_margin": "rewards/margins",
+        "reward_accuracy": "rewards/accuracies",
+        "reward": "reward",
+        "learning_rate": "learning_rate",
+        "gradient_norm": "grad_norm",
+    }
+    curves = {
+        name: [[e["step"], float(f"{float(e[key]):.6g}")] for e in state.log_history if key in e]
+        for name, key in names.items()
+    }
+    return {"steps": state.global_step, **{name: curve for name, curve in curves.items() if curve}}
