@@ -61,6 +61,11 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
 
         onnx.check(candidate.export.onnx, model_config, step)
         require("onnxruntime_genai")
+    if candidate.export.tensorrt is not None:
+        from edgetune.export import tensorrt
+
+        tensorrt.check(candidate.export.tensorrt, model_config, step)
+        require(candidate.export.tensorrt.library.replace("-", "_"))
 
 
 def check_device(device: str) -> None:

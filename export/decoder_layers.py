@@ -141,7 +141,7 @@ class BlockLayers(FloatLayers):
         layer = self.source.quantized[module]
         (R, C), G = layer.q.shape, layer.scales.shape[1]
         if bool((layer.zero_point != 8).any()) or self.source.bits != 4:
-            raise UnsupportedError(f"{module} is not symmetric int4, which TensorRT's blocks are; use bits: 4, sym: true")
+            raise UnsupportedError(f"{module} is not symmetric int4, as TensorRT's blocks are; use bits: 4, sym: true")
         codes = layer.q.numpy().T ^ 8  # [C, R]: the low four bits of q - 8
         flat = np.ascontiguousarray(codes).reshape(-1)
         stored = self.file.weight(f"{module}.int4", flat[0::2] | flat[1::2] << 4, "INT4", [C, R])

@@ -93,7 +93,7 @@ class OnnxFile:
         """Write the graph. Nodes stand in the order in which they were appended."""
         onnx = self._onnx
         graph = onnx.helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, [*self._stored.values()])
-        versions = {"": opset} | {domain: 1 for domain in sorted(self._domains - {""})}
+        versions = {"": opset} | dict.fromkeys(sorted(self._domains - {""}), 1)
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
         ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
         model = onnx.helper.make_model(graph, opset_imports=opsets, producer_name="edgetune", ir_version=ir_version)
