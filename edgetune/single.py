@@ -152,7 +152,8 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
         raise UsageError(f"{path}: the model has no chat template")
     template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(golden.chat_template)
     text = template.render(messages=messages, add_generation_prompt=True)
-    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=4096, n_threads=threads)
+    n_ctx = min(4096, artifact.manifest.notes.get("engine", {}).get("max_length", 4096))  # an engine has its own limit
+    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=n_ctx, n_threads=threads)
     try:
         ids = greedy(engine, engine.tokenize(text), frozenset(golden.stop_ids), max_new_tokens)
         return engine.detokenize([token for token in ids if token not in golden.stop_ids])

@@ -52,7 +52,7 @@ class OnnxEngine(OneByOne):
         self._reader: object = None  # whose tokens the cache holds
         self._tokenizer: Any = None
         head_size = int(genai["model"]["decoder"]["head_size"])
-        kind = SharedCache if shared else GrowingCache
+        kind: type[SharedCache | GrowingCache] = SharedCache if shared else GrowingCache
         self._cache: SharedCache | GrowingCache | None = kind(session, self._binding, head_size, n_ctx)
 
     @classmethod

@@ -47,8 +47,8 @@ class Device(Protocol):
         """Let a cache input or output of that shape lie in that slot."""
         ...
 
-    def run(self, inputs: dict[str, np.ndarray[Any, Any]], n_tokens: int) -> Logits:
-        """Run once and give the logits of every new token, [T, V]."""
+    def run(self, inputs: dict[str, np.ndarray[Any, Any]], n_tokens: int, n_wanted: int) -> Logits:
+        """Read `n_tokens` and give the logits of the last `n_wanted`, [n_wanted, V]."""
         ...
 
     def close(self) -> None: ...
@@ -131,7 +131,7 @@ class TensorrtEngine(OneByOne):
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
         self._forget(self)
-        for part in self._read(ids):
+        for part in self._read(ids, last_only=True):
             last = part[-1]
         return np.array(last)
 
@@ -154,7 +154,7 @@ class TensorrtEngine(OneByOne):
         for row in rows:
             if self._reader is not reader:  # at first, and where the caller used the engine in between
                 self._forget(reader)
-                for _ in self._read(row.ids[:n_shared]) if n_shared else ():
+                for _ in self._read(row.ids[:n_shared], last_only=True) if n_shared else ():
                     pass
                 self._slots.keep()
             self._slots.rewind()
@@ -176,16 +176,16 @@ class TensorrtEngine(OneByOne):
         self._n_past, self._reader = 0, reader
         self._slots.clear()
 
-    def _read(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """Append tokens chunk by chunk and give each chunk's logits."""
+    def _read(self, ids: Sequence[int], *, last_only: bool = False) -> Iterator[Logits]:
+        """Append tokens chunk by chunk and give each chunk's logits, or its last token's: fewer bytes off the GPU."""
         if not ids:
             raise EngineError("tensorrt was asked to read an empty row; give at least one token")
         chunk = int(self._settings["chunk"])
         for start in range(0, len(ids), chunk):
-            yield self._run(ids[start : start + chunk])
+            yield self._run(ids[start : start + chunk], last_only=last_only)
 
-    def _run(self, ids: Sequence[int]) -> Logits:
-        """Append up to a chunk of tokens and give their logits, [T, V]."""
+    def _run(self, ids: Sequence[int], *, last_only: bool = False) -> Logits:
+        """Append up to a chunk of tokens and give their logits, [T, V], or those of the last, [1, V]."""
         past, total = self._n_past, self._n_past + len(ids)
         if total > self._n_ctx:
             raise EngineError(f"tensorrt was asked for {total} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx")
@@ -209,7 +209,7 @@ class TensorrtEngine(OneByOne):
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(past, total, dtype=np.int64)[None],
         }
-        logits = self._device.run(inputs, len(ids))
+        logits = self._device.run(inputs, len(ids), 1 if last_only else len(ids))
         self._n_past = total
         self._slots.advance()
         return logits
@@ -241,7 +241,8 @@ class TrtDevice:
         length = int(settings["n_kv_heads"]) * n_ctx * int(settings["head_size"])
         self._make_cache = lambda: torch.empty(length, dtype=torch.float16, device="cuda")
         self._cache: dict[tuple[str, int], Any] = {}
-        self._logits = torch.empty((1, int(settings["chunk"]), int(settings["n_vocab"])), device="cuda")
+        shape = (int(settings["chunk"]), int(settings["n_vocab"]))
+        self._logits = torch.empty(shape, dtype=torch.float32, device="cuda")
         self._held: list[Any] = []
 
     def use_profile(self, number: int) -> None:
@@ -256,7 +257,7 @@ class TrtDevice:
             self._context.set_input_shape(name, shape)
         self._context.set_tensor_address(name, self._cache[key].data_ptr())
 
-    def run(self, inputs: dict[str, np.ndarray[Any, Any]], n_tokens: int) -> Logits:
+    def run(self, inputs: dict[str, np.ndarray[Any, Any]], n_tokens: int, n_wanted: int) -> Logits:
         self._held = [self._torch.from_numpy(array).cuda() for array in inputs.values()]
         self._torch.cuda.current_stream().synchronize()
         for name, held in zip(inputs, self._held, strict=True):
@@ -266,8 +267,7 @@ class TrtDevice:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise EngineError(f"TensorRT failed on {n_tokens} new tokens; its log is above")
         self._stream.synchronize()
-        n_vocab = self._logits.shape[-1]
-        logits: Logits = self._logits.reshape(-1)[: n_tokens * n_vocab].reshape(n_tokens, n_vocab).cpu().numpy()
+        logits: Logits = self._logits[n_tokens - n_wanted : n_tokens].cpu().numpy()
         return logits
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ class FakeDevice:
         self.buffers: dict[tuple[str, int], list[int]] = {}
         self.placed: dict[str, tuple[int, tuple[int, ...]]] = {}
         self.runs: list[tuple[int, int, int]] = []  # profile, past, new
+        self.brought_down = 0  # rows of logits
         self.closed = False
 
     def use_profile(self, number: int) -> None:
@@ -42,13 +43,14 @@ class FakeDevice:
     def place_cache(self, name: str, slot: int, shape: tuple[int, ...]) -> None:
         self.placed[name] = (slot, shape)
 
-    def run(self, inputs: dict[str, Any], n_tokens: int) -> Logits:
+    def run(self, inputs: dict[str, Any], n_tokens: int, n_wanted: int) -> Logits:
         ids, mask, positions = (inputs[name][0] for name in ("input_ids", "attention_mask", "position_ids"))
         past = len(mask) - len(ids)
         assert len(ids) == n_tokens <= CHUNK
         assert list(positions) == list(range(past, len(mask)))
         assert self.profile == (DECODE if n_tokens == 1 and past else PREFILL)
         self.runs.append((self.profile, past, n_tokens))
+        self.brought_down += n_wanted
         for i in range(LAYERS):
             for part in ("key", "value"):
                 read, read_shape = self.placed[f"past_key_values.{i}.{part}"]
@@ -59,7 +61,7 @@ class FakeDevice:
                 held = self.buffers.get((f"{i}.{part}", read), [])[:past]
                 assert len(held) == past
                 self.buffers[f"{i}.{part}", written] = context = [*held, *map(int, ids)]
-        return np.stack([draw(context[: past + n + 1]) for n in range(n_tokens)])
+        return np.stack([draw(context[: past + n + 1]) for n in range(n_tokens - n_wanted, n_tokens)])
 
     def close(self) -> None:
         self.closed = True
@@ -100,6 +102,7 @@ def test_each_profile_gets_its_shapes(engine: TensorrtEngine, files: EngineFiles
     engine.prefill(IDS[: CHUNK + 2])
     engine.decode(5)
     engine.prefill(IDS[:1])  # one token without a past is prefill's: decode's profile begins at a past of one
+    assert device.brought_down == 4  # of 12 positions, those whose logits somebody reads
     assert device.runs == [(PREFILL, 0, CHUNK), (PREFILL, CHUNK, 2), (DECODE, CHUNK + 2, 1), (PREFILL, 0, 1)]
 
 
@@ -164,6 +167,14 @@ def test_a_damaged_folder_is_one_line(files: EngineFiles, wrong: str) -> None:
         (files.folder / "tokenizer.json").unlink()
     with pytest.raises(EngineError, match="lacks chunk" if wrong == "lacking" else "cannot be read as a TensorRT"):
         EngineFiles.read(files.folder)
+
+
+def test_the_library_has_every_call_of_the_device() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    calls = ("set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3")
+    assert all(hasattr(trt.IExecutionContext, call) for call in calls)
+    assert hasattr(trt.ICudaEngine, "create_execution_context")
+    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
 
 
 @pytest.mark.skipif(why_not_run("tensorrt") is None, reason="there is a GPU")
