@@ -65,7 +65,8 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
         from edgetune.export import tensorrt
 
         tensorrt.check(candidate.export.tensorrt, model_config, step)
-        require(candidate.export.tensorrt.library.replace("-", "_"))
+        for backend in ("onnx", "onnxruntime", candidate.export.tensorrt.library.replace("-", "_")):
+            require(backend)
 
 
 def check_device(device: str) -> None:

@@ -52,7 +52,7 @@ class Source:
     names: frozenset[str]
     get: Callable[[str], Tensor]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
-    bits: int | None = None  # of the quantized layers
+    bits: int = 0  # of the quantized layers
 
     @property
     def tied(self) -> bool:
@@ -98,7 +98,7 @@ def open_source(artifact: Artifact) -> Source:
         tensors.pop("lm_head.weight", None)
     names = frozenset(name for name in tensors if name.rpartition(".")[2] not in PARTS)
     layers = read_gptq(artifact.path) if artifact.manifest.kind == "gptq" else {}
-    bits = config.quantization_config["bits"] if layers else None
+    bits = config.quantization_config["bits"] if layers else 0
     return Source(
         sizes, rotation.inv_freq.float().numpy(), float(rotation.attention_scaling), names,
         lambda name: tensors[name](), layers, bits,

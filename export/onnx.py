@@ -32,7 +32,7 @@ from edgetune.export.onnx_graph import (
     settle,
     with_float_activations,
 )
-from edgetune.export.onnx_own import build_own, check_own
+from edgetune.export.onnx_own import build_own, check_own, read_embedding
 from edgetune.export.parity import Tolerance, hold, parity, torch_logits
 from edgetune.recipe import Gptq, OnnxExport, Rtn
 
@@ -244,14 +244,26 @@ def _reference(config: OnnxExport, source: Artifact, graph: Path, notes: dict[st
     head = head_of(packed)
     if head.bits != config.head_bits:
         raise ContractError(f"the output head has {head.bits} bits, {config.head_bits} were asked for")
-    weight = reference.get_output_embeddings().weight.data
-    rounded = torch.from_numpy(head.dequantize())
-    error = float((rounded - weight).norm() / weight.norm())
-    if not error <= HEAD_MAX_ERROR[head.bits]:
-        raise ContractError(f"the output head lies {error:.3g} of its norm from the source's; it is another matrix")
+    error = _take(reference.get_output_embeddings(), head.dequantize(), head.bits, "output head")
     notes["head"] = {"bits": head.bits, "block_size": head.block_size, "relative_error": float(f"{error:.3g}")}
-    weight.copy_(rounded)  # tied embeddings with it, as in the graph
+    if config.builder == "own":
+        _take(reference.get_input_embeddings(), read_embedding(graph), 8, "embedding")
     return reference
+
+
+def _take(module: Any, table: Any, bits: int, what: str) -> float:
+    """Put a rounded table into the reference, a tied one in both its places; give its distance from the source's.
+
+    Raises ContractError where it is another matrix.
+    """
+    import torch
+
+    weight, rounded = module.weight.data, torch.from_numpy(table)
+    error = float((rounded - weight).norm() / weight.norm())
+    if not error <= HEAD_MAX_ERROR[bits]:
+        raise ContractError(f"the {what} lies {error:.3g} of its norm from the source's; it is another matrix")
+    weight.copy_(rounded)
+    return error
 
 
 def _hold_logits(config: OnnxExport, reference: Any, graph: Path, golden: Golden) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgetune.artifact import Artifact, write_text
 from edgetune.backends import require
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export.decoder_graph import FusedGraph
-from edgetune.export.decoder_layers import HEAD_BITS, HEAD_BLOCK, FloatLayers, NBitsLayers
+from edgetune.export.decoder_layers import EMBEDDING, HEAD_BITS, HEAD_BLOCK, FloatLayers, NBitsLayers
 from edgetune.export.decoder_source import Sizes, check_decoder, open_source
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.recipe import OnnxExport
@@ -49,6 +52,19 @@ def build_own(config: OnnxExport, source: Artifact, graph: Path) -> None:
     check_whole(graph)
     _write_genai_config(source.path, opened.sizes, graph)
     copy_tokenizer(source, graph.parent)
+
+
+def read_embedding(graph: Path) -> NDArray[np.float32]:
+    """Read the 8-bit embedding [V, C] of a graph with integers, as floats."""
+    onnx = require("onnx")
+    stored = {tensor.name: tensor for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer}
+    codes, scales = (
+        onnx.numpy_helper.to_array(stored[f"{EMBEDDING}.{part}"], base_dir=str(graph.parent))
+        for part in ("codes", "scales")
+    )  # [V, G, n] and [V, G]
+    centred = codes.astype(np.float32) - 2 ** (HEAD_BITS - 1)
+    table: NDArray[np.float32] = (centred * scales[..., None].astype(np.float32)).reshape(len(codes), -1)
+    return table
 
 
 def check_whole(graph: Path) -> None:

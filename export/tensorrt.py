@@ -29,6 +29,7 @@ from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.onnx_own import check_whole, copy_tokenizer
 from edgetune.export.parity import Tolerance, hold, parity, torch_logits
 from edgetune.recipe import Gptq, Rtn, TensorrtExport
+from edgetune.runtime.engine import why_not_run
 
 if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
@@ -53,6 +54,9 @@ def check(config: TensorrtExport, model_config: dict[str, Any], quantized: Gptq 
     if config.library == "tensorrt" and config.compute_capability is not None:
         raise UnsupportedError("library tensorrt builds for the GPU of this machine; leave compute_capability out, "
                                "or use library: tensorrt-rtx")  # fmt: skip
+    if config.library == "tensorrt" and (why := why_not_run("tensorrt")) is not None:
+        raise UnsupportedError(f"library tensorrt builds for the GPU of this machine, but {why}; "
+                               "use library: tensorrt-rtx")  # fmt: skip
     if config.precision == "int4" and "7.5" in (config.compute_capability or ()):
         raise UnsupportedError("compute_capability 7.5 has no int4; use precision fp16, or leave 7.5 out")
     if config.precision == "fp16":

@@ -85,17 +85,20 @@ def test_onnxruntime_genai_reads_it(exported: Artifact) -> None:
     assert list(generator.get_sequence(0))[10:] == wanted
 
 
-@pytest.mark.parametrize(("precision", "scheme"), [("int4", Rtn(group_size=32, sym=False)),
-                                                   ("int8", Rtn(bits=8, group_size=32)), ("fp16", None)])  # fmt: skip
-def test_integers_and_halves_are_proved(
-    precision: Any, scheme: Rtn | None, tiny_model: Artifact, tmp_path: Path
-) -> None:
-    source = quantize.run(scheme, tiny_model, tmp_path / "checkpoint") if scheme is not None else tiny_model
+@pytest.mark.parametrize(
+    ("precision", "scheme", "tie"),
+    [("int4", Rtn(group_size=32, sym=False), True), ("int8", Rtn(bits=8, group_size=32), False), ("fp16", None, True)],
+)
+def test_integers_and_halves_are_proved(precision: Any, scheme: Rtn | None, tie: bool, tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "model", tie=tie)
+    if scheme is not None:
+        source = quantize.run(scheme, source, tmp_path / "checkpoint")
     made = onnx_export.run(own(precision), source, tmp_path / "out")
     notes = made.manifest.notes
     if scheme is not None:
         assert notes["integers"] == {"layers": 14, "differences": 0}
         assert notes["head"]["bits"] == 8
+        assert 0 < notes["head"]["relative_error"] < 0.02
         assert notes["parity"]["float_activations"]["max_abs"] < 1e-4
     else:
         assert notes["parity"]["fp16"]["mean_kl"] < 1e-4

@@ -21,6 +21,7 @@ from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.tensorrt_build import refusal
 from edgetune.recipe import Gptq, Rtn, TensorrtExport
+from edgetune.runtime.engine import why_not_run
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -140,6 +141,12 @@ def test_check_refuses_before_any_work(
 ) -> None:
     with pytest.raises(UnsupportedError, match=says):
         tensorrt.check(TensorrtExport.model_validate(settings), CONFIG | model_config, quantized)
+
+
+@pytest.mark.skipif(why_not_run("tensorrt") is None, reason="there is a GPU")
+def test_tensorrt_itself_needs_the_gpu_to_build_for() -> None:
+    with pytest.raises(UnsupportedError, match="no NVIDIA GPU on this machine; use library: tensorrt-rtx"):
+        tensorrt.check(TensorrtExport(library="tensorrt"), CONFIG, None)
 
 
 def test_check_lets_pass_what_can_be_built() -> None:
