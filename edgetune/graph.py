@@ -97,6 +97,10 @@ class Graph:
             config = candidate.export.gguf
             digest = self.calibration(config.calibration).digest if self.moments(candidate) else None
             return gguf.planned_identity(config, source, digest)
+        if candidate.export.tensorrt is not None:
+            from edgetune.export import tensorrt
+
+            return tensorrt.planned_identity(candidate.export.tensorrt, source)
         from edgetune.export import onnx
 
         assert candidate.export.onnx is not None, "an export has exactly one key"
@@ -158,5 +162,17 @@ def export_name(candidate: Candidate) -> str:
         return "checkpoint"
     if candidate.export.gguf is not None:
         return f"gguf {candidate.export.gguf.type}"
+    if candidate.export.tensorrt is not None:
+        return f"tensorrt {candidate.export.tensorrt.precision}"
     assert candidate.export.onnx is not None, "an export has exactly one key"
-    return f"onnx {candidate.export.onnx.precision}"
+    own = " own graph" if candidate.export.onnx.builder == "own" else ""
+    return f"onnx {candidate.export.onnx.precision}{own}"
+
+
+def why_not_run(candidate: Candidate) -> str | None:
+    """Say why this machine builds what the candidate ships but cannot run it; None where it can."""
+    if candidate.export is None or candidate.export.tensorrt is None:
+        return None
+    from edgetune.runtime import engine
+
+    return engine.why_not_run("tensorrt")

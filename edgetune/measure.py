@@ -16,6 +16,7 @@ from edgetune.runtime import accuracy as scoring
 from edgetune.runtime import latency as timing
 from edgetune.runtime.accuracy import ScoredRow
 from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.engines.tensorrt_engine import EngineFiles
 from edgetune.runtime.evidence import Accuracy, Failure, Latency
 from edgetune.runtime.machine import describe
 from edgetune.runtime.worker import Job
@@ -148,6 +149,8 @@ def _accuracy_config(job: Job, generate_rows: int | None) -> dict[str, object]:
 def _engine(job: Job) -> list[str | None]:
     """Engine and version of its package: an upgrade measures anew."""
     package = {"torch": "torch", "llama.cpp": "llama-cpp-python", "onnxruntime": "onnxruntime"}.get(job.engine)
+    if job.engine == "tensorrt":
+        package = EngineFiles.read(job.path).settings["library"]
     return [job.engine, metadata.version(package) if package else None]
 
 

@@ -17,7 +17,7 @@ from edgetune.commands import run_commands
 from edgetune.compress import moments, quantize
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
-from edgetune.graph import Graph, compress_name, export_name, merges
+from edgetune.graph import Graph, compress_name, export_name, merges, why_not_run
 from edgetune.plan import Preflight, preflight
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
@@ -125,6 +125,13 @@ class Pipeline:
     def _export(self, label: str, name: str, candidate: Candidate, source: Artifact) -> Artifact:
         made, export = self.graph.shipped(candidate), candidate.export
         assert export is not None, "only a candidate with an export gets here"
+        if export.tensorrt is not None:
+            from edgetune.export import tensorrt
+
+            engine = export.tensorrt
+            return self.stages.run(
+                label, made, lambda out, progress: tensorrt.run(engine, source, out, progress=progress)
+            )
         if export.onnx is not None:
             from edgetune.export import onnx
 
@@ -185,6 +192,9 @@ class Pipeline:
             if artifact is None:
                 continue
             shipped[name] = artifact
+            _link(self.stages.folder / "candidates" / name, artifact.path)
+            if why_not_run(candidate) is not None:
+                continue
             job = self._job(name, artifact)
             evidence = self.stages.attempt(
                 name,
@@ -194,8 +204,7 @@ class Pipeline:
             if evidence is not None:
                 scored[name] = measure.read_accuracy(evidence)
                 hops.append((f"{name}: {_hop(candidate)}", scored[name]))
-            _link(self.stages.folder / "candidates" / name, artifact.path)
-        timed = self._time(shipped)
+        timed = self._time({n: a for n, a in shipped.items() if why_not_run(self.recipe.candidates[n]) is None})
         return self._report(shipped, scored, hops, timed)
 
     def _job(self, name: str, artifact: Artifact, **settings: Any) -> Job:
@@ -333,8 +342,16 @@ class Pipeline:
             reference=scored["reference"],
             latency=latencies.get(name),
             failures=[failure for failure in failures if failure.subject == name],
+            not_run=self._not_run(name, artifact),
             seed=self.recipe.seed,
         )
+
+    def _not_run(self, name: str, artifact: Artifact | None) -> str | None:
+        why = why_not_run(self.recipe.candidates[name])
+        if why is None or artifact is None:
+            return None
+        place = self.stages.folder / "candidates" / name
+        return f"{why}. On the target: {run_commands(artifact, place)[0]}"
 
     def _warnings(self, scored: dict[str, Accuracy], latencies: dict[str, Latency]) -> list[str]:
         said = []

@@ -74,6 +74,12 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
 
         onnx.check(candidate.export.onnx, model_config, step)
         require("onnxruntime_genai")
+    if candidate.export.tensorrt is not None:
+        from edgetune.export import tensorrt
+
+        tensorrt.check(candidate.export.tensorrt, model_config, step)
+        for backend in ("onnx", "onnxruntime", candidate.export.tensorrt.library.replace("-", "_")):
+            require(backend)
 
 
 def check_device(device: str) -> None:

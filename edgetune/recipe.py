@@ -67,9 +67,25 @@ class GgufExport(Closed):
 class OnnxExport(Closed):
     """An ONNX folder for ONNX Runtime and onnxruntime-genai."""
 
-    precision: Literal["fp32", "int4"] = "int4"
+    precision: Literal["fp32", "fp16", "int8", "int4"] = "int4"
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(4, description="MatMulNBits: 4 computes with int8 activations")
     head_bits: Literal[4, 8] = Field(8, description="bits of the output head, which GPTQ leaves alone")
+    builder: Literal["genai", "own"] = Field(
+        "genai", description="who writes the graph: onnxruntime-genai, or edgetune itself, for any shape, fp16 and int8"
+    )
+
+
+class TensorrtExport(Closed):
+    """A TensorRT engine for NVIDIA GPUs, for one row at a time."""
+
+    precision: Literal["fp16", "int4"] = "fp16"
+    compute_capability: (
+        Annotated[list[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]], Field(min_length=1)] | None
+    ) = Field(None, description="GPUs that one file is built for; 8.0, 8.6, 8.9 and 12.0 if absent")
+    max_length: Annotated[int, Field(ge=16, description="most tokens of context")] = 2048
+    library: Literal["tensorrt-rtx", "tensorrt"] = Field(
+        "tensorrt-rtx", description="tensorrt-rtx builds on any machine, tensorrt for the GPU of this one"
+    )
 
 
 class Export(Closed):
@@ -77,6 +93,7 @@ class Export(Closed):
 
     gguf: GgufExport | None = None
     onnx: OnnxExport | None = None
+    tensorrt: TensorrtExport | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Export:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from edgetune import measure, sources, workload
 from edgetune.artifact import MANIFEST, Artifact, Store, write_text
+from edgetune.commands import run_commands
 from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import read_rows
 from edgetune.data.general import general_text
@@ -17,7 +18,8 @@ from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.errors import UsageError
 from edgetune.progress import reporting
-from edgetune.recipe import Bench, Calibration, CompressStep, Export, Gptq, OnnxExport, Rtn, parse_as
+from edgetune.recipe import Bench, Calibration, CompressStep, Export, Gptq, Rtn, parse_as
+from edgetune.runtime.engine import why_not_run
 from edgetune.runtime.evidence import Failure, Latency
 from edgetune.runtime.latency import case_interval, make_prompts
 from edgetune.runtime.latency import measure as time_jobs
@@ -69,23 +71,41 @@ def compress(
         return quantize.run(config, source, out, calibration=calibration, device=device, seed=seed, progress=progress)
 
 
-def export(form: str, type_: str, precision: str, source: Artifact, out: Path, console: Console) -> Artifact:
-    """Export one artifact; GGUF without an importance matrix, since there are no rows to make one from."""
-    from edgetune.recipe import GgufExport
+def export_config(
+    form: str, type_: str, precision: str, builder: str, compute_capability: list[str] | None, max_length: int
+) -> Export:
+    """Check the flags of `export` as a recipe's keys are checked. Raises RecipeError."""
+    settings: dict[str, dict[str, object]] = {
+        "gguf": {"type": type_, "imatrix": False},
+        "onnx": {"precision": precision, "builder": builder},
+        "tensorrt": {"precision": precision, "compute_capability": compute_capability, "max_length": max_length},
+    }
+    if form not in settings:
+        raise UsageError(f"format {form!r} is not known; use {' or '.join(settings)}")
+    return parse_as(Export, {form: settings[form]}, "export")
 
-    if form not in Export.model_fields:
-        raise UsageError(f"format {form!r} is not known; use {' or '.join(Export.model_fields)}")
+
+def export(config: Export, source: Artifact, out: Path, console: Console) -> Artifact:
+    """Export one artifact; GGUF without an importance matrix, since there are no rows to make one from."""
     _refuse_existing(out)
     with reporting(console, "export") as progress:
-        if form == "gguf":
+        if config.gguf is not None:
             from edgetune.export import gguf
 
             console.print("note: no rows, so no importance matrix; a recipe makes one", highlight=False)
-            to_gguf = parse_as(GgufExport, {"type": type_, "imatrix": False}, "export")
-            return gguf.run(to_gguf, source, out, moments=None, calibration_digest=None, progress=progress)
+            return gguf.run(config.gguf, source, out, moments=None, calibration_digest=None, progress=progress)
+        if config.tensorrt is not None:
+            from edgetune.export import tensorrt
+
+            made = tensorrt.run(config.tensorrt, source, out, progress=progress)
+            if (why := why_not_run("tensorrt")) is not None:
+                run = run_commands(made, out)[0]
+                console.print(f"note: built, not run: {why}. On the target: {run}", highlight=False, soft_wrap=True)
+            return made
         from edgetune.export import onnx
 
-        return onnx.run(parse_as(OnnxExport, {"precision": precision}, "export"), source, out, progress=progress)
+        assert config.onnx is not None, "an export has exactly one key"
+        return onnx.run(config.onnx, source, out, progress=progress)
 
 
 def bench(
@@ -135,7 +155,8 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
     settings: dict[str, object] = {}
     if artifact.manifest.kind == "adapter":
         path, settings = _base_of(artifact)
-    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=4096, n_threads=threads, **settings)
+    n_ctx = min(4096, artifact.manifest.notes.get("engine", {}).get("max_length", 4096))  # an engine has its own limit
+    engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=n_ctx, n_threads=threads, **settings)
     try:
         ids = greedy(engine, engine.tokenize(text), frozenset(golden.stop_ids), max_new_tokens)
         return engine.detokenize([token for token in ids if token not in golden.stop_ids])

@@ -65,7 +65,7 @@ def _latency(report: Report, name: str) -> Latency | None:
 def _verdicts(name: str, before: Report, after: Report) -> Iterator[Difference]:
     old, new = (next((v for v in r.verdicts if v.candidate == name), None) for r in (before, after))
     if old is not None and new is not None and old.verdict != new.verdict:
-        order = ("ship", "inconclusive", "do not ship", "failed")
+        order = ("ship", "inconclusive", "built, not run", "do not ship", "failed")
         kind: Kind = "better" if order.index(new.verdict) < order.index(old.verdict) else "worse"
         yield Difference(name, "verdict", kind, f"{old.verdict} to {new.verdict}: {new.reason}")
 

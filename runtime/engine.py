@@ -88,6 +88,7 @@ ENGINES: dict[str, str] = {
     "torch": "edgetune.runtime.engines.torch_engine:TorchEngine",
     "llama.cpp": "edgetune.runtime.engines.llama_engine:LlamaEngine",
     "onnxruntime": "edgetune.runtime.engines.onnx_engine:OnnxEngine",
+    "tensorrt": "edgetune.runtime.engines.tensorrt_engine:TensorrtEngine",
 }
 
 # artifact kind -> engine that ships it
@@ -97,7 +98,17 @@ ENGINE_OF_KIND: dict[str, str] = {
     "adapter": "torch",
     "gguf": "llama.cpp",
     "onnx": "onnxruntime",
+    "tensorrt": "tensorrt",
 }
+
+
+def why_not_run(kind: str) -> str | None:
+    """Say why no engine on this machine can run an artifact of that kind; None where one can."""
+    if kind != "tensorrt":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU on this machine"
 
 
 def load_engine(name: str, path: Path, *, n_ctx: int, n_threads: int, **settings: object) -> Engine:

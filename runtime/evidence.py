@@ -137,7 +137,7 @@ class Check(Record):
 
 class Verdict(Record):
     candidate: str
-    verdict: Literal["ship", "do not ship", "inconclusive", "failed"]
+    verdict: Literal["ship", "do not ship", "inconclusive", "failed", "built, not run"]
     checks: list[Check]
     reason: str
 

@@ -25,6 +25,7 @@ def judge_again(report: Report, budgets: Budgets, *, seed: int = 0) -> Report:
     accuracy = {found.subject.name: found for found in report.accuracy}
     latency = {found.subject.name: found for found in report.latency}
     candidates = [verdict.candidate for verdict in report.verdicts]
+    not_run = {verdict.candidate: verdict.reason for verdict in report.verdicts if verdict.verdict == "built, not run"}
     if not candidates:
         raise DataError(f"report {report.name!r} has no candidate to judge")
     if budgets.accuracy is not None and report.reference not in accuracy:
@@ -36,7 +37,8 @@ def judge_again(report: Report, budgets: Budgets, *, seed: int = 0) -> Report:
             judge(
                 name, budgets, size_bytes=measured[0] if measured else None, accuracy=accuracy.get(name),
                 reference=accuracy.get(report.reference), latency=latency.get(name),
-                failures=[failure for failure in report.failures if failure.subject == name], seed=seed,
+                failures=[failure for failure in report.failures if failure.subject == name],
+                not_run=not_run.get(name), seed=seed,
             )
         )  # fmt: skip
     recipe = report.recipe | {"budgets": budgets.model_dump(mode="json")}
@@ -46,23 +48,25 @@ def judge_again(report: Report, budgets: Budgets, *, seed: int = 0) -> Report:
 def junit(report: Report) -> str:
     """Write the verdicts as JUnit XML: a suite for each candidate, a case for each budget.
 
-    Over a budget is a failure, and so is inconclusive, which is never a pass; a candidate that failed is an error.
+    Over a budget is a failure, and so are inconclusive and "built, not run", which are never a pass; a candidate that
+    failed is an error.
     """
     root = ET.Element("testsuites", name=_text(f"edgetune {report.name}"))
     for verdict in report.verdicts:
         broken = [check for check in verdict.checks if check.verdict != "ship"]
-        failed = verdict.verdict == "failed"
+        failed, not_run = verdict.verdict == "failed", verdict.verdict == "built, not run"
         suite = ET.SubElement(
-            root, "testsuite", name=_text(verdict.candidate), tests=str(len(verdict.checks) + failed),
-            failures=str(len(broken)), errors=str(int(failed)),
+            root, "testsuite", name=_text(verdict.candidate), tests=str(len(verdict.checks) + failed + not_run),
+            failures=str(len(broken) + not_run), errors=str(int(failed)),
         )  # fmt: skip
         for check in verdict.checks:
             case = ET.SubElement(suite, "testcase", classname=_text(verdict.candidate), name=_text(check.budget))
             if check.verdict != "ship":
                 ET.SubElement(case, "failure", type=check.verdict, message=_text(check.reason))
-        if failed:
+        if failed or not_run:
             case = ET.SubElement(suite, "testcase", classname=_text(verdict.candidate), name="run")
-            ET.SubElement(case, "error", type="failed", message=_text(verdict.reason))
+            kind = "error" if failed else "failure"
+            ET.SubElement(case, kind, type=verdict.verdict, message=_text(verdict.reason))
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 

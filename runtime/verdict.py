@@ -1,7 +1,7 @@
 """What "ship" means: each budget is held against what was measured, and the worst answer is the verdict.
 
 Exit codes of a run: 0 where every candidate ships, 1 where any failed, else 3 where any is over a budget, else 4
-where any is inconclusive.
+where any is inconclusive or was built and not run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ def judge(
     reference: Accuracy | None = None,
     latency: Latency | None = None,
     failures: Sequence[Failure] = (),
+    not_run: str | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Judge one candidate. Whatever failed makes it "failed"; a budget without its measurement is inconclusive."""
+    """Judge one candidate. Whatever failed makes it "failed"; a budget without its measurement is inconclusive.
+
+    `not_run` says why nothing here can run it: it is "built, not run" and no budget is judged.
+    """
+    if not_run is not None and not failures:
+        return Verdict(candidate=candidate, verdict="built, not run", checks=[], reason=not_run)
     checks = []
     if budgets.accuracy is not None:
         checks.append(_accuracy_check(budgets.accuracy, accuracy, reference, seed))
@@ -57,9 +63,9 @@ def judge(
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> Literal[0, 1, 3, 4]:
-    """Give the exit code of a run: 1 failed, 3 over budget, 4 inconclusive, 0 all ship."""
+    """Give the exit code of a run: 1 failed, 3 over budget, 4 inconclusive or not run, 0 all ship."""
     found = {verdict.verdict for verdict in verdicts}
-    return 1 if "failed" in found else 3 if "do not ship" in found else 4 if "inconclusive" in found else 0
+    return 1 if "failed" in found else 3 if "do not ship" in found else 4 if found - {"ship"} else 0
 
 
 def _accuracy_check(budget: AccuracyBudget, accuracy: Accuracy | None, reference: Accuracy | None, seed: int) -> Check:

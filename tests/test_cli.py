@@ -235,7 +235,15 @@ def test_a_place_that_cannot_be_written(call: Call, tmp_path: Path) -> None:
             ("export", "{base}", "--out", "{out}", "--format", "tflite"),
             "format 'tflite' is not known; use gguf or onnx",
         ),
-        (("export", "{base}", "--out", "{out}", "--type", "Q9"), "export: type: Input should be"),
+        (("export", "{base}", "--out", "{out}", "--type", "Q9"), "export: gguf.type: Input should be"),
+        (
+            ("export", "{base}", "--out", "{out}", "--format", "tensorrt", "--compute-capability", "9.0"),
+            "export: tensorrt.compute_capability.0: Input should be '7.5', '8.0'",
+        ),
+        (
+            ("export", "{base}", "--out", "{out}", "--format", "tensorrt"),
+            "precision int4 writes a checkpoint's integers",
+        ),
         (("export", "{base}", "--out", "{base}"), "is there already; choose another folder or remove it"),
         (("compress", "./nowhere", "--out", "{out}"), "base './nowhere': no such folder"),
     ],

@@ -133,6 +133,33 @@ def test_what_cannot_be_done_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_engine_for_another_machine_is_built_and_not_judged(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from edgetune.runtime.engine import why_not_run
+    from edgetune.runtime.gate import judge_again, junit
+    from edgetune.runtime.verdict import exit_code
+
+    if why_not_run("tensorrt") is None:
+        pytest.skip("there is a GPU, so it runs here")
+    candidates = {"engine": {"export": {"tensorrt": {"max_length": 128}}}}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    report, _ = run(recipe, tmp_path)
+    (verdict,) = report.verdicts
+    assert verdict.verdict == "built, not run"
+    assert "no NVIDIA GPU" in verdict.reason
+    assert f"edgetune bench {tmp_path / 'run' / 'candidates' / 'engine'}" in verdict.reason
+    assert not report.failures
+    assert exit_code(report.verdicts) == 4
+    assert {found.subject.name for found in (*report.accuracy, *report.latency)} == {"reference"}
+    assert report.artifacts["engine"]["notes"]["status"] == "built, not run"
+    assert judge_again(report, recipe.budgets.model_copy(update={"accuracy": None})).verdicts == report.verdicts
+    assert '<failure type="built, not run"' in junit(report)
+    for name in ("report.html", "report.md"):
+        assert "built, not run" in (tmp_path / "run" / name).read_text().lower()
+    names = [stage.name for stage in plan.plan(recipe, Store(tmp_path / "store"))]
+    assert names == ["base", "engine: tensorrt fp16", "reference: accuracy", "latency"]
+
+
 def test_a_leak_is_refused_with_both_lines(recipe: Recipe, tmp_path: Path) -> None:
     train = Path(recipe.data.train).read_text().splitlines()
     with Path(recipe.data.heldout).open("a") as stream:

@@ -121,6 +121,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
+def open_weights(folder: Path) -> list[Any]:
+    """Open the safetensors of a model or checkpoint folder. Raises ArtifactError."""
+    return [_open(file) for file in _weight_files(folder)]
+
+
 def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """Give the quantized layers and all other tensors."""
     bits, offset = _settings(folder)

@@ -1,7 +1,6 @@
-"""The ONNX Runtime engine: a folder written by the onnxruntime-genai builder, run by plain onnxruntime.
+"""The ONNX Runtime engine: a folder with a decoder graph, of the genai builder or our own, run by plain onnxruntime.
 
-GroupQueryAttention writes new keys and values into the buffer that holds the past, so each cache buffer is bound
-once as input and as output, and a step copies nothing but its logits.
+The cache is the caller's: shared by input and output where the graph has GroupQueryAttention, else copied as it grows.
 Shapes: T tokens, N target positions, V vocabulary.
 """
 
@@ -18,10 +17,10 @@ from edgetune.backends import require
 from edgetune.backends import version as version_of
 from edgetune.errors import EngineError
 from edgetune.runtime.engine import Logits, OneByOne, TokenRow
+from edgetune.runtime.engines.onnx_cache import GrowingCache, SharedCache, bind
 
 CHUNK = 128  # tokens of one run: bounds the logits buffer; throughput is flat from 32 on
 GENAI_CONFIG = "genai_config.json"
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 # Which fields of an ONNX protobuf message hold which messages, as far as a tensor or a node can hide in them.
 _NESTED: dict[str, dict[int, str]] = {
@@ -40,7 +39,7 @@ class OnnxEngine(OneByOne):
 
     name = "onnxruntime"
 
-    def __init__(self, session: Any, folder: Path, genai: dict[str, Any], *, n_ctx: int) -> None:
+    def __init__(self, session: Any, folder: Path, genai: dict[str, Any], *, n_ctx: int, shared: bool) -> None:
         self._session, self._folder, self._genai, self._n_ctx = session, folder, genai, n_ctx
         self._binding: Any = session.io_binding()
         outputs = {o.name: o for o in session.get_outputs()}
@@ -52,16 +51,9 @@ class OnnxEngine(OneByOne):
         self._n_past = 0
         self._reader: object = None  # whose tokens the cache holds
         self._tokenizer: Any = None
-        self._cache = []
         head_size = int(genai["model"]["decoder"]["head_size"])
-        for given in session.get_inputs():
-            if given.name.startswith("past_key_values."):
-                shape = [1, int(given.shape[1]), n_ctx, head_size]
-                buffer = np.zeros(shape, _DTYPES[given.type])
-                present = given.name.replace("past_key_values.", "present.", 1)
-                self._bind(self._binding.bind_input, given.name, buffer)
-                self._bind(self._binding.bind_output, present, buffer)
-                self._cache.append(buffer)
+        kind: type[SharedCache | GrowingCache] = SharedCache if shared else GrowingCache
+        self._cache: SharedCache | GrowingCache | None = kind(session, self._binding, head_size, n_ctx)
 
     @classmethod
     def load(cls, path: Path, *, n_ctx: int, n_threads: int, spin: bool = False) -> OnnxEngine:
@@ -73,7 +65,7 @@ class OnnxEngine(OneByOne):
         ort = require("onnxruntime")
         genai = read_genai_config(path)
         graph = path / str(genai["model"]["decoder"].get("filename", "model.onnx"))
-        check_graph(graph)
+        shared = check_graph(graph)
         longest = int(genai["model"].get("context_length", n_ctx))
         if n_ctx > longest:
             raise EngineError(f"n_ctx={n_ctx} is longer than the {longest} positions of {path}; lower n_ctx")
@@ -85,7 +77,7 @@ class OnnxEngine(OneByOne):
         options.add_session_config_entry("session.force_spinning_stop", "1")  # never between runs
         try:
             session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-            return cls(session, path, genai, n_ctx=n_ctx)
+            return cls(session, path, genai, n_ctx=n_ctx, shared=shared)
         except Exception as error:  # what onnxruntime raises shares no other base
             raise EngineError(f"onnxruntime cannot load {graph}: {_first_line(error)}") from error
 
@@ -134,7 +126,9 @@ class OnnxEngine(OneByOne):
                 self._forget(reader)
                 for _ in self._read(row.ids[:n_shared]):
                     pass
+                self._kept.keep()
             self._n_past = n_shared
+            self._kept.rewind()
             out = np.empty((len(row.target), self._n_vocab), np.float32)
             at = n_shared - (row.start - 1)  # the position start - 1 predicts the first target
             for part in self._read(row.ids[n_shared:-1]):
@@ -157,11 +151,16 @@ class OnnxEngine(OneByOne):
         return self._tokenizer
 
     def close(self) -> None:
-        self._binding = self._session = self._tokenizer = None
-        self._cache.clear()
+        self._binding = self._session = self._tokenizer = self._cache = None
+
+    @property
+    def _kept(self) -> SharedCache | GrowingCache:
+        assert self._cache is not None, "the engine is closed"
+        return self._cache
 
     def _forget(self, reader: object) -> None:
         self._n_past, self._reader = 0, reader
+        self._kept.clear()
 
     def _read(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Append tokens chunk by chunk; each chunk's logits are valid until the next."""
@@ -186,21 +185,19 @@ class OnnxEngine(OneByOne):
             )
         tokens = np.array([ids], np.int64)
         logits = self._logits[:T]
-        self._bind(self._binding.bind_input, "input_ids", tokens)
-        self._bind(self._binding.bind_input, "attention_mask", self._mask[None, :total])
+        bind(self._binding.bind_input, "input_ids", tokens)
+        bind(self._binding.bind_input, "attention_mask", self._mask[None, :total])
         if self._has_positions:
-            self._bind(self._binding.bind_input, "position_ids", self._positions[None, self._n_past : total])
-        self._bind(self._binding.bind_output, "logits", logits[None])
+            bind(self._binding.bind_input, "position_ids", self._positions[None, self._n_past : total])
+        bind(self._binding.bind_output, "logits", logits[None])
+        self._kept.before(self._n_past, T)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # what onnxruntime raises shares no other base
             raise EngineError(f"onnxruntime failed after {self._n_past} tokens: {_first_line(error)}") from error
         self._n_past = total
+        self._kept.after()
         return logits
-
-    @staticmethod
-    def _bind(bind: Any, name: str, array: Any) -> None:
-        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
 def read_genai_config(folder: Path) -> dict[str, Any]:
@@ -229,9 +226,10 @@ def load_tokenizer(folder: Path) -> Any:
         raise EngineError(f"onnxruntime-genai cannot load the tokenizer of {folder}: {_first_line(error)}") from error
 
 
-def check_graph(graph: Path) -> None:
+def check_graph(graph: Path) -> bool:
     """Refuse a graph that is cut, that reads outside its folder, or whose data file is too short.
 
+    Gives whether its cache is shared by input and output (GroupQueryAttention) or grows by copying (Attention).
     Reads the protobuf itself: the onnx package would add its memory to what is measured. Raises EngineError.
     """
     operators: set[bytes] = set()
@@ -250,8 +248,9 @@ def check_graph(graph: Path) -> None:
                 )
     except (OSError, ValueError, IndexError) as error:
         raise EngineError(f"{graph} is damaged: {_first_line(error)}; export again") from error
-    if b"GroupQueryAttention" not in operators:
-        raise EngineError(f"{graph} has no GroupQueryAttention, so no cache can be shared; export with edgetune")
+    if not operators & {b"GroupQueryAttention", b"Attention"}:
+        raise EngineError(f"{graph} has no GroupQueryAttention or Attention, so no known cache; export with edgetune")
+    return b"GroupQueryAttention" in operators
 
 
 def _external_data(message: memoryview, kind: str, operators: set[bytes]) -> Iterator[dict[bytes, bytes]]:

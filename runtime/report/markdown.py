@@ -11,8 +11,10 @@ from edgetune.runtime.report.view import Row, View, build_view
 if TYPE_CHECKING:
     from rich.table import Table
 
-ICONS = {"ship": "✅ ship", "inconclusive": "❔ inconclusive", "do not ship": "❌ do not ship", "failed": "⚠️ failed"}
-STYLES = {"ship": "green", "inconclusive": "yellow", "do not ship": "red", "failed": "magenta"}
+ICONS = {"ship": "✅ ship", "inconclusive": "❔ inconclusive", "do not ship": "❌ do not ship", "failed": "⚠️ failed",
+         "built, not run": "❔ built, not run"}  # fmt: skip
+STYLES = {"ship": "green", "inconclusive": "yellow", "do not ship": "red", "failed": "magenta",
+          "built, not run": "yellow"}  # fmt: skip
 SHORT = ("exact", "loss", "ttft_p95", "itl_p95", "decode", "size", "memory")
 
 

@@ -303,4 +303,4 @@ def gauge(value: float | None, low: float | None, high: float | None, limit: flo
 
 def slug(verdict: str) -> str:
     """Give the class name of a verdict."""
-    return "v-" + (verdict.replace(" ", "-") or "none")
+    return "v-" + (verdict.replace(",", "").replace(" ", "-") or "none")

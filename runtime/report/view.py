@@ -9,7 +9,7 @@ from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore
 from edgetune.runtime.report import background, measures
 from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
 
-VERDICTS = ("ship", "inconclusive", "do not ship", "failed")  # the order of rows
+VERDICTS = ("ship", "inconclusive", "built, not run", "do not ship", "failed")  # the order of rows
 N_CHANGES = 5  # changed answers that the page shows of each candidate
 
 
@@ -186,16 +186,15 @@ def _headline(decisions: list[Decision]) -> str:
     ship = [d.candidate for d in decisions if d.verdict == "ship"]
     if ship:
         return f"Ship {' or '.join([', '.join(ship[:-1]), ship[-1]] if len(ship) > 1 else ship)}"
-    if any(d.verdict == "inconclusive" for d in decisions):
+    if any(d.verdict in ("inconclusive", "built, not run") for d in decisions):
         return "Inconclusive: nothing is proven fit to ship"
     return "Do not ship"
 
 
 def _lead(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> str:
     counts = [(v, sum(d.verdict == v for d in report.verdicts)) for v in VERDICTS]
-    words = {"ship": "within every budget", "inconclusive": "inconclusive", "do not ship": "over budget",
-             "failed": "failed"}  # fmt: skip
-    said = ", ".join(f"{n} {words[v]}" for v, n in counts if n)
+    words = {"ship": "within every budget", "do not ship": "over budget"}
+    said = ", ".join(f"{n} {words.get(v, v)}" for v, n in counts if n)
     many = "candidate" if len(report.verdicts) == 1 else "candidates"
     lead = f"{len(report.verdicts)} {many}: {said}."
     if report.reference in scores:
