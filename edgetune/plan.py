@@ -16,6 +16,7 @@ from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_s
 from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
 from edgetune.sources import Source, find
+from edgetune.task_work import check_task, guess_counts
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Preflight:
 def preflight(recipe: Recipe) -> Preflight:
     """Check data, base, candidates and packages before any work. Raises an error that names what is wrong."""
     workload.check_files(recipe.data)
+    for task in recipe.tasks:
+        check_task(task)
     source = find(recipe.base, recipe.revision)
     config = source.model_config()
     for name, candidate in recipe.candidates.items():
@@ -98,5 +101,5 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         stages = Graph(recipe, base.identity, work).stages()
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
-    estimator = Estimator(recipe, ready.model_config, train, heldout, matmul_gflops())
+    estimator = Estimator(recipe, ready.model_config, train, heldout, matmul_gflops(), guess_counts(recipe.tasks))
     return [PlannedStage(name, done, estimator.cost(name)) for name, done in states]
