@@ -107,30 +107,28 @@ def token_intervals(
     smallest value that at least that share of the tokens does not exceed. No interval of a maximum holds: its own is
     the value itself.
     """
-    sizes = np.array([len(group) for group in groups])
+    sizes = np.array([len(group) for group in groups], dtype=np.float64)
+    sums = np.array([math.fsum(group) for group in groups])
     values = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])
     if not len(values):
         raise ValueError("an interval needs at least one value")
     order = np.argsort(values, kind="stable")
-    values, row_of = values[order], np.repeat(np.arange(len(groups)), sizes)[order]
+    values, row_of = values[order], np.repeat(np.arange(len(groups)), sizes.astype(np.int64))[order]
+
+    def figures(weight: Floats) -> tuple[float, float, float]:
+        heap = np.cumsum(weight[row_of])
+        median, p99 = values[np.searchsorted(heap, np.array([0.5, 0.99]) * heap[-1])]
+        return float(weight @ sums / (weight @ sizes)), float(median), float(p99)
+
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_resamples)
-    drawn = np.array([_figures(values, row_of, weight) for weight in weights if weight @ sizes])
+    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_resamples).astype(np.float64)
+    drawn = np.array([figures(weight) for weight in weights if weight @ sizes])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    found = _figures(values, row_of, np.ones(len(groups), dtype=np.int64))
-    largest = float(values[-1])
+    found, largest = figures(np.ones(len(groups))), float(values[-1])
     made = {"max": Interval(largest, largest, largest)}
     for i, name in enumerate(("mean", "p50", "p99")):
         made[name] = Interval(found[i], float(low[i]), float(high[i]))
     return made
-
-
-def _figures(values: Floats, row_of: NDArray[np.int64], weight: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Weighted mean, median and p99 of sorted values, each weighted as its row is."""
-    of_token = weight[row_of]
-    heaps = np.cumsum(of_token)
-    median, p99 = (values[np.searchsorted(heaps, q * heaps[-1])] for q in (0.5, 0.99))
-    return float(of_token @ values / heaps[-1]), float(median), float(p99)
 
 
 def f1_differences(candidate: Sequence[SlotCounts], reference: Sequence[SlotCounts]) -> Floats:

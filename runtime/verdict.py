@@ -23,6 +23,7 @@ from edgetune.runtime.statistics import NonInferiority, holm, non_inferiority, n
 from edgetune.runtime.task_metrics import METRICS
 
 NO_TASKS: Mapping[str, TaskScore] = {}
+ONLY_BOUNDS = 1.0  # a margin for those who want a loss and its bounds, and no verdict
 # worst last
 ORDER = ("ship", "inconclusive", "do not ship")
 

@@ -33,8 +33,10 @@ class Judged(NamedTuple):
 
 
 def accuracy_budget(report: Report) -> Judged:
-    """Read the accuracy budget from the recipe."""
+    """Read the accuracy budget from the recipe; of one that judges a task, only the confidence."""
     found = (report.recipe.get("budgets") or {}).get("accuracy") or {}
+    if found.get("task"):
+        return Judged("exact_match", found.get("confidence", LEVEL), None)
     return Judged(found.get("metric", "exact_match"), found.get("confidence", LEVEL), found.get("max_loss"))
 
 
@@ -81,7 +83,12 @@ def accuracy_figures(
 
 def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check]) -> Figure:
     for check in checks:
-        if "loss" in check.budget and check.value is not None and check.low is not None and check.high is not None:
+        if (
+            check.budget == f"{budget.metric} loss"
+            and check.value is not None
+            and check.low is not None
+            and check.high is not None
+        ):
             return Figure(check.value * 100, check.low * 100, check.high * 100)
     mine, theirs = _slots(score.rows), _slots(reference.rows)
     if budget.metric == "slot_f1" and mine and theirs:
@@ -90,6 +97,19 @@ def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence
         pairs = zip(score.rows, reference.rows, strict=True)
         differences = np.array([float(r.exact) - float(c.exact) for c, r in pairs])
     return Figure(*(100 * x for x in statistics.mean_bounds(differences, budget.confidence)))
+
+
+def mcnemar(report: Report) -> dict[str, float]:
+    """Give each candidate's p-value of McNemar's exact test, with Holm's correction for their number."""
+    found = {score.subject.name: score for score in report.accuracy}
+    reference = found.get(report.reference)
+    names = [v.candidate for v in report.verdicts if v.candidate in found]
+    if reference is None:
+        return {}
+    names = [name for name in names if paired(found[name], reference)]
+    exact = [[row.exact for row in found[name].rows] for name in names]
+    p_values = [statistics.flips(now, [row.exact for row in reference.rows]).p_value for now in exact]
+    return dict(zip(names, statistics.holm_adjusted(p_values), strict=True))
 
 
 def _slots(rows: Sequence[RowScore]) -> list[SlotCounts] | None:
