@@ -38,7 +38,8 @@ def case(metric: str, n: int, times: int) -> dict[str, Any]:
     found = trials(metric, n, times=times, seed=n)
     return {
         "metric": metric, "n_rows": n, "trials": times, "coverage": coverage(metric, found),
-        "false_passes": false_passes(found), "samples": [[*(round(x, 4) for x in t[:3]), int(t.shipped)] for t in found],
+        "false_passes": false_passes(found),
+        "samples": [[*(round(x, 4) for x in t[:3]), int(t.shipped)] for t in found],
     }  # fmt: skip
 
 

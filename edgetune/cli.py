@@ -81,6 +81,7 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     from edgetune.artifact import Store
     from edgetune.estimate import spoken
     from edgetune.plan import plan as make_plan
+    from edgetune.plan import rows_said
     from edgetune.recipe import load_recipe
 
     console, loaded = _console(), load_recipe(recipe)
@@ -97,6 +98,8 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     console.print(table)
     total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
     console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
+    if (said := rows_said(loaded)) is not None:
+        console.print(f"accuracy: {said}")
 
 
 @app.command()

@@ -69,11 +69,9 @@ class LmEvalModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> list[tuple[float, bool]]:
         """Score continuations; neighbours with one context share it. A context that is too long is cut at its start."""
         rows = []
-        for (context, _text), given, wanted in requests:
+        for _, given, wanted in requests:
             if len(wanted) >= self._n_ctx:
-                raise UsageError(
-                    f"{len(wanted)} tokens after {context[-40:]!r} do not fit n_ctx={self._n_ctx}; raise it"
-                )
+                raise UsageError(f"a continuation of {len(wanted)} tokens does not fit n_ctx={self._n_ctx}; raise it")
             given = given[-(self._n_ctx - len(wanted)) :]
             rows.append(TokenRow((*given, *wanted), len(given)))
         answers = []

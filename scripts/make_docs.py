@@ -85,7 +85,7 @@ MEANING = {
     "Bench.new_tokens": "tokens of each generation",
     "Bench.threads": "threads of each engine, while scoring too",
     "Bench.case_timeout_s": "seconds that one generation, or a load, may take",
-    "AccuracyBudget.metric": "of held-out rows exact_match, or slot_f1 where targets are JSON objects; of a task its own",
+    "AccuracyBudget.metric": "of held-out rows exact_match, or slot_f1 where targets are JSON; of a task its own",
     "AccuracyBudget.max_loss": "largest loss, as a share: 0.02 is two points; of perplexity its relative rise",
     "AccuracyBudget.confidence": "of the one-sided bound that must stay below max_loss, for all candidates together",
     "Budgets.accuracy": "loss against the adapted model before compression",
