@@ -147,6 +147,21 @@ def test_divergence_of_tokens_has_mean_quantiles_and_intervals_over_rows() -> No
         token_intervals([[]], seed=0)
 
 
+def test_intervals_of_divergence_resample_rows_not_tokens() -> None:
+    rng = np.random.default_rng(10)
+    hits = naive = 0
+    for trial in range(120):
+        scale = rng.lognormal(0, 0.6, (100, 1))  # what the tokens of a row have in common
+        tokens = scale * rng.exponential(0.05, (100, 12))
+        truth = 0.05 * math.exp(0.18)
+        found = token_intervals(tokens.tolist(), seed=trial, n_resamples=200)["mean"]
+        hits += found.low <= truth <= found.high
+        alone = token_intervals([[x] for x in tokens.ravel()], seed=trial, n_resamples=100)["mean"]
+        naive += alone.low <= truth <= alone.high
+    assert hits / 120 > 0.86
+    assert naive < hits
+
+
 def test_holm_steps_down() -> None:
     p_values = [0.011, 0.03, 0.02, 0.6]
     assert holm_adjusted(p_values) == pytest.approx([0.044, 0.06, 0.06, 0.6])
