@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgetune.runtime.metrics import SlotCounts, micro_f1
 
 Floats = NDArray[np.float64]
+FEW = 20  # flips that do not tell how large the largest are
 Outcome = Literal["ship", "do not ship", "inconclusive"]
 
 
@@ -153,7 +154,7 @@ def mean_bounds(losses: Sequence[float] | Floats, confidence: float, *, largest:
     squares are those of the losses; so Fay and Feuer (Statistics in Medicine 16:791, 1997) bound weighted sums of
     counts. Of losses that are only 0, 1 and -1 they are Tango's own. The upper bound, which decides what ships, takes
     its h from rows that lost, the lower one from all. `largest` is what a row can lose: half a row of it is taken as
-    seen, since few flips rarely show the largest.
+    seen, since few flips rarely show the largest; less than half where more than FEW rows flipped.
     """
     d = np.asarray(losses, dtype=np.float64)
     n, total, squares = len(d), float(d.sum()), float(d @ d)
@@ -161,7 +162,8 @@ def mean_bounds(losses: Sequence[float] | Floats, confidence: float, *, largest:
         return Interval(0.0, 0.0, 0.0)
     found = []
     for sizes in (np.abs(d), np.maximum(d, 0.0)):
-        h = (float((sizes**3).sum()) + largest**3 / 2) / (float(sizes @ sizes) + largest**2 / 2)
+        unseen = 0.5 * min(1.0, FEW / max(np.count_nonzero(sizes), 1))
+        h = (float((sizes**3).sum()) + unseen * largest**3) / (float(sizes @ sizes) + unseen * largest**2)
         h = max(h, math.sqrt(squares / n))  # so that no more flip than there are rows
         both = max(squares / h**2, abs(total) / h)  # effective flips in either direction
         harmful, beneficial = (both + total / h) / 2, (both - total / h) / 2
