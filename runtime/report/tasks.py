@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from edgetune.runtime.evidence import Report, TaskScore
 from edgetune.runtime.report import measures
 from edgetune.runtime.report.columns import DASH, number
-from edgetune.runtime.statistics import NonInferiority
 from edgetune.runtime.task_metrics import METRICS
 from edgetune.runtime.verdict import ONLY_BOUNDS, task_loss, tasks_of
 
@@ -44,19 +43,25 @@ class WorstRow:
 
 
 def task_lines(report: Report) -> Iterator[TaskLine]:
-    """Give every metric of every task, task by task, in the order of the evidence."""
+    """Give every metric of every task, task by task, in the order of the evidence.
+
+    The metric that a budget judges has the bounds of its verdict.
+    """
+    checks = {(v.candidate, check.budget): check for v in report.verdicts for check in v.checks}
     before = tasks_of(report, report.reference)
     confidence = measures.accuracy_budget(report).confidence
-    places = sorted(enumerate(report.tasks), key=lambda pair: list(before).index(pair[1].task))
-    for i, found in places:
-        reference = before[found.task]
+    order = list(dict.fromkeys(found.task for found in report.tasks))
+    for i, found in sorted(enumerate(report.tasks), key=lambda pair: order.index(pair[1].task)):
+        reference = before.get(found.task)
         for metric, figure in found.figures.items():
             known = METRICS[found.kind].get(metric)
             relative = known is not None and known.relative
             loss = bounds = DASH
-            if found is not reference and found.workload == reference.workload:
+            if reference is not None and found is not reference and found.workload == reference.workload:
                 judged = task_loss(found, reference, metric, ONLY_BOUNDS, confidence)
-                loss, bounds = _written(judged, relative)
+                check = checks.get((found.subject.name, f"{found.task}: {metric} loss"))
+                low, high = (judged.low, judged.high) if check is None else (check.low, check.high)
+                loss, bounds = _written(judged.loss, low, high, relative)
             yield TaskLine(
                 task=found.task, kind=found.kind.replace("_", " "), n_rows=len(found.rows),
                 metric=known.title if known else "Own scorer", subject=found.subject.name,
@@ -90,7 +95,7 @@ def _worst(found: TaskScore, reference: TaskScore, metric: str) -> Iterator[Wors
             )  # fmt: skip
 
 
-def _written(judged: NonInferiority, relative: bool) -> tuple[str, str]:
+def _written(loss: float, low: float | None, high: float | None, relative: bool) -> tuple[str, str]:
     unit = " %" if relative else " points"
-    loss, low, high = (number(100 * x, 2, signed=True) for x in (judged.loss, judged.low, judged.high))
-    return f"{loss}{unit}", f"{low} to {high}"
+    said, below, above = (number(None if x is None else 100 * x, 2, signed=True) for x in (loss, low, high))
+    return f"{said}{unit}", f"{below} to {above}"
