@@ -154,7 +154,7 @@ def _answers(work: TaskWork, scored: Sequence[dict[str, Any]], tokenizer: Path, 
             normed = [log / weight for log, weight in zip(logs, weights, strict=True)]
             answers.append(Answer(item.choices[int(np.argmax(normed))], item.gold, tuple(logs)))
         else:
-            answers.append(Answer("", item.gold, (sum(logs),), sum(n_tokens)))
+            answers.append(Answer("", ("",), (sum(logs),), sum(n_tokens)))  # of a text, only its likelihood
     return answers
 
 
@@ -186,7 +186,7 @@ def _own_scores(name: str, answers: Sequence[Answer], written: Sequence[dict[str
 def _rows(answers: Sequence[Answer], shares: dict[str, list[float]]) -> list[TaskRow]:
     return [
         TaskRow(
-            gold=answer.gold[0] if answer.output or len(answer.likelihoods) != 1 else "", output=answer.output,
+            gold=answer.gold[0], output=answer.output,
             scores={name: values[i] for name, values in shares.items()},
             likelihoods=list(answer.likelihoods) or None,
         )
