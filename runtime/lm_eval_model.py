@@ -69,12 +69,12 @@ class LmEvalModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> list[tuple[float, bool]]:
         """Score continuations; neighbours with one context share it. A context that is too long is cut at its start."""
         rows = []
-        for _, given, wanted in requests:
+        for _pair, given, wanted in requests:
             if len(wanted) >= self._n_ctx:
                 raise UsageError(f"a continuation of {len(wanted)} tokens does not fit n_ctx={self._n_ctx}; raise it")
             given = given[-(self._n_ctx - len(wanted)) :]
             rows.append(TokenRow((*given, *wanted), len(given)))
-        answers = []
+        answers: list[tuple[float, bool]] = []
         for _, group in groupby(rows, key=lambda row: row.ids[: row.start]):
             part = list(group)
             for row, logits in zip(part, self.engine.score_rows(part), strict=True):

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.runtime.metrics import SlotCounts, micro_f1
+from edgetune.runtime.metrics import SlotCounts
 
 Floats = NDArray[np.float64]
 FEW = 20  # flips that do not tell how large the largest are
@@ -132,18 +132,19 @@ def token_intervals(
     return made
 
 
-def f1_differences(candidate: Sequence[SlotCounts], reference: Sequence[SlotCounts]) -> Floats:
+def f1_differences(candidate: Sequence[SlotCounts] | Floats, reference: Sequence[SlotCounts] | Floats) -> Floats:
     """Give numbers, one a row, whose mean is micro F1 of the reference minus that of the candidate, exactly.
 
     With F1 = 2 t / s, bars for means over rows, F the mean of both F1 and s the mean of both slot counts:
     F1_r - F1_c = mean(2 (t_r - t_c) - F (s_r - s_c)) / s. A row in which nothing changed counts zero.
     """
-    ours, theirs = (np.array(side, dtype=np.float64) for side in (candidate, reference))  # [n, 3]
+    ours, theirs = (np.asarray(side, dtype=np.float64) for side in (candidate, reference))  # [n, 3]
     slots = ours[:, 1:].sum(1), theirs[:, 1:].sum(1)
-    if not slots[0].sum() or not slots[1].sum():  # no slots at all is an F1 of one
-        return np.full(len(ours), micro_f1(reference) - micro_f1(candidate))
-    F = (micro_f1(candidate) + micro_f1(reference)) / 2
-    top = 2 * (theirs[:, 0] - ours[:, 0]) - F * (slots[1] - slots[0])
+    right = ours[:, 0].sum(), theirs[:, 0].sum()
+    f1 = [float(2 * t / s.sum()) if s.any() else 1.0 for t, s in zip(right, slots, strict=True)]
+    if not slots[0].any() or not slots[1].any():  # no slots at all is an F1 of one
+        return np.full(len(ours), f1[1] - f1[0])
+    top = 2 * (theirs[:, 0] - ours[:, 0]) - (f1[0] + f1[1]) / 2 * (slots[1] - slots[0])
     return np.asarray(2 * top / (slots[0].mean() + slots[1].mean()))
 
 
@@ -152,23 +153,26 @@ def mean_bounds(losses: Sequence[float] | Floats, confidence: float, *, largest:
 
     Tango's bounds for effective counts of flips of one effective size h, chosen so that their sum and their sum of
     squares are those of the losses; so Fay and Feuer (Statistics in Medicine 16:791, 1997) bound weighted sums of
-    counts. Of losses that are only 0, 1 and -1 they are Tango's own. The upper bound, which decides what ships, takes
-    its h from rows that lost, the lower one from all. `largest` is what a row can lose: half a row of it is taken as
-    seen, since few flips rarely show the largest; less than half where more than FEW rows flipped.
+    counts. Of losses that are only 0, 1 and -1 h is 1 and they are Tango's own. The upper bound, which decides what
+    ships, takes its h from rows that lost, the lower one from all. The upper one is half a flip higher, since flips
+    are whole: without that a loss at the margin ships a little more often than it may. `largest` is what a row can
+    lose: half a row of it is taken as seen, since few flips rarely show the largest; less than half where more than
+    FEW rows flipped.
     """
     d = np.asarray(losses, dtype=np.float64)
     n, total, squares = len(d), float(d.sum()), float(d @ d)
     if not squares and not largest:
         return Interval(0.0, 0.0, 0.0)
     found = []
-    for sizes in (np.abs(d), np.maximum(d, 0.0)):
-        unseen = 0.5 * min(1.0, FEW / max(np.count_nonzero(sizes), 1))
+    for sizes in (np.abs(d), np.maximum(d, 0.0)):  # of the lower bound, of the upper one
+        unseen = 0.5 * min(1.0, FEW / max(int(np.count_nonzero(sizes)), 1))
         h = (float((sizes**3).sum()) + unseen * largest**3) / (float(sizes @ sizes) + unseen * largest**2)
         h = max(h, math.sqrt(squares / n))  # so that no more flip than there are rows
         both = max(squares / h**2, abs(total) / h)  # effective flips in either direction
         harmful, beneficial = (both + total / h) / 2, (both - total / h) / 2
-        found.append([h * bound for bound in paired_difference_bounds(harmful, beneficial, n, confidence)])
-    return Interval(total / n, found[0][1], found[1][2])
+        found.append((h, paired_difference_bounds(harmful, beneficial, n, confidence)))
+    (h_low, lower), (h_high, upper) = found
+    return Interval(total / n, h_low * lower.low, h_high * min(1.0, upper.high + 0.5 / n))
 
 
 def paired_difference_bounds(harmful: float, beneficial: float, n: int, confidence: float) -> Interval:
@@ -218,7 +222,11 @@ def non_inferiority(
 
 
 def non_inferiority_f1(
-    candidate: Sequence[SlotCounts], reference: Sequence[SlotCounts], *, margin: float, confidence: float
+    candidate: Sequence[SlotCounts] | Floats,
+    reference: Sequence[SlotCounts] | Floats,
+    *,
+    margin: float,
+    confidence: float,
 ) -> NonInferiority:
     """Judge the loss of micro F1 on the same rows against a margin, each bound at one-sided `confidence`."""
     return _judged(f1_differences(candidate, reference), margin, confidence, 1.0)
@@ -246,7 +254,7 @@ def rows_needed(
         return None
     z = NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(power)
     seen = max(discordance, 1 / n_seen if n_seen else 0.0)
-    no_event = NormalDist().inv_cdf(confidence) ** 2 * (1 - distance) / distance  # even without any flip
+    no_event = (NormalDist().inv_cdf(confidence) ** 2 * (1 - distance) + 0.5) / distance  # even without any flip
     return math.ceil(max(z * z * max(seen - loss * loss, 0.0) / distance**2, min(no_event, 1e12)))
 
 

@@ -160,7 +160,8 @@ def _answers(work: TaskWork, scored: Sequence[dict[str, Any]], tokenizer: Path, 
 
 def _measure(work: TaskWork, answers: Sequence[Answer]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Give each metric's figure, and its share of each row."""
-    figures, shares = {}, {}
+    figures: dict[str, float] = {}
+    shares: dict[str, list[float]] = {}
     for name in work.task.measured:
         if name == "scorer":
             assert work.task.scorer is not None, "metric and key were checked to belong together"
@@ -239,8 +240,8 @@ def _score_items(engine: Engine, items: Sequence[list[ScoredRow]], request: dict
             n_new,
         )
         outputs = [list(row.tokens.target[:n_new]) for row in flat]
-        for i, output in zip(wrong, told, strict=True):
-            outputs[i] = output
+        for i, ids in zip(wrong, told, strict=True):
+            outputs[i] = ids
     found, at = [], 0
     for item, output in zip(items, outputs, strict=True):
         part = scored[at : at + len(item)]

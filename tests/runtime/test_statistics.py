@@ -45,7 +45,7 @@ def test_intervals_hold_and_a_loss_at_the_margin_rarely_ships(metric: str) -> No
 def test_intervals_hold_in_many_trials(metric: str, n: int) -> None:
     found = trials(metric, n, times=2000, seed=3)
     assert 0.93 <= coverage(metric, found) <= 0.97
-    assert false_passes(found) < 0.06
+    assert false_passes(found) <= 0.05
 
 
 def test_the_score_bounds_are_tangos() -> None:
@@ -65,7 +65,7 @@ def test_no_flip_at_all_is_not_certainty() -> None:
     same = [True] * 40 + [False] * 10
     few = non_inferiority(same, same, margin=0.02, confidence=0.95)
     assert (few.loss, few.verdict) == (0, "inconclusive")
-    assert few.high == pytest.approx(1.645**2 / (50 + 1.645**2), rel=1e-3)
+    assert few.high == pytest.approx(1.645**2 / (50 + 1.645**2) + 0.5 / 50, rel=1e-3)
     assert few.rows_needed is not None
     many = non_inferiority(same * few.rows_needed, same * few.rows_needed, margin=0.02, confidence=0.95)
     assert many.verdict == "ship"
@@ -106,7 +106,7 @@ def test_flips_are_counted_and_tested() -> None:
 
 def test_f1_differences_have_the_difference_as_their_mean() -> None:
     rng = np.random.default_rng(4)
-    ours, theirs = slot_rows(rng, 80)
+    ours, theirs = ([SlotCounts(*map(int, row)) for row in side] for side in slot_rows(rng, 80))
     losses = f1_differences(ours, theirs)
     assert losses.mean() == pytest.approx(micro_f1(theirs) - micro_f1(ours), abs=1e-12)
     assert all(loss == 0 for loss, a, b in zip(losses, ours, theirs, strict=True) if a == b)
@@ -115,12 +115,13 @@ def test_f1_differences_have_the_difference_as_their_mean() -> None:
     assert f1_differences([SlotCounts(0, 1, 0)] * 3, none).tolist() == [1, 1, 1]
     same = non_inferiority_f1(theirs, theirs, margin=0.02, confidence=0.95)
     assert same.verdict == "inconclusive"  # 80 equal rows are not enough for two points
-    assert same.high == pytest.approx(1.6449**2 / (80 + 1.6449**2), rel=1e-3)
+    assert same.high == pytest.approx(1.6449**2 / (80 + 1.6449**2) + 0.5 / 80, rel=1e-3)
 
 
 def test_bounds_of_flips_are_tangos_and_bounds_of_many_small_losses_are_normal() -> None:
     losses = [1.0] * 7 + [-1.0] * 2 + [0.0] * 91
-    assert mean_bounds(losses, 0.95) == paired_difference_bounds(7, 2, 100, 0.95)
+    tango = paired_difference_bounds(7, 2, 100, 0.95)
+    assert mean_bounds(losses, 0.95) == (tango.value, tango.low, tango.high + 0.005)  # and half a flip
     dense = np.random.default_rng(0).normal(0.01, 0.1, 4000)
     found = mean_bounds(dense, 0.975)
     half = 1.96 * dense.std() / math.sqrt(4000)

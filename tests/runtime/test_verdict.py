@@ -72,7 +72,7 @@ def test_all_budgets_hold() -> None:
         (
             2,
             "ship",
-            "Exact match falls by 0.2 points (-0.07 to 0.6 at 95% on either side, 1000 rows), below the 2 points ",
+            "Exact match falls by 0.2 points (-0.07 to 0.65 at 95% on either side, 1000 rows), below the 2 points ",
         ),
         (19, "inconclusive", "which does not tell on which side of the 2 points allowed it is; about"),
         (60, "do not ship", "above the 2 points allowed."),
