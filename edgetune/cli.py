@@ -83,6 +83,7 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     from edgetune.estimate import spoken
     from edgetune.graph import why_not_run
     from edgetune.plan import plan as make_plan
+    from edgetune.plan import rows_said
     from edgetune.recipe import load_recipe
 
     console, loaded = _console(), load_recipe(recipe)
@@ -103,6 +104,8 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
         if (why := why_not_run(candidate)) is not None:
             console.print(f"{name}: will be built, not run: {why}")
     console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
+    if (said := rows_said(loaded)) is not None:
+        console.print(f"accuracy: {said}")
 
 
 @app.command()

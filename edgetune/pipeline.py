@@ -22,12 +22,13 @@ from edgetune.plan import Preflight, preflight
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
 from edgetune.runtime.engine import TokenRow
-from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, Seam, Verdict
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, Seam, TaskScore, Verdict
 from edgetune.runtime.machine import describe
 from edgetune.runtime.report.write import write_report
-from edgetune.runtime.verdict import judge
+from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 from edgetune.runtime.worker import Job
 from edgetune.stages import Stages
+from edgetune.task_work import load_tasks
 
 EXTRA_NEW_TOKENS = 16  # a wrong answer may be so much longer than the longest right one
 
@@ -57,6 +58,7 @@ class Pipeline:
         self.graph = Graph(self.recipe, self.base.identity, self.work)
         self.rows = [ScoredRow(row.ids, row.start, row.target_text) for row in self.work.heldout]
         self.text_rows = [TokenRow(ids, 1) for ids in self.work.text_rows()]
+        self.task_works = load_tasks(self.recipe.tasks, self.base.path)
         return self.base
 
     def adapt(self) -> Artifact:
@@ -178,6 +180,17 @@ class Pipeline:
             ),
         )  # fmt: skip
 
+    def score_tasks(self, job: Job, artifact: Artifact) -> Artifact:
+        """Score one subject on the recipe's tasks."""
+        return self.stages.run(
+            f"{job.name}: tasks",
+            measure.tasks_identity(job, [artifact.identity], self.task_works),
+            lambda out, progress: measure.tasks(
+                job, [artifact], out, works=self.task_works, tokenizer=self.base.path,
+                stop_ids=self.work.golden.stop_ids, progress=progress,
+            ),
+        )  # fmt: skip
+
     def run(self) -> Report:
         """Do everything, and write the report."""
         self.prepare()
@@ -185,6 +198,9 @@ class Pipeline:
         reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
         hops = self._hops_before(reference)
         scored = {"reference": measure.read_accuracy(reference)}
+        tasks: list[TaskScore] = []
+        if self.task_works:
+            tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
         hops.append((self._reference_hop(), scored["reference"]))
         shipped: dict[str, Artifact] = {}
         for name, candidate in self.recipe.candidates.items():
@@ -204,8 +220,15 @@ class Pipeline:
             if evidence is not None:
                 scored[name] = measure.read_accuracy(evidence)
                 hops.append((f"{name}: {_hop(candidate)}", scored[name]))
+            if self.task_works:
+                found = self.stages.attempt(
+                    name,
+                    "tasks",
+                    lambda j=job, a=artifact: self.score_tasks(j, a),  # type: ignore[misc]
+                )
+                tasks += measure.read_tasks(found) if found is not None else []
         timed = self._time({n: a for n, a in shipped.items() if why_not_run(self.recipe.candidates[n]) is None})
-        return self._report(shipped, scored, hops, timed)
+        return self._report(shipped, scored, tasks, hops, timed)
 
     def _job(self, name: str, artifact: Artifact, **settings: Any) -> Job:
         """The job of an artifact; an adapter runs on the base that it was trained on, and ships with it."""
@@ -270,6 +293,7 @@ class Pipeline:
         self,
         shipped: dict[str, Artifact],
         scored: dict[str, Accuracy],
+        tasks: list[TaskScore],
         hops: list[tuple[str, Accuracy]],
         timed: list[Latency | Failure],
     ) -> Report:
@@ -286,9 +310,7 @@ class Pipeline:
             else list(scored.values()),
             latency=list(latencies.values()),
             seams=[*self._tried_merges(), *(seam(hop, found) for hop, found in hops)],
-            verdicts=[
-                self._judge(name, shipped.get(name), scored, latencies, failures) for name in self.recipe.candidates
-            ],
+            verdicts=self._verdicts(shipped, scored, tasks, latencies, failures),
             failures=failures,
             artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},
             commands={
@@ -302,6 +324,7 @@ class Pipeline:
                 RowText(prompt=row.messages[-2][1] if row.messages else "", gold=scored_row.target_text)
                 for row, scored_row in zip(workload.heldout_rows(self.recipe.data), self.rows, strict=True)
             ],
+            tasks=tasks,
         )
         write_report(report, self.stages.folder)
         return report
@@ -326,25 +349,30 @@ class Pipeline:
             notes["preference"] = self.preferred.manifest.notes
         return notes or None
 
-    def _judge(
+    def _verdicts(
         self,
-        name: str,
-        artifact: Artifact | None,
+        shipped: dict[str, Artifact],
         scored: dict[str, Accuracy],
+        tasks: list[TaskScore],
         latencies: dict[str, Latency],
         failures: list[Failure],
-    ) -> Verdict:
-        return judge(
-            name,
-            self.recipe.budgets,
-            size_bytes=self._job(name, artifact).size_bytes if artifact else None,
-            accuracy=scored.get(name),
-            reference=scored["reference"],
-            latency=latencies.get(name),
-            failures=[failure for failure in failures if failure.subject == name],
-            not_run=self._not_run(name, artifact),
-            seed=self.recipe.seed,
-        )
+    ) -> list[Verdict]:
+        budgets, names = self.recipe.budgets, list(self.recipe.candidates)
+        subjects = {
+            name: Scored(scored.get(name), {found.task: found for found in tasks if found.subject.name == name})
+            for name in ("reference", *names)
+        }
+        levels = accuracy_levels(budgets, {name: subjects[name] for name in names}, subjects["reference"])
+        return [
+            judge(
+                name, budgets, size_bytes=self._job(name, shipped[name]).size_bytes if name in shipped else None,
+                accuracy=scored.get(name), reference=scored["reference"], tasks=subjects[name].tasks,
+                reference_tasks=subjects["reference"].tasks, level=levels[name], latency=latencies.get(name),
+                failures=[failure for failure in failures if failure.subject == name],
+                not_run=self._not_run(name, shipped.get(name)), seed=self.recipe.seed,
+            )
+            for name in names
+        ]  # fmt: skip
 
     def _not_run(self, name: str, artifact: Artifact | None) -> str | None:
         why = why_not_run(self.recipe.candidates[name])

@@ -11,11 +11,16 @@ from edgetune.artifact import Store
 from edgetune.backends import require
 from edgetune.compress import quantize
 from edgetune.data.checks import refuse_leaks
+from edgetune.data.task_rows import read_examples
 from edgetune.errors import EdgetuneError, RecipeError
 from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_stages
 from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
+from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
+from edgetune.task_work import check_task, guess_counts
+
+EXPECTED_FLIPS = 0.03  # share of rows whose answer changes, before it was measured
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Preflight:
 def preflight(recipe: Recipe) -> Preflight:
     """Check data, base, candidates and packages before any work. Raises an error that names what is wrong."""
     workload.check_files(recipe.data)
+    for task in recipe.tasks:
+        check_task(task)
     source = find(recipe.base, recipe.revision)
     config = source.model_config()
     for name, candidate in recipe.candidates.items():
@@ -92,6 +99,19 @@ def check_device(device: str) -> None:
         raise RecipeError(f"device: torch cannot use {device!r} ({str(error).splitlines()[0]}); use cpu") from error
 
 
+def rows_said(recipe: Recipe) -> str | None:
+    """Say whether the rows can show the loss that the accuracy budget allows; None where there is no such budget.
+
+    How many rows will flip is not known yet, so EXPECTED_FLIPS is taken; the report says it with what was seen.
+    """
+    budget = recipe.budgets.accuracy
+    if budget is None:
+        return None
+    tasks = {task.name: task for task in recipe.tasks}
+    n_rows = len(read_examples(tasks[budget.task]) if budget.task else workload.heldout_rows(recipe.data))
+    return rows_in_words(n_rows, budget.max_loss, EXPECTED_FLIPS, budget.confidence)
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """One line of the plan. `done` is None where an earlier stage must run before it can be known."""
@@ -116,5 +136,5 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         stages = Graph(recipe, base.identity, work).stages()
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
-    estimator = Estimator(recipe, ready.model_config, train, heldout, matmul_gflops())
+    estimator = Estimator(recipe, ready.model_config, train, heldout, matmul_gflops(), guess_counts(recipe.tasks))
     return [PlannedStage(name, done, estimator.cost(name)) for name, done in states]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer
 
 
@@ -121,7 +122,8 @@ class Bench(Closed):
 class AccuracyBudget(Closed):
     """Non-inferiority: the loss against the adapted model stays below `max_loss` at this confidence."""
 
-    metric: Literal["exact_match", "slot_f1"] = "exact_match"
+    task: str | None = Field(None, description="name of a task; the held-out rows where absent")
+    metric: MetricName = "exact_match"
     max_loss: Share = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
 
@@ -148,13 +150,16 @@ class Recipe(Closed):
     adapt: Adapt | None = Adapt()
     prefer: Prefer | None = Field(None, exclude_if=lambda value: value is None)
     candidates: Annotated[dict[str, Candidate], Field(min_length=1)]
+    tasks: list[Task] = []
     bench: Bench = Bench()
     budgets: Budgets = Budgets()
 
     @model_validator(mode="after")
     def _slots_need_all_rows(self) -> Recipe:
         budget = self.budgets.accuracy
-        if budget is not None and budget.metric == "slot_f1" and self.data.generated_rows is not None:
+        if budget is None or budget.task is not None:
+            return self
+        if budget.metric == "slot_f1" and self.data.generated_rows is not None:
             raise ValueError(
                 "budgets.accuracy.metric slot_f1 needs the answers of all rows; leave data.generated_rows out"
             )
@@ -171,6 +176,12 @@ class Recipe(Closed):
                                  f"write {name}: {{}}, which runs base and adapter in torch")  # fmt: skip
         if self.prefer is not None:
             raise ValueError(f"prefer: adapt: {why}, so there is no model to start from; merge it or leave prefer out")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_names_what_is_measured(self) -> Recipe:
+        budget = self.budgets.accuracy
+        check_budgeted(self.tasks, budget.task if budget else None, budget.metric if budget else None)
         return self
 
     @field_validator("candidates")

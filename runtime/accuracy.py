@@ -26,7 +26,7 @@ from edgetune.runtime.engine import Engine, Logits, TokenRow
 from edgetune.runtime.evidence import Accuracy, RowScore, Seam, TextScore
 from edgetune.runtime.machine import LoadMeter
 from edgetune.runtime.metrics import micro_f1, parse_slots, slot_counts
-from edgetune.runtime.reference import PackBuilder, ReferencePack, join
+from edgetune.runtime.reference import Divergence, PackBuilder, ReferencePack, join
 from edgetune.runtime.worker import Job, Worker
 
 CHUNK = 64  # rows between two checkpoints
@@ -215,7 +215,7 @@ def score_in_child(engine: Engine, request: dict[str, Any], emit: Callable[[dict
         file = _chunk(folder, number)
         if not file.exists():
             began = time.perf_counter()
-            builder = PackBuilder() if request["build"] else None
+            builder = PackBuilder(first) if request["build"] else None
             scored = _score_chunk(engine, part, first, pack, builder)
             wanted = [i for i, row in enumerate(scored) if not row["exact"] and first + i < request["generate_rows"]]
             outputs = continue_greedily(
@@ -252,13 +252,24 @@ def _score_chunk(
     for i, logits in enumerate(engine.score_rows([row.tokens for row in rows])):
         found = score_row(rows[i].tokens, logits, f"{engine.name}, row {first + i}")
         if pack is not None:
-            found["kl"], found["n_agree"] = pack.compare(first + i, logits)
+            found |= _divergence(pack.compare(first + i, logits))
         if builder is not None:
             builder.add(logits)
         scored.append(found)
     if len(scored) != len(rows):
         raise EngineError(f"{engine.name} gave the logits of {len(scored)} rows for {len(rows)}")
     return scored
+
+
+def _divergence(found: Divergence) -> dict[str, Any]:
+    """Give the fields of RowScore that compare a row with the reference."""
+    differs = np.flatnonzero(~found.agree)
+    return {
+        "kl": float(found.kl.sum()),
+        "kl_tokens": [float(f"{value:.4g}") for value in found.kl],
+        "n_agree": int(found.agree.sum()),
+        "first_divergence": int(differs[0]) if len(differs) else None,
+    }
 
 
 def score_row(row: TokenRow, logits: Logits, where: str = "a row") -> dict[str, Any]:

@@ -27,7 +27,13 @@ from edgetune.errors import EdgetuneError, EngineError, UsageError
 from edgetune.runtime.engine import Engine, load_engine
 
 # what a verb is called in an error message
-DOING = {"load": "loading", "tokenize": "tokenizing", "score": "scoring", "generate_timed": "generating"}
+DOING = {
+    "load": "loading",
+    "tokenize": "tokenizing",
+    "score": "scoring",
+    "score_task": "scoring",
+    "generate_timed": "generating",
+}
 PR_SET_PDEATHSIG = 1
 
 
@@ -75,6 +81,11 @@ class Child:
         from edgetune.runtime.accuracy import score_in_child
 
         return score_in_child(self.engine, request, self._emit)
+
+    def score_task(self, **request: Any) -> dict[str, Any]:
+        from edgetune.runtime.tasks import score_task_in_child
+
+        return score_task_in_child(self.engine, request, self._emit)
 
     def generate_timed(self, ids: list[int], continuation: list[int]) -> dict[str, Any]:
         """Read a prompt, then feed fixed ids; a stamp before and one after each choice of a token, in seconds."""
@@ -145,6 +156,7 @@ def main() -> None:
     child = Child(lambda progress: emit({"progress": progress}))
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "load": child.load, "tokenize": child.tokenize, "score": child.score, "memory": child.memory,
+        "score_task": child.score_task,
         "generate_timed": child.generate_timed, "close": child.close,
     }  # fmt: skip
     while True:

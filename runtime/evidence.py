@@ -54,7 +54,9 @@ class RowScore(Record):
     n_correct: int  # positions where argmax is gold
     nll: float  # natural log, summed over the target
     kl: float | None = None  # to the reference, nats, summed over the target
+    kl_tokens: list[float] | None = None  # the same at each target position, four digits
     n_agree: int | None = None  # positions where argmax equals the reference's argmax
+    first_divergence: int | None = None  # first target position where it does not; None where there is none
     output: str | None = None  # greedy continuation, where it was made because the row is not exact
     slot_true_positives: int | None = None
     slot_predicted: int | None = None
@@ -73,6 +75,31 @@ class Accuracy(Record):
     workload: str  # digest of rows: ids and starts
     rows: list[RowScore]
     text: TextScore | None
+    seconds: float
+    load: Load
+
+
+class TaskRow(Record):
+    """One row of a task. The mean of `scores` over rows is the figure, and of differences between them its loss.
+
+    Where a figure is no mean of rows (F1, BLEU, AUC), a row's share is its jackknife pseudo-value.
+    """
+
+    gold: str
+    output: str  # the answer, or the label or choice that is likeliest; empty for perplexity
+    scores: dict[str, float]  # metric -> this row's share
+    likelihoods: list[float] | None = None  # log, nats, of each label or choice
+
+
+class TaskScore(Record):
+    """One task of the recipe, scored in the subject's own runtime."""
+
+    subject: Subject
+    task: str
+    kind: str
+    workload: str  # digest of rows, answers and settings
+    figures: dict[str, float]  # metric -> as its library computes it; a share, or a perplexity
+    rows: list[TaskRow]
     seconds: float
     load: Load
 
@@ -169,3 +196,4 @@ class Report(Record):
     stages: list[dict[str, Any]]  # name, seconds, done_before, identity
     training: dict[str, Any] | None
     texts: list[RowText] = []  # of the held-out rows, in their order
+    tasks: list[TaskScore] = []

@@ -12,7 +12,7 @@ from edgetune.errors import DataError
 from edgetune.recipe import Budgets
 from edgetune.runtime.evidence import Report, Verdict
 from edgetune.runtime.report.view import build_view
-from edgetune.runtime.verdict import judge
+from edgetune.runtime.verdict import Scored, accuracy_levels, judge, tasks_of
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that XML 1.0 forbids
 
@@ -30,13 +30,17 @@ def judge_again(report: Report, budgets: Budgets, *, seed: int = 0) -> Report:
         raise DataError(f"report {report.name!r} has no candidate to judge")
     if budgets.accuracy is not None and report.reference not in accuracy:
         raise DataError(f"report {report.name!r} has no accuracy of its reference {report.reference!r}")
+    tasks = {name: tasks_of(report, name) for name in (report.reference, *candidates)}
+    scored = {name: Scored(accuracy.get(name), tasks[name]) for name in tasks}
+    levels = accuracy_levels(budgets, {name: scored[name] for name in candidates}, scored[report.reference])
     verdicts: list[Verdict] = []
     for name in candidates:
         measured = [found.subject.size_bytes for found in (accuracy.get(name), latency.get(name)) if found]
         verdicts.append(
             judge(
                 name, budgets, size_bytes=measured[0] if measured else None, accuracy=accuracy.get(name),
-                reference=accuracy.get(report.reference), latency=latency.get(name),
+                reference=accuracy.get(report.reference), tasks=tasks[name], reference_tasks=tasks[report.reference],
+                level=levels[name], latency=latency.get(name),
                 failures=[failure for failure in report.failures if failure.subject == name],
                 not_run=not_run.get(name), seed=seed,
             )

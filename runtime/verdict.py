@@ -1,23 +1,39 @@
 """What "ship" means: each budget is held against what was measured, and the worst answer is the verdict.
 
+Candidates are compared with one reference on the same rows, so the accuracy budget's confidence is that of all of them
+together: Holm's correction gives each its own (`accuracy_levels`).
+
 Exit codes of a run: 0 where every candidate ships, 1 where any failed, else 3 where any is over a budget, else 4
 where any is inconclusive or was built and not run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgetune.errors import DataError
 from edgetune.recipe import AccuracyBudget, Budgets
-from edgetune.runtime.evidence import Accuracy, Check, Failure, Latency, Verdict
+from edgetune.runtime.evidence import Accuracy, Check, Failure, Latency, Report, TaskScore, Verdict
 from edgetune.runtime.latency import case_interval
 from edgetune.runtime.metrics import SlotCounts
-from edgetune.runtime.statistics import NonInferiority, non_inferiority, non_inferiority_f1
+from edgetune.runtime.statistics import NonInferiority, holm, non_inferiority, non_inferiority_f1
+from edgetune.runtime.task_metrics import METRICS
 
+NO_TASKS: Mapping[str, TaskScore] = {}
+ONLY_BOUNDS = 1.0  # a margin for those who want a loss and its bounds, and no verdict
 # worst last
 ORDER = ("ship", "inconclusive", "do not ship")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an accuracy budget may ask of one subject: its held-out rows, and its tasks by name."""
+
+    accuracy: Accuracy | None
+    tasks: Mapping[str, TaskScore]
 
 
 def judge(
@@ -27,6 +43,9 @@ def judge(
     size_bytes: int | None = None,
     accuracy: Accuracy | None = None,
     reference: Accuracy | None = None,
+    tasks: Mapping[str, TaskScore] = NO_TASKS,
+    reference_tasks: Mapping[str, TaskScore] = NO_TASKS,
+    level: float | None = None,
     latency: Latency | None = None,
     failures: Sequence[Failure] = (),
     not_run: str | None = None,
@@ -34,13 +53,15 @@ def judge(
 ) -> Verdict:
     """Judge one candidate. Whatever failed makes it "failed"; a budget without its measurement is inconclusive.
 
-    `not_run` says why nothing here can run it: it is "built, not run" and no budget is judged.
+    `level` is the confidence that `accuracy_levels` gave it; the budget's own where it is judged alone. `not_run` says
+    why nothing here can run it: it is "built, not run" and no budget is judged.
     """
     if not_run is not None and not failures:
         return Verdict(candidate=candidate, verdict="built, not run", checks=[], reason=not_run)
     checks = []
     if budgets.accuracy is not None:
-        checks.append(_accuracy_check(budgets.accuracy, accuracy, reference, seed))
+        scored, before = Scored(accuracy, tasks), Scored(reference, reference_tasks)
+        checks.append(_accuracy_check(budgets.accuracy, scored, before, level or budgets.accuracy.confidence))
     for figure, limit in (("ttft_ms", budgets.ttft_ms_p95), ("itl_ms", budgets.itl_ms_p95)):
         if limit is not None:
             checks.append(_timing_check(figure, limit, latency, seed))
@@ -68,26 +89,81 @@ def exit_code(verdicts: Sequence[Verdict]) -> Literal[0, 1, 3, 4]:
     return 1 if "failed" in found else 3 if "do not ship" in found else 4 if found - {"ship"} else 0
 
 
-def _accuracy_check(budget: AccuracyBudget, accuracy: Accuracy | None, reference: Accuracy | None, seed: int) -> Check:
-    name = f"{budget.metric} loss"
-    if accuracy is None or reference is None:
+def accuracy_levels(budgets: Budgets, scored: Mapping[str, Scored], reference: Scored) -> dict[str, float | None]:
+    """Give the confidence at which each candidate's accuracy is judged, so that the budget's holds for all together.
+
+    Candidates that were not measured are not compared and do not count.
+    """
+    budget = budgets.accuracy
+    if budget is None:
+        return dict.fromkeys(scored)
+    held = [name for name, found in scored.items() if _judged(budget, found, reference, budget.confidence)]
+
+    def passes(i: int, level: float) -> bool:
+        found = _judged(budget, scored[held[i]], reference, level)
+        return found is not None and found.verdict == "ship"
+
+    levels = holm(len(held), budget.confidence, passes)
+    return dict.fromkeys(scored) | dict(zip(held, levels, strict=True))
+
+
+def tasks_of(report: Report, subject: str) -> dict[str, TaskScore]:
+    """Give the tasks of one subject by name."""
+    return {found.task: found for found in report.tasks if found.subject.name == subject}
+
+
+def budget_name(budget: AccuracyBudget) -> str:
+    """Name the accuracy check: "exact_match loss", or "orders: bleu loss" of a task."""
+    return f"{budget.task}: {budget.metric} loss" if budget.task else f"{budget.metric} loss"
+
+
+def _accuracy_check(budget: AccuracyBudget, scored: Scored, reference: Scored, level: float) -> Check:
+    name = budget_name(budget)
+    found = _judged(budget, scored, reference, level)
+    if found is None:
         return _unmeasured(name, budget.max_loss)
-    if accuracy.workload != reference.workload:
-        raise DataError(
-            f"{accuracy.subject.name} and {reference.subject.name} were scored on other rows; score both on the same"
-        )
-    if budget.metric == "exact_match":
-        found = non_inferiority(
-            [row.exact for row in accuracy.rows], [row.exact for row in reference.rows],
-            margin=budget.max_loss, confidence=budget.confidence,
-        )  # fmt: skip
-    else:
-        ours, theirs = _slots(accuracy), _slots(reference)
-        found = non_inferiority_f1(ours, theirs, margin=budget.max_loss, confidence=budget.confidence, seed=seed)
     return Check(
         budget=name, limit=budget.max_loss, value=found.loss, low=found.low, high=found.high, verdict=found.verdict,
-        reason=_accuracy_reason(budget, found),
+        reason=_accuracy_reason(budget, found, level),
     )  # fmt: skip
+
+
+def _judged(budget: AccuracyBudget, scored: Scored, reference: Scored, level: float) -> NonInferiority | None:
+    """Hold a candidate's loss against the margin at one-sided confidence `level`; None where it was not measured."""
+    if budget.task is not None:
+        ours, theirs = scored.tasks.get(budget.task), reference.tasks.get(budget.task)
+        return task_loss(ours, theirs, budget.metric, budget.max_loss, level) if ours and theirs else None
+    accuracy, before = scored.accuracy, reference.accuracy
+    if accuracy is None or before is None:
+        return None
+    if accuracy.workload != before.workload:
+        raise DataError(
+            f"{accuracy.subject.name} and {before.subject.name} were scored on other rows; score both on the same"
+        )
+    if budget.metric == "exact_match":
+        exact, was_exact = ([row.exact for row in side.rows] for side in (accuracy, before))
+        return non_inferiority(exact, was_exact, margin=budget.max_loss, confidence=level)
+    return non_inferiority_f1(_slots(accuracy), _slots(before), margin=budget.max_loss, confidence=level)
+
+
+def task_loss(ours: TaskScore, theirs: TaskScore, metric: str, margin: float, level: float) -> NonInferiority:
+    """Judge the loss of a task's metric against the reference. Raises DataError where the rows or metrics differ."""
+    if ours.workload != theirs.workload:
+        raise DataError(
+            f"task {ours.task!r}: {ours.subject.name} and {theirs.subject.name} were scored on other rows; score both "
+            "on the same"
+        )
+    if metric not in ours.figures or metric not in theirs.figures:
+        raise DataError(f"task {ours.task!r} was not scored by {metric}; found {', '.join(ours.figures)}")
+    after, before = ([row.scores[metric] for row in side.rows] for side in (ours, theirs))
+    found = METRICS[ours.kind].get(metric)
+    if found is None or not found.relative:
+        return non_inferiority(after, before, margin=margin, confidence=level)
+    # lower is better, in nats: a relative rise is exp(difference) - 1
+    largest = max(abs(x - y) for x, y in zip(after, before, strict=True))
+    risen = non_inferiority(before, after, margin=math.log1p(margin), confidence=level, largest=largest)
+    loss, low, high = map(math.expm1, (risen.loss, risen.low, risen.high))
+    return replace(risen, loss=loss, low=low, high=high, margin=margin)
 
 
 def _slots(accuracy: Accuracy) -> list[SlotCounts]:
@@ -102,12 +178,15 @@ def _slots(accuracy: Accuracy) -> list[SlotCounts]:
     return counts
 
 
-def _accuracy_reason(budget: AccuracyBudget, found: NonInferiority) -> str:
+def _accuracy_reason(budget: AccuracyBudget, found: NonInferiority, level: float) -> str:
+    unit = "%" if budget.metric == "perplexity" else " points"
+    verb = "rises" if budget.metric == "perplexity" else "falls"
+    corrected = "" if math.isclose(level, budget.confidence) else f", which is {budget.confidence:.0%} for all together"
     said = (
-        f"{_named(budget.metric)} falls by {_points(found.loss)} points ({_points(found.low)} to "
-        f"{_points(found.high)} at {budget.confidence:.0%} on either side, {found.n_rows} rows)"
+        f"{_named(budget)} {verb} by {_points(found.loss)}{unit} ({_points(found.low)} to "
+        f"{_points(found.high)} at {100 * level:.3g}% on either side{corrected}, {found.n_rows} rows)"
     )
-    limit = f"{_points(found.margin)} points allowed"
+    limit = f"{_points(found.margin)}{unit} allowed"
     if found.verdict == "ship":
         return f"{said}, below the {limit}."
     if found.verdict == "do not ship":
@@ -171,8 +250,11 @@ def _unmeasured(name: str, limit: float) -> Check:
     )
 
 
-def _named(metric: str) -> str:
-    return {"exact_match": "Exact match", "slot_f1": "Slot F1"}[metric]
+def _named(budget: AccuracyBudget) -> str:
+    if budget.task is None:
+        return {"exact_match": "Exact match", "slot_f1": "Slot F1"}[budget.metric]
+    titles = {name: found.title for kind in METRICS.values() for name, found in kind.items()}
+    return f"{titles.get(budget.metric, budget.metric)} of {budget.task}"
 
 
 def _points(share: float) -> str:

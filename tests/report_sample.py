@@ -20,6 +20,8 @@ from edgetune.runtime.evidence import (
     RowText,
     Seam,
     Subject,
+    TaskRow,
+    TaskScore,
     TextScore,
     Verdict,
 )
@@ -118,7 +120,33 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
             {"name": "runtime.latency", "seconds": 203.0, "done_before": False, "identity": "f6" * 32},
         ],
         training=_training(rng),
+        tasks=[task for name in list(rows)[1:] for task in _tasks(subjects[name], seed=len(name))],
     )  # fmt: skip
+
+
+def _tasks(subject: Subject, seed: int) -> list[TaskScore]:
+    """A classification and a perplexity of 60 rows; the reference errs less."""
+    rng = np.random.default_rng(seed)
+    wrong = 0.05 if subject.name == "reference" else 0.15
+    chosen = ["sad" if rng.random() < wrong else "glad" for _ in range(60)]
+    rows = [
+        TaskRow(gold="glad", output=HOSTILE if i == 7 and said == "sad" else said,
+                scores={"accuracy": float(said == "glad")}, likelihoods=[-1.0, -2.0])
+        for i, said in enumerate(chosen)
+    ]  # fmt: skip
+    texts = [TaskRow(gold="", output="", scores={"perplexity": float(rng.gamma(30, 0.1))}) for _ in range(60)]
+    accuracy = sum(row.scores["accuracy"] for row in rows) / 60
+    nats = sum(row.scores["perplexity"] for row in texts) / 60
+    return [
+        TaskScore(
+            subject=subject, task=task, kind=kind, workload=task, figures={metric: figure}, rows=made, seconds=3.0,
+            load=QUIET,
+        )
+        for task, kind, metric, figure, made in (
+            ("moods", "classification", "accuracy", accuracy, rows),
+            ("manual", "perplexity", "perplexity", float(np.exp(nats)), texts),
+        )
+    ]  # fmt: skip
 
 
 def _rows(
@@ -130,13 +158,14 @@ def _rows(
         exact = bool(rng.random() >= harm) if was_right else bool(rng.random() < help_)
         n = int(rng.integers(18, 26))
         wrong = 0 if exact else int(rng.integers(1, 4))
+        kl = float(rng.gamma(2.0, 0.5) * shift * n / 4)
         output = None if exact else golds[i].gold.replace("set_light", "set_lamp" if i % 3 else "get_light")
         if not exact and i % 4 == 0:
             output = HOSTILE if i % 8 else HOSTILE_LINK
         made.append(
             RowScore(
                 exact=exact, n_tokens=n, n_correct=n - wrong, nll=float(rng.gamma(2.0, 0.05) + wrong * 1.3),
-                kl=float(rng.gamma(2.0, 0.5) * shift * n / 4), n_agree=n - int(rng.random() < shift * 4),
+                kl=kl, kl_tokens=[kl / n] * n, n_agree=n - int(rng.random() < shift * 4),
                 output=output, slot_true_positives=3 if exact else 2, slot_predicted=3, slot_gold=3,
             )
         )  # fmt: skip

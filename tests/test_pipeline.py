@@ -97,6 +97,43 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     assert [stage.name for stage in unmade] == [stage.name for stage in planned]
 
 
+def write_tasks(folder: Path) -> list[dict[str, Any]]:
+    rows = {
+        "moods": [{"input": f"{w} light", "output": m} for w, m in (("warm", "glad"), ("no", "sad"))] * 3,
+        "sums": [{"question": f"{i} + 1", "choices": [str(i + 1), str(i + 2)], "answer": 0} for i in range(5)],
+        "texts": [{"text": "set the kitchen light to 30 percent"}],
+    }
+    for name, some in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    kinds = {"moods": "classification", "sums": "multiple_choice", "texts": "perplexity"}
+    return [{"name": name, "kind": kind, "rows": str(folder / f"{name}.jsonl")} for name, kind in kinds.items()]
+
+
+def test_tasks_are_scored_in_each_runtime_and_judged(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    changes: dict[str, Any] = {"adapt": None, "candidates": {"q8": {"export": {"gguf": {"type": "Q8_0"}}}}}
+    budgets = {"accuracy": {"task": "moods", "metric": "accuracy", "max_loss": 0.9}}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, **changes, tasks=write_tasks(tmp_path), budgets=budgets)
+    report, _ = run(recipe, tmp_path)
+    assert not report.failures, report.failures
+    assert [(t.subject.name, t.subject.engine, t.task) for t in report.tasks] == [
+        (subject, engine, task)
+        for subject, engine in (("reference", "torch"), ("q8", "llama.cpp"))
+        for task in ("moods", "sums", "texts")
+    ]
+    (check,) = report.verdicts[0].checks
+    assert check.budget == "moods: accuracy loss"
+    assert "at 95% on either side, 6 rows" in check.reason
+    texts = [task.figures["perplexity"] for task in report.tasks if task.task == "texts"]
+    assert texts[1] == pytest.approx(texts[0], rel=0.05)
+    planned = plan.plan(recipe, Store(tmp_path / "store"))
+    assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
+    assert plan.rows_said(recipe) is not None
+    plain = make_recipe(tmp_path, tiny_model_wide.path, **changes)
+    stages = {stage.name: stage.done for stage in plan.plan(plain, Store(tmp_path / "store"))}
+    assert stages["q8: gguf Q8_0"]  # tasks change no other identity
+    assert "q8: tasks" not in stages
+
+
 def test_a_failing_candidate_is_a_row_and_the_others_go_on(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +158,7 @@ def test_a_failing_candidate_is_a_row_and_the_others_go_on(
             "candidates.a: group_size=48",
         ),
         ({"candidates": {"a": {"export": {"onnx": {}}}}}, UnsupportedError, "add a gptq step"),
+        ({"tasks": [{"name": "t", "kind": "perplexity", "rows": "none.jsonl"}]}, DataError, "task t: none.jsonl"),
         ({"device": "cuda:7"}, EdgetuneError, "device: torch cannot use 'cuda:7'"),
     ],
 )

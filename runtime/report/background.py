@@ -9,6 +9,7 @@ from typing import Any
 from edgetune.runtime.evidence import Accuracy, Latency, Machine, Report
 from edgetune.runtime.report import measures
 from edgetune.runtime.report.columns import DASH, number, seconds
+from edgetune.runtime.statistics import flips, rows_in_words
 
 
 def curve(training: dict[str, Any] | None, key: str) -> list[tuple[float, float]]:
@@ -74,12 +75,40 @@ def method(report: Report) -> list[str]:
         )
     accuracy = measures.accuracy_budget(report)
     said.append(
-        f"Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds at {accuracy.confidence:.0%}, "
-        "those of the verdict: Tango's score bounds for exact match, a paired bootstrap over rows for slot F1. "
-        "Percentiles have 95 % bootstrap intervals over whole generations, because tokens of one generation share "
-        "its disturbances."
+        "Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds: Tango's score bounds for exact "
+        "match and, with effective counts of flips, for slot F1 and tasks. Percentiles have 95 % bootstrap intervals "
+        "over whole generations, because tokens of one generation share its disturbances; divergence over whole rows."
+    )
+    n_judged = sum(any(" loss" in check.budget for check in verdict.checks) for verdict in report.verdicts)
+    if n_judged > 1:
+        said.append(
+            f"{n_judged} candidates are judged on the same rows: Holm's correction keeps the chance that any of them "
+            f"passes which loses as much as the margin at {1 - accuracy.confidence:.0%} for all together."
+        )
+    said += _rows_in_words(report, accuracy)
+    said.append(
+        "Divergence is taken from a reference pack: every token of at least 2 % and the rest as one bucket, and inside "
+        "the rest an unbiased estimate from two drawn tokens."
     )
     return said
+
+
+def _rows_in_words(report: Report, budget: measures.Judged) -> Iterator[str]:
+    """Say which loss the held-out rows can show, at the share of rows that flipped most."""
+    scores = {score.subject.name: score for score in report.accuracy}
+    reference = scores.get(report.reference)
+    if reference is None or budget.max_loss is None or budget.metric != "exact_match":
+        return
+    shares = []
+    for verdict in report.verdicts:
+        score = scores.get(verdict.candidate)
+        if score is not None and measures.paired(score, reference):
+            changed = flips([r.exact for r in score.rows], [r.exact for r in reference.rows])
+            shares.append((changed.harmful + changed.beneficial) / len(score.rows))
+    if shares and max(shares) > 0:
+        margins = sorted({0.01, budget.max_loss})
+        n_rows = len(reference.rows)
+        yield "; ".join(rows_in_words(n_rows, margin, max(shares), budget.confidence) for margin in margins) + "."
 
 
 def stage_line(stage: dict[str, Any]) -> tuple[str, str, str, str]:

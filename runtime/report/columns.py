@@ -36,12 +36,25 @@ COLUMNS: tuple[Column, ...] = (
     Column("beneficial", "accuracy", "Flips to right", "rows", 0, False,
            "Rows that the reference answers wrong and this one answers right.",
            "accuracy[].rows[].exact"),
+    Column("mcnemar", "accuracy", "Flips, p", "McNemar", 3, False,
+           "Chance of flips as one-sided as these, were both directions equally likely: McNemar's exact test, with "
+           "Holm's correction for the number of candidates.",
+           "accuracy[].rows[].exact"),
     Column("slot_f1", "accuracy", "Slot F1", "%", 1, False,
            "Harmonic mean of precision and recall over all fields (slots) of the answers.",
            "accuracy[].rows[].slot_true_positives, .slot_predicted, .slot_gold"),
     Column("kl", "accuracy", "KL per token", "nats", 4, False,
            "How far the next-token probabilities moved from the reference, mean over answer tokens; 0 is no change.",
-           "accuracy[].rows[].kl, .n_tokens"),
+           "accuracy[].rows[].kl_tokens"),
+    Column("kl_p50", "accuracy", "KL median", "nats", 5, False,
+           "KL divergence from the reference that half of the answer tokens do not exceed.",
+           "accuracy[].rows[].kl_tokens"),
+    Column("kl_p99", "accuracy", "KL p99", "nats", 3, False,
+           "KL divergence from the reference that 99 % of the answer tokens do not exceed.",
+           "accuracy[].rows[].kl_tokens"),
+    Column("kl_max", "accuracy", "KL max", "nats", 2, False,
+           "KL divergence from the reference at the answer token where it is largest.",
+           "accuracy[].rows[].kl_tokens"),
     Column("agree", "accuracy", "Top-1 agreement", "%", 2, False,
            "Share of answer tokens where this one and the reference rank the same token first.",
            "accuracy[].rows[].n_agree, .n_tokens"),
@@ -124,4 +137,6 @@ BUDGETS = {
 
 def budget(key: str) -> Budget:
     """Say how a budget is shown; one that is not known is shown as it is stored."""
+    if key.endswith(" loss") and ": " in key:  # of a task, whose losses have a table of their own
+        return Budget("", f"{key[0].upper()}{key[1:]}".replace("_", " "), "points", 100.0, 2)
     return BUDGETS.get(key, Budget("", key, "", 1.0, 3))

@@ -21,6 +21,7 @@ SECTIONS = {
     "latency": "Latency",
     "seams": "Accuracy",
     "changes": "Answers",
+    "tasks": "Tasks",
     "run": "Run it",
     "machine": "Method",
     "sign": "Sign-off",
@@ -62,7 +63,13 @@ def render_html(view: View, *, evidence: str = "report.json", digest: str = "") 
 
 
 def _is_shown(view: View, section: str) -> bool:
-    held = {"latency": view.cases, "seams": view.hops, "changes": view.changes, "run": view.commands}
+    held = {
+        "latency": view.cases,
+        "seams": view.hops,
+        "changes": view.changes,
+        "tasks": view.tasks,
+        "run": view.commands,
+    }
     return bool(held.get(section, True))
 
 

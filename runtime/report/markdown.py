@@ -42,6 +42,21 @@ def render_markdown(view: View) -> str:
             for hop in view.hops
         ]  # fmt: skip
         lines += ["", "**Where the accuracy went**", "", *_table(heads, rows, right_from=2)]
+    if view.tasks:
+        heads = ["Task", "Rows", "Metric", "Subject", "Figure", "Loss", "Bounds"]
+        rows = [
+            [
+                _plain(line.task),
+                str(line.n_rows),
+                line.metric,
+                _plain(line.subject),
+                line.figure,
+                line.loss,
+                line.bounds,
+            ]
+            for line in view.tasks
+        ]
+        lines += ["", "**Tasks**", "", *_table(heads, rows, right_from=4)]
     machine = "; ".join(f"{key}: {_plain(value)}" for key, value in view.machine)
     lines += ["", f"Measured on {machine}.", "", "Raw samples: `report.json`. Every figure explained: `report.html`."]
     return "\n".join(lines) + "\n"

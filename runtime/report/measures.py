@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from edgetune.runtime import statistics
 from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Report, RowScore
 from edgetune.runtime.metrics import SlotCounts, micro_f1
 
 LEVEL = 0.95  # of intervals that no budget names, two-sided
+KL = {"kl": "mean", "kl_p50": "p50", "kl_p99": "p99"}  # column -> what of the divergence of all answer tokens
 
 
 class Figure(NamedTuple):
@@ -30,8 +33,10 @@ class Judged(NamedTuple):
 
 
 def accuracy_budget(report: Report) -> Judged:
-    """Read the accuracy budget from the recipe."""
+    """Read the accuracy budget from the recipe; of one that judges a task, only the confidence."""
     found = (report.recipe.get("budgets") or {}).get("accuracy") or {}
+    if found.get("task"):
+        return Judged("exact_match", found.get("confidence", LEVEL), None)
     return Judged(found.get("metric", "exact_match"), found.get("confidence", LEVEL), found.get("max_loss"))
 
 
@@ -62,31 +67,49 @@ def accuracy_figures(
         made["ppl"] = Figure(math.exp(min(700.0, sum(score.text.nll) / sum(score.text.n_tokens))))
     if score is reference or not n or not paired(score, reference):
         return made
-    made["loss"] = _loss(score, reference, budget, checks, seed)
+    made["loss"] = _loss(score, reference, budget, checks)
     changed = statistics.flips([r.exact for r in rows], [r.exact for r in reference.rows])
     made["harmful"], made["beneficial"] = Figure(changed.harmful), Figure(changed.beneficial)
-    kl = [row.kl for row in rows if row.kl is not None]
+    tokens = [row.kl_tokens for row in rows if row.kl_tokens is not None]
     agree = [row.n_agree for row in rows if row.n_agree is not None]
-    if len(kl) == n:
-        made["kl"] = Figure(sum(kl) / n_tokens)
+    if len(tokens) == n:
+        spread = statistics.token_intervals(tokens, seed=seed, confidence=LEVEL)
+        made |= {key: Figure(*spread[name]) for key, name in KL.items()}
+        made["kl_max"] = Figure(spread["max"].value)
     if len(agree) == n:
         made["agree"] = Figure(sum(agree) / n_tokens * 100)
     return made
 
 
-def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check], seed: int) -> Figure:
+def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check]) -> Figure:
     for check in checks:
-        if "loss" in check.budget and check.value is not None and check.low is not None and check.high is not None:
+        if (
+            check.budget == f"{budget.metric} loss"
+            and check.value is not None
+            and check.low is not None
+            and check.high is not None
+        ):
             return Figure(check.value * 100, check.low * 100, check.high * 100)
-    level = 2 * budget.confidence - 1  # each bound one-sided at the budget's confidence
     mine, theirs = _slots(score.rows), _slots(reference.rows)
     if budget.metric == "slot_f1" and mine and theirs:
-        gain = statistics.paired_bootstrap_f1(mine, theirs, seed=seed, confidence=level)
+        differences = statistics.f1_differences(mine, theirs)
     else:
-        gain = statistics.paired_bootstrap(
-            [float(r.exact) for r in score.rows], [float(r.exact) for r in reference.rows], seed=seed, confidence=level
-        )
-    return Figure(-gain.value * 100, -gain.high * 100, -gain.low * 100)
+        pairs = zip(score.rows, reference.rows, strict=True)
+        differences = np.array([float(r.exact) - float(c.exact) for c, r in pairs])
+    return Figure(*(100 * x for x in statistics.mean_bounds(differences, budget.confidence)))
+
+
+def mcnemar(report: Report) -> dict[str, float]:
+    """Give each candidate's p-value of McNemar's exact test, with Holm's correction for their number."""
+    found = {score.subject.name: score for score in report.accuracy}
+    reference = found.get(report.reference)
+    names = [v.candidate for v in report.verdicts if v.candidate in found]
+    if reference is None:
+        return {}
+    names = [name for name in names if paired(found[name], reference)]
+    exact = [[row.exact for row in found[name].rows] for name in names]
+    p_values = [statistics.flips(now, [row.exact for row in reference.rows]).p_value for now in exact]
+    return dict(zip(names, statistics.holm_adjusted(p_values), strict=True))
 
 
 def _slots(rows: Sequence[RowScore]) -> list[SlotCounts] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam, Subject
 from edgetune.runtime.report import background, measures
 from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
+from edgetune.runtime.report.tasks import TaskLine, WorstRow, task_lines, worst_rows
 
 VERDICTS = ("ship", "inconclusive", "built, not run", "do not ship", "failed")  # the order of rows
 N_CHANGES = 5  # changed answers that the page shows of each candidate
@@ -125,6 +126,8 @@ class View:
     cases: dict[int, list[Case]]  # prompt tokens -> one case of each subject
     hops: list[Hop]
     changes: list[Changes]
+    tasks: list[TaskLine]
+    worst_rows: list[WorstRow]
     training: list[tuple[float, float]]
     heldout: list[tuple[float, float]]
     training_curves: list[tuple[str, list[tuple[float, float]]]]
@@ -154,6 +157,11 @@ def build_view(report: Report) -> View:
     rows = [
         _row(report, name, verdict_of.get(name, ""), scores, speeds, timed) for name in (*names, *dict.fromkeys(plain))
     ]
+    p_values = measures.mcnemar(report)
+    for row in rows:
+        if row.name in p_values:
+            found = measures.Figure(p_values[row.name])
+            row.cells["mcnemar"] = _cell("mcnemar", found, f"accuracy[{scores[row.name][0]}]")
     return View(
         name=report.name,
         edgetune=report.edgetune,
@@ -166,6 +174,8 @@ def build_view(report: Report) -> View:
         cases=_cases(report, [*names, *dict.fromkeys(plain)], timed),
         hops=list(_hops(report.seams, set(names))),
         changes=list(_changes(report, names, report.texts)),
+        tasks=list(task_lines(report)),
+        worst_rows=list(worst_rows(report)),
         training=background.curve(report.training, "loss"),
         heldout=background.curve(report.training, "heldout_loss"),
         training_curves=background.curves(report.training),

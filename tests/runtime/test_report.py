@@ -22,6 +22,7 @@ from edgetune.runtime.report.html import render_html, shown
 from edgetune.runtime.report.markdown import console_table, render_markdown
 from edgetune.runtime.report.view import VERDICTS, View, build_view
 from edgetune.runtime.report.write import json_schema, read_report, write_report
+from edgetune.runtime.statistics import flips, holm_adjusted
 from tests.report_sample import HOSTILE, sample_report
 
 BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -96,7 +97,7 @@ def test_page_and_verdict_show_the_same_numbers(report: Report, view: View) -> N
     assert seen == 9
 
 
-def test_a_loss_without_a_verdict_has_a_paired_bootstrap_interval(view: View) -> None:
+def test_a_loss_without_a_verdict_has_bounds_too(view: View) -> None:
     loss = next(r for r in view.yardsticks if r.name == "base").cells["loss"]
     assert loss.value is not None
     assert loss.low is not None
@@ -222,6 +223,34 @@ def test_changed_answers_come_worst_first_and_mark_where_they_part(report: Repor
     assert risen == sorted(risen, reverse=True)
     assert all(c.reference == "same as gold" for c in changes.shown)
     assert all(c.candidate[: c.split] == c.gold[: c.split] for c in changes.shown)
+
+
+def test_tasks_have_figures_losses_and_worst_rows(report: Report, view: View, paths: dict[str, Path]) -> None:
+    lines = {(line.task, line.subject): line for line in view.tasks}
+    assert [line.task for line in view.tasks] == ["moods"] * 4 + ["manual"] * 4
+    found = lines["moods", "q4-gguf"]
+    assert found.loss.endswith(" points")
+    assert lines["moods", "reference"].loss == DASH
+    assert lines["manual", "q4-gguf"].loss.endswith(" %")
+    i = next(i for i, task in enumerate(report.tasks) if (task.task, task.subject.name) == ("moods", "q4-gguf"))
+    assert found.figure == f"{report.tasks[i].figures['accuracy'] * 100:.1f} %"
+    assert found.source == f"tasks[{i}].rows[].scores.accuracy"
+    assert all(worst.reference == "glad" for worst in view.worst_rows)
+    assert {worst.task for worst in view.worst_rows} == {"moods"}
+    page, summary = paths["html"].read_text(), paths["md"].read_text()
+    assert 'href="#tasks"' in page
+    assert f"| moods | 60 | Accuracy | q4-gguf | {found.figure} | {found.loss} | {found.bounds} |" in summary
+    assert 'id="tasks"' not in render_html(build_view(report.model_copy(update={"tasks": []})))
+
+
+def test_flips_have_a_corrected_p_value(report: Report, view: View) -> None:
+    exact = {score.subject.name: [row.exact for row in score.rows] for score in report.accuracy}
+    p_values = [flips(exact[name], exact["reference"]).p_value for name in ("student-q4", "q4-gguf", "q4-onnx")]
+    shown = [next(r for r in view.candidates if r.name == n).cells["mcnemar"].value for n in
+             ("student-q4", "q4-gguf", "q4-onnx")]  # fmt: skip
+    assert shown == holm_adjusted(p_values)
+    assert any("Holm's correction" in line for line in view.method)
+    assert any("rows cannot show a loss of at most 1 point" in line for line in view.method)
 
 
 def test_ledger_branches_leave_the_trunk(view: View) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from edgetune.errors import DataError
@@ -16,9 +18,11 @@ from edgetune.runtime.evidence import (
     Load,
     RowScore,
     Subject,
+    TaskRow,
+    TaskScore,
     Verdict,
 )  # fmt: skip
-from edgetune.runtime.verdict import exit_code, judge
+from edgetune.runtime.verdict import Scored, accuracy_levels, exit_code, judge
 
 SUBJECT = Subject(
     name="q4", kind="gguf", artifact_digest="0", size_bytes=5_000_000, engine="fake", engine_version="1", n_threads=1
@@ -68,7 +72,7 @@ def test_all_budgets_hold() -> None:
         (
             2,
             "ship",
-            "Exact match falls by 0.2 points (-0.07 to 0.6 at 95% on either side, 1000 rows), below the 2 points ",
+            "Exact match falls by 0.2 points (-0.07 to 0.65 at 95% on either side, 1000 rows), below the 2 points ",
         ),
         (19, "inconclusive", "which does not tell on which side of the 2 points allowed it is; about"),
         (60, "do not ship", "above the 2 points allowed."),
@@ -95,6 +99,60 @@ def test_slot_f1_is_judged_where_slots_were_counted() -> None:
     assert found.reason.startswith("Slot F1 falls by 10 points")
     with pytest.raises(DataError, match="row 0 of q4 has no slot counts"):
         judge("q4", budgets, accuracy=accuracy([True] * 400), reference=reference)
+
+
+def test_candidates_share_the_confidence_of_the_budget() -> None:
+    budgets = Budgets(accuracy=AccuracyBudget(max_loss=0.02))
+    before = Scored(accuracy([True] * 1000), {})
+    subjects = {
+        "same": before,
+        "close": Scored(accuracy([False] * 12 + [True] * 988), {}),  # ships alone, and not beside two others
+        "far": Scored(accuracy([False] * 60 + [True] * 940), {}),
+        "gone": Scored(None, {}),
+    }
+    levels = accuracy_levels(budgets, subjects, before)
+    assert levels["same"] == pytest.approx(1 - 0.05 / 3)
+    assert levels["close"] == levels["far"] == pytest.approx(0.975)
+    assert levels["gone"] is None
+    alone, beside = (
+        judge("q4", budgets, accuracy=subjects["close"].accuracy, reference=before.accuracy, level=level)
+        for level in (None, levels["close"])
+    )
+    assert (alone.verdict, beside.verdict) == ("ship", "inconclusive")
+    assert "at 97.5% on either side, which is 95% for all together, 1000 rows" in beside.reason
+    assert accuracy_levels(Budgets(), subjects, before) == dict.fromkeys(subjects)
+
+
+def task_score(kind: str, metric: str, shares: list[float], workload: str = "rows") -> TaskScore:
+    rows = [TaskRow(gold="a", output="a", scores={metric: share}) for share in shares]
+    return TaskScore(subject=SUBJECT, task="t", kind=kind, workload=workload, figures={metric: sum(shares)}, rows=rows,
+                     seconds=1, load=IDLE)  # fmt: skip
+
+
+def test_a_budget_of_a_task_is_judged_by_its_rows() -> None:
+    def found(kind: str, metric: str, ours: list[float], theirs: list[float]) -> Verdict:
+        budget = AccuracyBudget.model_validate({"task": "t", "metric": metric, "max_loss": 0.02})
+        tasks, before = {"t": task_score(kind, metric, ours)}, {"t": task_score(kind, metric, theirs)}
+        return judge("q4", Budgets(accuracy=budget), tasks=tasks, reference_tasks=before)
+
+    fell = found("classification", "accuracy", [0.0] * 60 + [1.0] * 940, [1.0] * 1000)
+    assert fell.verdict == "do not ship"
+    assert fell.reason.startswith("Accuracy of t falls by 6 points")
+    rose = found("perplexity", "perplexity", [3 + 0.04 + x / 1e4 for x in range(100)], [3.0] * 100)
+    assert rose.verdict == "do not ship"  # lower is better: a rise of exp(0.045) - 1
+    assert rose.checks[0].value == pytest.approx(math.expm1(0.04495))
+    assert rose.reason.startswith("Perplexity of t rises by 4.6% (")
+    assert found("perplexity", "perplexity", [3.0] * 100, [3.0] * 100).verdict == "ship"
+    budget = AccuracyBudget(task="t", metric="auc")
+    unmeasured = judge("q4", Budgets(accuracy=budget))
+    assert (unmeasured.verdict, unmeasured.checks[0].budget) == ("inconclusive", "t: auc loss")
+    other = {"t": task_score("classification", "accuracy", [1.0], workload="others")}
+    same = {"t": task_score("classification", "accuracy", [1.0])}
+    budgets = Budgets(accuracy=AccuracyBudget(task="t", metric="accuracy"))
+    with pytest.raises(DataError, match="task 't': q4 and q4 were scored on other rows"):
+        judge("q4", budgets, tasks=other, reference_tasks=same)
+    with pytest.raises(DataError, match="task 't' was not scored by auc; found accuracy"):
+        judge("q4", Budgets(accuracy=budget), tasks=same, reference_tasks=same)
 
 
 def test_rows_must_be_the_same() -> None:

@@ -1,0 +1,96 @@
+"""Coverage and false passes of the statistics that decide a release, on simulated rows whose true loss is known.
+
+    python benchmarks/intervals.py            # 2,000 trials of each case
+    python benchmarks/intervals.py --quick    # 200
+
+A case is a metric and a number of rows. `coverage` is the share of two-sided 95 % intervals that hold the true loss,
+`false_passes` the share of trials in which a candidate that loses exactly the margin ships at 95 %, `family_passes`
+that any of four such candidates ships under Holm's correction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import ROOT
+
+from edgetune.artifact import write_text
+from edgetune.runtime.machine import LoadMeter, describe
+from edgetune.runtime.statistics import holm, non_inferiority
+from tests.simulated import METRICS, coverage, exact_rows, false_passes, trials
+
+RESULT = ROOT / "benchmarks" / "results" / "intervals.json"
+ROWS = (60, 200, 500, 1000)
+CANDIDATES, LOSS = 4, 0.04
+
+
+def case(metric: str, n: int, times: int) -> dict[str, Any]:
+    """Run one case; every trial's loss and interval are kept."""
+    found = trials(metric, n, times=times, seed=n)
+    return {
+        "metric": metric, "n_rows": n, "trials": times, "coverage": coverage(metric, found),
+        "false_passes": false_passes(found),
+        "samples": [[*(round(x, 4) for x in t[:3]), int(t.shipped)] for t in found],
+    }  # fmt: skip
+
+
+def family(n: int, times: int) -> dict[str, Any]:
+    """Four candidates that all lose the margin, judged together."""
+    rng = np.random.default_rng(n)
+    shipped, alone = [], []
+    for _ in range(times):
+        _, reference = exact_rows(rng, n)
+        harmed = [np.where(rng.random(n) < LOSS / reference.mean(), False, reference) for _ in range(CANDIDATES)]
+
+        def passes(i: int, level: float, rows: list[Any] = harmed, was: Any = reference) -> bool:
+            return non_inferiority(rows[i], was, margin=LOSS, confidence=level).verdict == "ship"
+
+        levels = holm(CANDIDATES, 0.95, passes)
+        shipped.append(any(passes(i, level) for i, level in enumerate(levels)))
+        alone.append(any(passes(i, 0.95) for i in range(CANDIDATES)))
+    return {"n_rows": n, "trials": times, "family_passes": float(np.mean(shipped)),
+            "without_correction": float(np.mean(alone)), "samples": shipped}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Coverage and false passes on simulated rows.")
+    parser.add_argument("--quick", action="store_true", help="200 trials of each case in place of 2,000")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    times = 200 if asked.quick else 2000
+    meter, began = LoadMeter(), time.monotonic()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(case, metric, n, times) for metric in METRICS for n in ROWS]
+        together = pool.submit(family, 500, times)
+        cases, corrected = [job.result() for job in jobs], together.result()
+    for one in cases:
+        print(f"{one['metric']:12} {one['n_rows']:5} rows: coverage {one['coverage']:.4f}, "
+              f"false passes {one['false_passes']:.4f}")  # fmt: skip
+    enough = [one for one in cases if one["n_rows"] >= 200]
+    keys = {
+        "coverage_min": min(one["coverage"] for one in enough), "coverage_max": max(one["coverage"] for one in enough),
+        "false_passes_max": max(one["false_passes"] for one in enough),
+        "coverage_60_min": min(one["coverage"] for one in cases if one["n_rows"] == 60),
+        "family_passes": corrected["family_passes"], "without_correction": corrected["without_correction"],
+    }  # fmt: skip
+    result = {
+        "keys": keys, "cases": cases, "family": corrected, "seconds": round(time.monotonic() - began, 1),
+        "machine": describe().model_dump(), "load": meter.stop().model_dump(),
+        "versions": {name: metadata.version(name) for name in ("edgetune", "numpy", "scipy")}
+        | {"python": platform.python_version()},
+    }  # fmt: skip
+    write_text(asked.out, json.dumps(result, separators=(",", ":")) + "\n")
+    print(" ".join(f"{key}={value:.4f}" for key, value in keys.items()))
+
+
+if __name__ == "__main__":
+    main()
