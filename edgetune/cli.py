@@ -186,23 +186,6 @@ def export(
 
 
 @app.command()
-def bench(
-    paths: Annotated[list[Path], typer.Argument(help="artifact folders")],
-    prompt_tokens: Annotated[list[int] | None, typer.Option(help="prompt length, may be repeated; 32 and 256")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="tokens to generate")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case")] = 10,
-    threads: Threads = 2,
-    json: Annotated[Path | None, typer.Option(help="write the raw evidence here")] = None,
-) -> None:
-    """Time artifacts side by side, each in its own runtime."""
-    from edgetune import single
-
-    _quiet()
-    ok = single.bench(paths, prompt_tokens or [32, 256], new_tokens, repeats, threads, json, _console())
-    raise typer.Exit(0 if ok else 1)
-
-
-@app.command()
 def generate(
     artifact: Annotated[Path, typer.Argument(help="folder of an artifact")],
     prompt: Annotated[str, typer.Argument(help="what the user says")],
@@ -317,6 +300,9 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|bitsandbytes\.|peft\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+from edgetune import cli_bench  # noqa: E402, F401 - its verbs join the app above
 
 
 def main() -> None:

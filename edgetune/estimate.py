@@ -179,10 +179,10 @@ class Estimator:
 
     def _latency(self, bench: Bench) -> Cost:
         kinds = ["torch", *(_kind(candidate) for candidate in self.recipe.candidates.values())]
-        rounds = bench.repeats + bench.warmup
-        n_new = rounds * bench.new_tokens * len(bench.prompt_tokens)
+        rounds = (bench.repeats + bench.warmup) * (bench.runs or 1)
+        n_new = rounds * sum(bench.output_lengths) * len(bench.prompt_tokens)
         read = sum(DECODING[kind] * self.sizes.bytes_16 for kind in kinds) * n_new / MEMORY_BYTES_PER_S
-        prompts = rounds * sum(bench.prompt_tokens) * 2 * self.sizes.linear
+        prompts = rounds * sum(bench.prompt_tokens) * len(bench.output_lengths) * 2 * self.sizes.linear
         prefill = sum(self._seconds(prompts, SCORING.get(kind, TORCH)) for kind in kinds)
         return Cost(len(kinds) * START_S / 2 + read + prefill, RUNTIME_MIB + self.sizes.bytes_16 / MIB)
 

@@ -14,6 +14,7 @@ from edgetune.errors import RecipeError
 Count = Annotated[int, Field(gt=0)]
 M = TypeVar("M", bound=BaseModel)
 Share = Annotated[float, Field(ge=0, le=1)]
+NewTokens = Annotated[int, Field(ge=2)]
 
 
 class Closed(BaseModel):
@@ -148,11 +149,22 @@ class Bench(Closed):
     """How latency is measured."""
 
     prompt_tokens: list[Count] = [32, 256]
-    new_tokens: Annotated[int, Field(ge=2)] = 64
+    new_tokens: NewTokens | Annotated[list[NewTokens], Field(min_length=1)] = 64
     threads: Count = 2
     repeats: Count = Field(10, description="measured generations of each case, candidates interleaved")
     warmup: Count = Field(2, description="generations of each case that are named, kept apart and not counted")
     case_timeout_s: Annotated[float, Field(gt=0)] = 300
+    runs: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="do it all so many times in fresh processes; their spread is the noise floor of verdicts"
+    )
+
+    @property
+    def output_lengths(self) -> list[int]:
+        return self.new_tokens if isinstance(self.new_tokens, list) else [self.new_tokens]
+
+    def as_config(self) -> dict[str, Any]:
+        """What an identity is made of: a key that is left out stands for what edgetune did before it had the key."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class AccuracyBudget(Closed):

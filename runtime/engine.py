@@ -88,6 +88,7 @@ ENGINES: dict[str, str] = {
     "torch": "edgetune.runtime.engines.torch_engine:TorchEngine",
     "llama.cpp": "edgetune.runtime.engines.llama_engine:LlamaEngine",
     "onnxruntime": "edgetune.runtime.engines.onnx_engine:OnnxEngine",
+    "onnxruntime-genai": "edgetune.runtime.engines.genai_engine:GenaiEngine",
 }
 
 # artifact kind -> engine that ships it
@@ -98,6 +99,9 @@ ENGINE_OF_KIND: dict[str, str] = {
     "gguf": "llama.cpp",
     "onnx": "onnxruntime",
 }
+
+# artifact kind -> engines that also run it, where they are asked for
+ALSO_RUN_BY: dict[str, tuple[str, ...]] = {"onnx": ("onnxruntime-genai",)}
 
 
 def load_engine(name: str, path: Path, *, n_ctx: int, n_threads: int, **settings: object) -> Engine:

@@ -83,6 +83,7 @@ class Generation(Record):
     ttft_ms: float  # prefill call to first token chosen
     itl_ms: list[float]  # one for each further token
     warmup: bool
+    run: int = 0  # which repeated run, each in processes of its own
 
 
 class LatencyCase(Record):
@@ -108,6 +109,16 @@ class Failure(Record):
     subject: str
     stage: str
     reason: str  # one line
+
+
+class Timings(Record):
+    """What one `bench` measured, with the machine that did; what a history keeps and `report --merge` reads."""
+
+    schema_version: Literal[1] = 1
+    edgetune: str
+    time: str  # ISO 8601, UTC
+    machine: Machine
+    results: list[Latency | Failure]
 
 
 class Seam(Record):
@@ -168,3 +179,4 @@ class Report(Record):
     stages: list[dict[str, Any]]  # name, seconds, done_before, identity
     training: dict[str, Any] | None
     texts: list[RowText] = []  # of the held-out rows, in their order
+    elsewhere: list[Timings] = []  # the same files, timed on other machines

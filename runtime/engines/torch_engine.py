@@ -19,6 +19,7 @@ from torch import Tensor
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
 from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
+from edgetune.quant_config import is_gptq
 from edgetune.runtime.engine import Logits, TokenRow
 
 BATCH_TOKENS = 2048  # padded tokens of one forward pass
@@ -215,9 +216,12 @@ class TorchEngine:
 
 
 def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool) -> Any:
-    """Load the checkpoint of a folder; the manifest says whether it is a GPTQ one."""
+    """Load the checkpoint of a folder; its manifest, or else its configuration, says whether it is a GPTQ one."""
     manifest = path / MANIFEST
-    kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"] if manifest.is_file() else "model"
+    if manifest.is_file():
+        kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
+    else:
+        kind = "gptq" if is_gptq(path) else "model"
     if kind == "adapter":
         raise UsageError(f"{path} is an adapter; give the base folder as path and this folder as `adapter`")
     if kind == "gptq":

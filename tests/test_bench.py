@@ -1,0 +1,94 @@
+"""The verb bench: files without a manifest, ranked and remembered; a broken one is a row."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from edgetune import bench as benching
+from edgetune.artifact import Artifact
+from edgetune.errors import ArtifactError, UsageError
+from edgetune.recipe import Bench
+from edgetune.runtime import history
+from edgetune.runtime.evidence import Failure, Latency, Timings
+from edgetune.runtime.latency import make_prompts, measure
+from tests.fakes import fake_job
+from tests.runtime.test_history import timings
+from tests.test_found import bare
+
+QUICK = Bench(prompt_tokens=[8], new_tokens=4, repeats=2, warmup=1, threads=1)
+
+
+def test_bare_folders_are_timed_without_a_recipe(tiny_model: Artifact, tmp_path: Path) -> None:
+    good, broken = bare(tiny_model, tmp_path / "good"), bare(tiny_model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut")
+    screen = Console(file=io.StringIO(), width=200)
+    place, raw = tmp_path / "history.sqlite", tmp_path / "raw.json"
+    assert not benching.bench([good, broken], QUICK, screen, json=raw, history=place)
+    found = Timings.model_validate_json(raw.read_bytes())
+    timed, failed = found.results
+    assert isinstance(timed, Latency)
+    assert isinstance(failed, Failure)
+    assert failed.reason.startswith("torch cannot load")
+    (trend,) = history.trends(place)
+    assert trend.subject == str(good)
+    assert isinstance(screen.file, io.StringIO)
+    said = screen.file.getvalue()
+    assert "failed" in said
+    assert "one run tells no noise floor" in said
+    benching.history(place, screen, artifact=trend.artifact[:6], machine="", add=raw)
+    assert "two quiet runs before it would tell a noise floor" in screen.file.getvalue()
+    with pytest.raises(UsageError, match="holds nothing of that kind"):
+        benching.history(place, screen, artifact="none", machine="", add=None)
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_ids_are_folded_into_the_smallest_vocabulary_and_ranks_tell_chance() -> None:
+    jobs = [fake_job("slow", decode_s=0.02), fake_job("fast", decode_s=0.002), fake_job("as fast", decode_s=0.002)]
+    found = measure(jobs, QUICK.model_copy(update={"repeats": 3}), make_prompts([31, 32, 900], [8]), fold=True)
+    ranks = benching.ranked([one for one in found if isinstance(one, Latency)])
+    assert ranks[-1][:2] == (3, found[0])
+    assert ranks[-1][2].low > 2
+    assert {rank for rank, *_ in ranks[:2]} <= {1, 2}
+    direct = measure(jobs[:1], QUICK, make_prompts([31, 0, 900 % 32], [8]))
+    assert isinstance(direct[0], Latency)
+    assert isinstance(found[0], Latency)
+    assert direct[0].workload == found[0].workload
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_repeated_runs_are_fresh_processes_and_give_a_noise_floor() -> None:
+    bench = QUICK.model_copy(update={"runs": 2, "new_tokens": [3, 5]})
+    told: list[tuple[int, int]] = []
+    jobs = [fake_job("a", decode_s=0.002), fake_job("dies", fail="crash", at="decode", after=40)]
+    good, lost = measure(jobs, bench, make_prompts([1, 2], [8]), progress=lambda *p: told.append(p))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert isinstance(good, Latency)
+    assert isinstance(lost, Failure)
+    assert [(c.prompt_tokens, c.new_tokens) for c in good.cases] == [(8, 3), (8, 5)]
+    for case in good.cases:
+        assert [g.run for g in case.generations if not g.warmup] == [0, 0, 1, 1]
+        assert {len(g.itl_ms) for g in case.generations} == {case.new_tokens - 1}
+    assert any("noise floor" in line for line in benching.remarks([good]))
+
+
+def test_a_trend_says_what_may_be_chance(tmp_path: Path) -> None:
+    place = tmp_path / "history.sqlite"
+    said = []
+    for day, itl in enumerate((10.0, 10.1, 10.0, 10.1, 13.0), start=1):
+        history.record(place, timings(itl, day=day))
+        said.append(benching.change(history.trends(place)[0]))
+    assert said[0] == "first run"
+    assert said[1] == "+1.0%; two quiet runs before it would tell a noise floor"
+    assert "within the noise" in said[3]
+    assert said[4].startswith("+29.4%, slower beyond the noise of ")
+
+
+def test_evidence_of_another_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"schema_version": 9}))
+    with pytest.raises(ArtifactError, match="schema_version 9"):
+        benching.read_timings(tmp_path / "x.json")
