@@ -90,16 +90,14 @@ def ranking(results: Sequence[Latency | Failure]) -> Table:
 
     Two share a rank where the interval of their ratio, widened by the noise floor where runs were repeated, holds 1.
     """
-    table = Table(title="latency, ms: p50 / p95", title_justify="left")
-    for head in ("rank", "artifact", "engine", "times the first", "prompt", "new", "TTFT", "ITL", "peak MB", "size MB"):
-        table.add_column(
-            head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold"
-        )  # fmt: skip
+    table = Table(title="latency, ms: p50 / p95", title_justify="left", box=None, pad_edge=False)
+    for head in ("", "artifact", "engine", "time", "prompt", "new", "TTFT", "ITL", "peak MB", "size MB"):
+        table.add_column(head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold")
     for rank, one, ratio in ranked([one for one in results if isinstance(one, Latency)]):
-        shown = [str(rank), one.subject.name, one.subject.engine, f"{ratio.value:.2f}"]
+        shown = [str(rank), one.subject.name, one.subject.engine, f"{ratio.value:.2f}x"]
         for case in one.cases:
             waits = [
-                " / ".join(f"{case_interval(case, name, q).value:.1f}" for q in (50, 95))
+                "/".join(f"{case_interval(case, name, q).value:.1f}" for q in (50, 95))
                 for name in ("ttft_ms", "itl_ms")
             ]
             peak, size = f"{one.peak_rss_bytes / 1e6:.0f}", f"{one.subject.size_bytes / 1e6:.0f}"
@@ -163,25 +161,15 @@ def history(place: Path, console: Console, *, artifact: str, machine: str, add: 
     for key, cpu in machines.items():
         console.print(f"machine {key}: {cpu}", highlight=False, markup=False)
         table = Table(box=None, pad_edge=False)
-        for head in (
-            "artifact",
-            "digest",
-            "engine",
-            "threads",
-            "prompt",
-            "new",
-            "runs",
-            "TTFT",
-            "ITL",
-            "change of ITL",
-        ):
-            table.add_column(head, justify="left" if head in ("artifact", "digest", "engine") else "right")
+        for head in ("artifact", "engine", "prompt", "new", "runs", "TTFT", "ITL", "change of ITL"):
+            table.add_column(head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold")
         for trend in trends:
             if trend.machine == key:
                 last = trend.points[-1]
-                cells = (trend.subject, trend.artifact[:12], trend.engine, trend.n_threads, trend.prompt_tokens,
-                         trend.new_tokens, len(trend.points), f"{last.ttft_ms:.1f}", f"{last.itl_ms:.2f}",
-                         change(trend))  # fmt: skip
+                name = f"{trend.subject} {trend.artifact[:8]}"
+                engine = f"{trend.engine}, {trend.n_threads} threads"
+                cells = (name, engine, trend.prompt_tokens, trend.new_tokens, len(trend.points),
+                         f"{last.ttft_ms:.1f}", f"{last.itl_ms:.2f}", change(trend))  # fmt: skip
                 table.add_row(*(Text(str(cell)) for cell in cells))
         console.print(table)
 

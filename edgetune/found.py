@@ -63,12 +63,13 @@ def jobs(paths: Sequence[Path], engines: Sequence[str], *, n_threads: int) -> li
     Raises UsageError where an engine was asked for and runs none of the paths.
     """
     made: list[Job] = []
-    for path in paths:
-        found = find(path)
+    names = [path.resolve().name for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        found, short = find(path), name if names.count(name) == 1 else str(path)
         chosen = [engine for engine in engines if engine in found.engines] or [found.engines[0]]
         for engine in chosen:
-            name = f"{path} ({engine})" if len(chosen) > 1 else str(path)
-            made.append(found.job(name, engine, n_threads=n_threads))
+            label = f"{short} ({engine})" if len(chosen) > 1 else short
+            made.append(found.job(label, engine, n_threads=n_threads))
     idle = [engine for engine in engines if engine not in {job.engine for job in made}]
     if idle:
         raise UsageError(f"engine {idle[0]!r} runs none of {', '.join(map(str, paths))}; leave it out")

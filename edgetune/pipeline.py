@@ -163,7 +163,7 @@ class Pipeline:
             if artifact is None:
                 continue
             shipped[name] = artifact
-            job = Job.of(name, artifact, n_threads=threads)
+            job = self._job(name, artifact)
             evidence = self.stages.attempt(
                 name,
                 "accuracy",
@@ -187,10 +187,17 @@ class Pipeline:
         tuned = self.score(job, [self.base, adapter], generate=False, reference=reference)
         return [("base", measure.read_accuracy(base)), (hop, measure.read_accuracy(tuned))]
 
+    def _job(self, name: str, artifact: Artifact) -> Job:
+        """A candidate's file in the engine that the recipe gives it, else in the one that ships it."""
+        threads, runtime = self.recipe.bench.threads, self.recipe.candidates[name].runtime
+        if runtime is None:
+            return Job.of(name, artifact, n_threads=threads)
+        return Job.of(name, artifact, n_threads=threads, engine=runtime.engine, **runtime.settings)
+
     def _time(self, shipped: dict[str, Artifact]) -> list[Latency | Failure]:
         threads, bench = self.recipe.bench.threads, self.recipe.bench
         jobs = [Job.of("reference", self.model, n_threads=threads, dtype="bfloat16")]
-        jobs += [Job.of(name, artifact, n_threads=threads) for name, artifact in shipped.items()]
+        jobs += [self._job(name, artifact) for name, artifact in shipped.items()]
         parents = [self.model, *shipped.values()]
         stream = self.work.prompt(max(bench.prompt_tokens))
         made = measure.latency_identity(jobs, [p.identity for p in parents], bench, stream)

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from edgetune.closed import Closed, exactly_one
 from edgetune.errors import RecipeError
+from edgetune.recipe_runtime import Runtime
 
 Count = Annotated[int, Field(gt=0)]
 M = TypeVar("M", bound=BaseModel)
 Share = Annotated[float, Field(ge=0, le=1)]
 NewTokens = Annotated[int, Field(ge=2)]
-
-
-class Closed(BaseModel):
-    """A model that knows all its keys and never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(Closed):
@@ -104,7 +100,7 @@ class CompressStep(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> CompressStep:
-        return _exactly_one(self)
+        return exactly_one(self)
 
     @property
     def method(self) -> Rtn | Gptq:
@@ -135,7 +131,7 @@ class Export(Closed):
 
     @model_validator(mode="after")
     def _one(self) -> Export:
-        return _exactly_one(self)
+        return exactly_one(self)
 
 
 class Candidate(Closed):
@@ -143,6 +139,23 @@ class Candidate(Closed):
 
     compress: list[CompressStep] = Field(default=[], max_length=1)
     export: Export | None = None
+    runtime: Runtime | None = Field(None, description="engine and settings; those of the format where absent")
+
+    @model_validator(mode="after")
+    def _runtime_runs_the_format(self) -> Candidate:
+        if self.runtime is None:
+            return self
+        export = self.export or Export.model_construct()
+        runs = {
+            "llama.cpp": export.gguf is not None,
+            "onnxruntime": export.onnx is not None,
+            "onnxruntime-genai": export.onnx is not None,
+            "torch": self.export is None,
+        }
+        if not runs[self.runtime.engine]:
+            known = [engine for engine, fits in runs.items() if fits]
+            raise ValueError(f"{self.runtime.engine} does not run this format; known to: {', '.join(known) or 'none'}")
+        return self
 
 
 class Bench(Closed):
@@ -247,13 +260,6 @@ def parse_as(model: type[M], raw: dict[str, Any], where: str) -> M:
         return model.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(model, error.errors()[0])}") from error
-
-
-def _exactly_one(model: M) -> M:
-    given = [name for name in type(model).model_fields if getattr(model, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(type(model).model_fields)}; found {given or 'none'}")
-    return model
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

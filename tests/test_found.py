@@ -74,10 +74,12 @@ def test_an_asked_engine_runs_what_it_can_and_nothing_twice(tmp_path: Path) -> N
     (graph / "genai_config.json").write_text("{}")
     model = config(tmp_path / "model")
     made = jobs([graph, model], ["onnxruntime-genai"], n_threads=1)
-    assert [(job.engine, job.name) for job in made] == [("onnxruntime-genai", str(graph)), ("torch", str(model))]
+    assert [(job.engine, job.name) for job in made] == [("onnxruntime-genai", "onnx"), ("torch", "model")]
     both = jobs([graph], ["onnxruntime", "onnxruntime-genai"], n_threads=1)
-    assert [job.name for job in both] == [f"{graph} (onnxruntime)", f"{graph} (onnxruntime-genai)"]
+    assert [job.name for job in both] == ["onnx (onnxruntime)", "onnx (onnxruntime-genai)"]
     with pytest.raises(UsageError, match=r"'llama\.cpp' runs none of"):
         jobs([graph], ["llama.cpp"], n_threads=1)
+    again = config(tmp_path / "onnx" / "model")
+    assert [job.name for job in jobs([model, again], [], n_threads=1)] == [str(model), str(again)]
     with pytest.raises(UsageError, match="given twice"):
         jobs([graph, graph], [], n_threads=1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune.backends import require
 from edgetune.backends import version as version_of
@@ -35,6 +37,16 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 
 
+@dataclass
+class _Rows:
+    """Several rows that are read at once: their own binding and cache."""
+
+    binding: Any
+    cache: list[NDArray[Any]]
+    n_rows: int
+    n_past: int = 0
+
+
 class OnnxEngine(OneByOne):
     """One session with a key/value cache of `n_ctx` positions."""
 
@@ -52,16 +64,8 @@ class OnnxEngine(OneByOne):
         self._n_past = 0
         self._reader: object = None  # whose tokens the cache holds
         self._tokenizer: Any = None
-        self._cache = []
-        head_size = int(genai["model"]["decoder"]["head_size"])
-        for given in session.get_inputs():
-            if given.name.startswith("past_key_values."):
-                shape = [1, int(given.shape[1]), n_ctx, head_size]
-                buffer = np.zeros(shape, _DTYPES[given.type])
-                present = given.name.replace("past_key_values.", "present.", 1)
-                self._bind(self._binding.bind_input, given.name, buffer)
-                self._bind(self._binding.bind_output, present, buffer)
-                self._cache.append(buffer)
+        self._cache = self._bind_cache(self._binding, 1)
+        self._rows: Any = None  # binding, cache and past of several rows at once
 
     @classmethod
     def load(cls, path: Path, *, n_ctx: int, n_threads: int, spin: bool = False) -> OnnxEngine:
@@ -114,6 +118,22 @@ class OnnxEngine(OneByOne):
         assert self._reader is self, "decode needs a prefill before it"
         return np.array(self._run([token])[0])
 
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V]."""
+        if self._rows is None or self._rows.n_rows != len(rows):
+            binding = self._session.io_binding()
+            self._rows = _Rows(binding, self._bind_cache(binding, len(rows)), len(rows))
+        self._rows.n_past = 0
+        n = CHUNK // len(rows) or 1  # tokens of each row in one run, so that a run's logits stay bounded
+        for start in range(0, len(rows[0]), n):
+            last = self._run_rows([ids[start : start + n] for ids in rows])
+        return last
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each row and give its logits, [B, V]."""
+        assert self._rows is not None, "decode_rows needs a prefill_rows before it"
+        return self._run_rows([[token] for token in tokens])
+
     def score(self, ids: Sequence[int]) -> Logits:
         """Give the logits of every position of one row, [T, V]."""
         self._forget(None)
@@ -157,7 +177,7 @@ class OnnxEngine(OneByOne):
         return self._tokenizer
 
     def close(self) -> None:
-        self._binding = self._session = self._tokenizer = None
+        self._binding = self._session = self._tokenizer = self._rows = None
         self._cache.clear()
 
     def _forget(self, reader: object) -> None:
@@ -174,29 +194,59 @@ class OnnxEngine(OneByOne):
 
     def _run(self, ids: Sequence[int]) -> Logits:
         """Append up to CHUNK tokens and give a view of their logits, [T, V]."""
-        T, total = len(ids), self._n_past + len(ids)
+        tokens = np.array([ids], np.int64)
+        logits = self._logits[: len(ids)]
+        self._step(self._binding, tokens, self._n_past, logits[None])
+        self._n_past += len(ids)
+        return logits
+
+    def _run_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Append the same number of tokens to every row and give the logits of the last of each, [B, V]."""
+        tokens = np.array(rows, np.int64)
+        logits = np.empty((*tokens.shape, self._n_vocab), np.float32)
+        self._step(self._rows.binding, tokens, self._rows.n_past, logits)
+        self._rows.n_past += tokens.shape[1]
+        last: Logits = logits[:, -1]
+        return last
+
+    def _step(self, binding: Any, tokens: NDArray[np.int64], n_past: int, logits: Logits) -> None:
+        """Run the graph on tokens [B, T] after `n_past` others, into `logits` [B, T, V]."""
+        B, total = len(tokens), n_past + tokens.shape[1]
         if total > self._n_ctx:
             raise EngineError(
                 f"onnxruntime was asked for {total} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx"
             )
-        if max(ids) >= self._n_vocab or min(ids) < 0:
-            wrong = max(ids) if max(ids) >= self._n_vocab else min(ids)
+        low, high = int(tokens.min()), int(tokens.max())
+        if high >= self._n_vocab or low < 0:
+            wrong = high if high >= self._n_vocab else low
             raise EngineError(
                 f"token id {wrong} is not in the vocabulary of {self._n_vocab}; use the tokenizer of {self._folder}"
             )
-        tokens = np.array([ids], np.int64)
-        logits = self._logits[:T]
-        self._bind(self._binding.bind_input, "input_ids", tokens)
-        self._bind(self._binding.bind_input, "attention_mask", self._mask[None, :total])
+        mask, positions = self._mask[None, :total], self._positions[None, n_past:total]
+        if B > 1:
+            mask, positions = (np.ascontiguousarray(np.broadcast_to(a, (B, a.shape[1]))) for a in (mask, positions))
+        self._bind(binding.bind_input, "input_ids", tokens)
+        self._bind(binding.bind_input, "attention_mask", mask)
         if self._has_positions:
-            self._bind(self._binding.bind_input, "position_ids", self._positions[None, self._n_past : total])
-        self._bind(self._binding.bind_output, "logits", logits[None])
+            self._bind(binding.bind_input, "position_ids", positions)
+        self._bind(binding.bind_output, "logits", logits)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(binding)
         except Exception as error:  # what onnxruntime raises shares no other base
-            raise EngineError(f"onnxruntime failed after {self._n_past} tokens: {_first_line(error)}") from error
-        self._n_past = total
-        return logits
+            raise EngineError(f"onnxruntime failed after {n_past} tokens: {_first_line(error)}") from error
+
+    def _bind_cache(self, binding: Any, n_rows: int) -> list[NDArray[Any]]:
+        """Make a cache for so many rows, each buffer bound as past and as present."""
+        made = []
+        head_size = int(self._genai["model"]["decoder"]["head_size"])
+        for given in self._session.get_inputs():
+            if given.name.startswith("past_key_values."):
+                buffer = np.zeros([n_rows, int(given.shape[1]), self._n_ctx, head_size], _DTYPES[given.type])
+                present = given.name.replace("past_key_values.", "present.", 1)
+                self._bind(binding.bind_input, given.name, buffer)
+                self._bind(binding.bind_output, present, buffer)
+                made.append(buffer)
+        return made
 
     @staticmethod
     def _bind(bind: Any, name: str, array: Any) -> None:

@@ -32,11 +32,14 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, model: Any, path: Path, *, n_ctx: int, device: str, n_threads_before: int) -> None:
+    def __init__(
+        self, model: Any, path: Path, *, n_ctx: int, device: str, n_threads_before: int, compiled: bool = False
+    ) -> None:
         self._causal = (
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # peft's layers stay inside
         self._decoder = self._causal.get_decoder()
+        self._step = torch.compile(self._decoder, dynamic=True) if compiled else self._decoder  # prefill and decode
         self._head = self._causal.get_output_embeddings()
         self._config = self._causal.config.get_text_config(decoder=True)
         self._path = path
@@ -57,10 +60,12 @@ class TorchEngine:
         device: str = "cpu",
         adapter: str | None = None,
         quantize_base: bool = False,
+        compiled: bool = False,
     ) -> TorchEngine:
         """Load a `model` or `gptq` artifact, or a base folder with a peft adapter folder on it.
 
         `quantize_base` puts the base in NF4 with double quantization (arXiv:2305.14314) and computes in `dtype`.
+        `compiled` runs prefill and decode through torch.compile, which takes its time at the first generation.
         Raises UsageError for an unknown dtype or device and EngineError where the folder cannot be loaded.
         """
         if dtype not in DTYPES:
@@ -79,7 +84,7 @@ class TorchEngine:
             torch.set_num_threads(before)
             raise EngineError(f"torch cannot load {path}: {_first_line(error)}") from error
         model.eval()
-        return cls(model, path, n_ctx=n_ctx, device=device, n_threads_before=before)
+        return cls(model, path, n_ctx=n_ctx, device=device, n_threads_before=before, compiled=compiled)
 
     @property
     def version(self) -> str:
@@ -91,13 +96,21 @@ class TorchEngine:
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
-        self._cache = transformers.DynamicCache(config=self._config)
-        return self._append(ids)
+        return self.prefill_rows([ids])[0]
 
     def decode(self, token: int) -> Logits:
         """Append one token to the context and give its logits, [V]."""
+        return self.decode_rows([token])[0]
+
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V]."""
+        self._cache = transformers.DynamicCache(config=self._config)
+        return self._append([list(ids) for ids in rows])
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each row and give its logits, [B, V]."""
         assert self._cache is not None, "decode needs a prefill before it"
-        return self._append([token])
+        return self._append([[token] for token in tokens])
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> Logits:
@@ -178,14 +191,14 @@ class TorchEngine:
         return self._tokenizer
 
     def close(self) -> None:
-        self._cache = self._causal = self._decoder = self._head = None
+        self._cache = self._causal = self._decoder = self._step = self._head = None
         torch.set_num_threads(self._n_threads_before)
 
     @torch.inference_mode()
-    def _append(self, ids: Sequence[int]) -> Logits:
-        self._check(self._cache.get_seq_length() + len(ids), ids)
-        out = self._decoder(input_ids=self._tensor([list(ids)]), past_key_values=self._cache, use_cache=True)
-        return self._logits(out.last_hidden_state[0, -1])
+    def _append(self, rows: list[list[int]]) -> Logits:
+        self._check(self._cache.get_seq_length() + len(rows[0]), *rows)
+        out = self._step(input_ids=self._tensor(rows), past_key_values=self._cache, use_cache=True)
+        return self._logits(out.last_hidden_state[:, -1])
 
     def _logits(self, hidden: Tensor) -> NDArray[np.float32]:
         """Run the output head and what a few architectures put behind it, [.., C] -> [.., V]."""
