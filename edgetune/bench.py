@@ -20,9 +20,10 @@ from edgetune.errors import ArtifactError, EngineError, UsageError
 from edgetune.progress import reporting
 from edgetune.recipe import Bench
 from edgetune.runtime import history as past
-from edgetune.runtime.evidence import Failure, Latency, Timings
+from edgetune.runtime.evidence import Failure, Latency, Report, Timings
 from edgetune.runtime.latency import case_interval, make_prompts, measure, noise_floor
 from edgetune.runtime.machine import describe
+from edgetune.runtime.report import beside
 from edgetune.runtime.report.write import read_report
 from edgetune.runtime.statistics import Interval, percentile_ratio
 from edgetune.runtime.worker import Job, Worker
@@ -142,6 +143,7 @@ def remarks(results: Sequence[Latency | Failure]) -> list[str]:
     if busy is not None:
         said.append(f"others used {busy:.0%} of the machine meanwhile; measure again when it is idle")
     said += [f"{one.subject.name} never became steady" for one in timed if any(c.steady is False for c in one.cases)]
+    said += [f"{one.subject.name}: {line}" for one in timed for line in beside.probed(one)]
     floors = [floor for one in timed for case in one.cases if (floor := noise_floor(case, "tpot_ms")) is not None]
     if floors:
         said.append(f"runs of the same artifact may differ by {max(floors):.1%} by chance (the noise floor)")
@@ -201,3 +203,23 @@ def read_timings(path: Path) -> Timings:
         report = read_report(file)
     written = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
     return Timings(edgetune=report.edgetune, time=written, machine=report.machine, results=[*report.latency])
+
+
+def merge_timings(report: Report, path: Path) -> Report:
+    """Give a report with what another machine timed of the same files: matched by digest, never by name.
+
+    The same evidence twice is kept once. Raises UsageError where it is of other files only.
+    """
+    timings = read_timings(path)
+    names = {found.subject.artifact_digest: found.subject.name for found in (*report.latency, *report.accuracy)}
+    known = [
+        one.model_copy(update={"subject": one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})})
+        for one in timings.results
+        if isinstance(one, Latency) and one.subject.artifact_digest in names
+    ]
+    if not known:
+        raise UsageError(f"{path} has timed none of the files of report {report.name!r}; their digests differ")
+    merged = timings.model_copy(update={"results": known})
+    return (
+        report if merged in report.elsewhere else report.model_copy(update={"elsewhere": [*report.elsewhere, merged]})
+    )

@@ -201,13 +201,21 @@ def generate(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="folder of a run, with report.json")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, with report.json")],
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="evidence of the same files on another machine; may be repeated")
+    ] = None,
+) -> None:
     """Show a run's verdicts again, and write its page and summary anew from report.json."""
+    from edgetune.bench import merge_timings
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.report.write import read_report, write_report
     from edgetune.runtime.verdict import exit_code
 
     found = read_report(folder / "report.json")
+    for path in merge or ():
+        found = merge_timings(found, path)
     paths = write_report(found, folder)
     _console().print(console_table(found))
     typer.echo(paths["html"])

@@ -24,6 +24,11 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="do it all so often in fresh processes; 2 or more tell noise")] = 1,
     threads: Threads = 2,
     engine: Annotated[list[str] | None, typer.Option(help="engine for what it can run; may be repeated")] = None,
+    sweep_threads: Annotated[list[int] | None, typer.Option(help="also with so many threads; may be repeated")] = None,
+    sweep_rows: Annotated[list[int] | None, typer.Option(help="also so many rows at once; may be repeated")] = None,
+    probe: Annotated[
+        list[str] | None, typer.Option(help="also cold_start, memory, energy, frequency, roofline; may be repeated")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="write the raw evidence here")] = None,
     history: HistoryFile = None,
     no_history: Annotated[bool, typer.Option("--no-history", help="do not remember this run")] = False,
@@ -41,7 +46,8 @@ def bench(
     _quiet()
     raw = {
         "prompt_tokens": prompt_tokens or [32, 256], "new_tokens": new_tokens or [64], "repeats": repeats,
-        "threads": threads, "runs": runs if runs > 1 else None,
+        "threads": threads, "runs": runs if runs > 1 else None, "sweep_threads": sweep_threads or None,
+        "sweep_rows": sweep_rows or None, "probes": probe or None,
     }  # fmt: skip
     ok = benching.bench(
         paths, parse_as(Bench, raw, "bench"), _console(), engines=engine or (), json=json,

@@ -170,6 +170,15 @@ class Bench(Closed):
     runs: Annotated[int, Field(ge=2)] | None = Field(
         None, description="do it all so many times in fresh processes; their spread is the noise floor of verdicts"
     )
+    sweep_threads: Annotated[list[Count], Field(min_length=1)] | None = Field(
+        None, description="also time the first case with each of these numbers of threads"
+    )
+    sweep_rows: Annotated[list[Count], Field(min_length=1)] | None = Field(
+        None, description="also decode so many rows at once, and say from how many on int4 is no faster than 16-bit"
+    )
+    probes: list[Literal["cold_start", "memory", "energy", "frequency", "roofline"]] | None = Field(
+        None, description="what else is measured of each candidate"
+    )
 
     @property
     def output_lengths(self) -> list[int]:

@@ -95,6 +95,21 @@ class RowsEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class Traffic(Protocol):
+    """An engine that knows what one token reads from memory."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory, but for an input embedding that is no output head too."""
+        ...
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Bytes of the cache that each token of context takes."""
+        ...
+
+
 # engine name -> module:class, loaded only when asked for. Each class has
 # `load(path: Path, *, n_ctx: int, n_threads: int, **settings) -> Engine` as a classmethod.
 ENGINES: dict[str, str] = {

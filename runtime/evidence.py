@@ -93,6 +93,71 @@ class LatencyCase(Record):
     steady: bool | None = None  # medians of the last two warm-ups within 5%; None where that was not looked at
 
 
+class SweepPoint(Record):
+    """One artifact with another number of threads, or with several rows at once; `reason` where that failed."""
+
+    n_threads: int
+    n_rows: int
+    prompt_tokens: int
+    generations: list[Generation]  # itl_ms: one for each step, which gives every row a token
+    reason: str | None = None
+
+
+class ColdStart(Record):
+    """Load and first token in a fresh process, its files dropped from the page cache, and in one after it."""
+
+    resident: float | None  # share of the files that the kernel kept in memory; None where it cannot tell
+    load_ms: float
+    ttft_ms: float
+    warm_load_ms: float
+    warm_ttft_ms: float
+
+
+class MemoryPhases(Record):
+    """Resident bytes of a fresh child: after loading, and the highest while reading a prompt and while decoding."""
+
+    loaded: int
+    prefill_peak: int
+    decode_peak: int
+
+
+class CpuState(Record):
+    """What the kernel tells of the processor; None where it does not."""
+
+    mhz: float | None
+    throttled: int | None  # events since the machine started
+
+
+class Energy(Record):
+    """Joules of the processor packages over one generation, the machine's rest included."""
+
+    joules: float | None
+    seconds: float
+    n_tokens: int
+    reason: str | None = None  # why there is no reading
+
+
+class Roofline(Record):
+    """Bytes that a token must read, the memory bandwidth that was measured, and the share of it that was reached."""
+
+    bytes_per_token: int
+    memory_bytes_per_s: float
+    share: float
+
+
+class Probes(Record):
+    """What `bench` keys ask for beside the timing itself, each measured in fresh processes."""
+
+    sweep: list[SweepPoint] = []
+    cold_start: ColdStart | None = None
+    memory: MemoryPhases | None = None
+    energy: Energy | None = None
+    cpu_before: CpuState | None = None
+    cpu_after: CpuState | None = None
+    roofline: Roofline | None = None
+    failures: dict[str, str] = {}  # probe -> why it did not come to its end
+
+
 class Latency(Record):
     subject: Subject
     workload: str
@@ -101,6 +166,7 @@ class Latency(Record):
     cases: list[LatencyCase]
     peak_rss_bytes: int
     load: Load
+    probes: Probes | None = None
 
 
 class Failure(Record):

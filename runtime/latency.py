@@ -19,6 +19,7 @@ import numpy as np
 from edgetune.artifact import json_digest
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.recipe import Bench
+from edgetune.runtime import probes, sensors
 from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase, Load
 from edgetune.runtime.machine import LoadMeter
 from edgetune.runtime.statistics import Interval, percentile_interval, repeatability
@@ -92,7 +93,8 @@ def measure(
     own again where absent). The first token's time holds the prefill and the choice of a token, each further one's a
     decode and a choice. Warm-ups are kept and named. A job that fails at any time gives a Failure; the others go on.
     `fold` takes ids that the smallest vocabulary lacks modulo its size, so that models of several families can be
-    given the same work. With `bench.runs` all is done so many times, each in fresh processes.
+    given the same work. With `bench.runs` all is done so many times, each in fresh processes; what else `bench` asks
+    for is measured afterwards (`probes`).
     """
     for length, ids in prompts.items():
         if length != len(ids):
@@ -102,13 +104,16 @@ def measure(
     cases = [(n, new) for n in prompts for new in bench.output_lengths]
     work = _Work.of(prompts, continuation, max(bench.output_lengths) - 1)
     rng = np.random.default_rng(seed)
-    n_runs, runs = bench.runs or 1, []
+    n_runs, runs, before = bench.runs or 1, [], sensors.cpu_state()
     for run in range(n_runs):
         done = run * bench.repeats
         told = None if progress is None else lambda n, d=done, p=progress: p(d + n, n_runs * bench.repeats)
         found, work = _one_run(jobs, bench, cases, work, run, rng, fold, told)
         runs.append(found)
-    return [_joined(list(parts), cases, work.digest(cases)) for parts in zip(*runs, strict=True)]
+    timed = [_joined(list(parts), cases, work.digest(cases)) for parts in zip(*runs, strict=True)]
+    if not probes.is_asked(bench):
+        return timed
+    return probes.probe(jobs, timed, bench, work.prompts, before=before, seed=seed)
 
 
 def _one_run(

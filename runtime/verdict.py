@@ -12,9 +12,9 @@ from typing import Literal
 from edgetune.errors import DataError
 from edgetune.recipe import AccuracyBudget, Budgets
 from edgetune.runtime.evidence import Accuracy, Check, Failure, Latency, Verdict
-from edgetune.runtime.latency import case_interval
+from edgetune.runtime.latency import case_interval, noise_floor
 from edgetune.runtime.metrics import SlotCounts
-from edgetune.runtime.statistics import NonInferiority, non_inferiority, non_inferiority_f1
+from edgetune.runtime.statistics import Interval, NonInferiority, non_inferiority, non_inferiority_f1
 
 # worst last
 ORDER = ("ship", "inconclusive", "do not ship")
@@ -123,6 +123,11 @@ def _timing_check(figure: str, limit: float, latency: Latency | None, seed: int)
         f"{name} is {found.value:.3g} ms ({found.low:.3g} to {found.high:.3g}, {n} generations, prompts of "
         f"{case.prompt_tokens} tokens)"
     )
+    floor = noise_floor(case, figure)
+    if floor is not None:
+        spread = found.value * floor
+        found = Interval(found.value, min(found.low, found.value - spread), max(found.high, found.value + spread))
+        said = f"{said[:-1]}; runs differ by {floor:.1%} by chance)"
     verdict: Literal["ship", "do not ship", "inconclusive"]
     if latency.load.busy:
         verdict = "inconclusive"

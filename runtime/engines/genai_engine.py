@@ -17,7 +17,7 @@ from edgetune.backends import require
 from edgetune.backends import version as version_of
 from edgetune.errors import EngineError
 from edgetune.runtime.engine import Logits, OneByOne, TokenRow
-from edgetune.runtime.engines.onnx_engine import check_graph, load_tokenizer, read_genai_config, stop_ids
+from edgetune.runtime.engines.onnx_engine import check_graph, graph_bytes, load_tokenizer, read_genai_config, stop_ids
 
 
 class GenaiEngine(OneByOne):
@@ -60,6 +60,16 @@ class GenaiEngine(OneByOne):
     @property
     def n_vocab(self) -> int:
         return self._n_vocab
+
+    @property
+    def weight_bytes(self) -> int:
+        return graph_bytes(self._folder, self._genai)
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        decoder = self._genai["model"]["decoder"]
+        values = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+        return float(4 * values)  # float32 on the CPU
 
     @property
     def stop_ids(self) -> frozenset[int]:

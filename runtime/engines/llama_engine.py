@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,17 @@ N_BATCH = 512  # tokens of one decode call, and of one physical batch
 N_ROWS = 31  # rows of one batch of score_rows; sequence 0 holds what they share
 _LOG_WARN = 3  # ggml_log_level
 _FLASH = {None: -1, False: 0, True: 1}  # llama_flash_attn_type: auto, off, on
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
+
+
+class _KvType(NamedTuple):
+    number: int  # ggml_type
+    bytes: float  # of one value, scales counted
+
+
+KV_TYPES = {
+    "f32": _KvType(0, 4), "f16": _KvType(1, 2), "bf16": _KvType(30, 2), "q8_0": _KvType(8, 34 / 32),
+    "q5_1": _KvType(7, 24 / 32), "q5_0": _KvType(6, 22 / 32), "q4_1": _KvType(3, 20 / 32), "q4_0": _KvType(2, 18 / 32),
+}  # fmt: skip
 
 
 class LlamaEngine(OneByOne):
@@ -103,6 +113,17 @@ class LlamaEngine(OneByOne):
     @property
     def n_vocab(self) -> int:
         return self._n_vocab
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self._lib.llama_model_size(self._model))
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        lib, model = self._lib, self._model
+        width = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model)  # of a head
+        values = 2 * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * width
+        return float(values * KV_TYPES[self._kv_type].bytes)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -264,7 +285,7 @@ class LlamaEngine(OneByOne):
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = _FLASH[self._flash]
         params.no_perf = True
-        params.type_k = params.type_v = KV_TYPES[self._kv_type]
+        params.type_k = params.type_v = KV_TYPES[self._kv_type].number
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise EngineError(f"llama.cpp cannot make a context of {n_cells} tokens: {_last_words()}")

@@ -102,6 +102,14 @@ class OnnxEngine(OneByOne):
         return self._n_vocab
 
     @property
+    def weight_bytes(self) -> int:
+        return graph_bytes(self._folder, self._genai)
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return sum(buffer.nbytes for buffer in self._cache) / self._n_ctx
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer, as `genai_config.json` names them."""
         return stop_ids(self._genai)
@@ -262,6 +270,12 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{folder / GENAI_CONFIG} cannot be read: {_first_line(error)}; export again") from error
     return genai
+
+
+def graph_bytes(folder: Path, genai: dict[str, Any]) -> int:
+    """Give the bytes of a folder's graph and its data files, which hold the weights."""
+    graph = folder / str(genai["model"]["decoder"].get("filename", "model.onnx"))
+    return sum(file.stat().st_size for file in folder.glob(f"{graph.name}*"))
 
 
 def stop_ids(genai: dict[str, Any]) -> frozenset[int]:

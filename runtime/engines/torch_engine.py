@@ -94,6 +94,21 @@ class TorchEngine:
     def n_vocab(self) -> int:
         return int(self._config.vocab_size)
 
+    @property
+    def weight_bytes(self) -> int:
+        tensors = {id(p): p for p in (*self._causal.parameters(), *self._causal.buffers())}
+        table = self._causal.get_input_embeddings().weight
+        if table is not self._head.weight:
+            del tensors[id(table)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        config = self._config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return float(2 * config.num_hidden_layers * heads * head * self._head.weight.element_size())
+
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
         return self.prefill_rows([ids])[0]

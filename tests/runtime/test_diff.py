@@ -32,6 +32,19 @@ def slower(report: Report, name: str, factor: float) -> Report:
     return report.model_copy(update={"latency": latency})
 
 
+def repeated(report: Report) -> Report:
+    """The same report as if its generations came of three runs."""
+    latency = [
+        found.model_copy(update={"cases": [
+            case.model_copy(update={"generations": [
+                g.model_copy(update={"run": i % 3}) for i, g in enumerate(case.generations)
+            ]}) for case in found.cases
+        ]})
+        for found in report.latency
+    ]  # fmt: skip
+    return report.model_copy(update={"latency": latency})
+
+
 def test_a_report_is_the_same_as_itself() -> None:
     report = sample_report()
     kinds = {one.kind for one in compare(report, report)}
@@ -39,9 +52,13 @@ def test_a_report_is_the_same_as_itself() -> None:
 
 
 def test_slower_answers_and_lost_answers_are_worse() -> None:
-    report = sample_report()
+    report = repeated(sample_report())
     assert of(compare(report, slower(report, "q4-gguf", 1.3)), "q4-gguf", "ITL").kind == "worse"
     assert of(compare(report, slower(report, "q4-gguf", 0.7)), "q4-gguf", "ITL").kind == "better"
+    once = sample_report()  # without repeated runs nobody knows what chance does
+    found = of(compare(once, slower(once, "q4-gguf", 1.3)), "q4-gguf", "ITL")
+    assert found.kind == "changed"
+    assert found.says.endswith("without repeated runs (bench.runs) that may be chance")
     worse = [
         found.model_copy(update={"rows": [row.model_copy(update={"exact": row.exact and i >= 40})
                                           for i, row in enumerate(found.rows)]})
