@@ -56,6 +56,34 @@ def bench(
     raise typer.Exit(0 if ok else 1)
 
 
+@app.command(name="bench-http")
+def bench_http(
+    url: Annotated[str, typer.Argument(help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1")],
+    model: Annotated[str | None, typer.Option(help="one of its models; its only one if absent")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="clients at once, may be repeated; 1")] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="requests a second, may be repeated")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="requests of each case")] = 20,
+    prompt_words: Annotated[int, typer.Option(min=1, help="words of each prompt, all of them different")] = 150,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens to ask for")] = 64,
+    ttft_slo: Annotated[float | None, typer.Option(help="objective for the first token, ms")] = None,
+    tpot_slo: Annotated[float | None, typer.Option(help="objective for the mean wait of further tokens, ms")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds without a word that end a request")] = 120.0,
+    key_file: Annotated[Path | None, typer.Option(help="file that holds the server's key")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the raw evidence here")] = None,
+) -> None:
+    """Time a server as its clients see it: TTFT, waits, tokens a second, and goodput under objectives."""
+    from edgetune import bench as benching
+    from edgetune.runtime.serving import Endpoint
+
+    key = key_file.read_text(encoding="utf-8").strip() if key_file is not None else None
+    endpoint = Endpoint.find(url, model, timeout_s=timeout, key=key)
+    ok = benching.bench_http(
+        endpoint, _console(), concurrency=concurrency or ([] if rate else [1]), rates=rate or [], n_requests=requests,
+        prompt_words=prompt_words, n_tokens=new_tokens, ttft_slo=ttft_slo, tpot_slo=tpot_slo, json=json,
+    )  # fmt: skip
+    raise typer.Exit(0 if ok else 1)
+
+
 @app.command()
 def history(
     artifact: Annotated[str, typer.Argument(help="beginning of an artifact's digest; all if absent")] = "",

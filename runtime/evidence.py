@@ -177,6 +177,35 @@ class Failure(Record):
     reason: str  # one line
 
 
+class ServedRequest(Record):
+    """One request to a server, stamped by its client in seconds from the beginning of its case."""
+
+    sent_s: float
+    done_s: float | None = None
+    ttft_ms: float | None = None
+    itl_ms: list[float] = []  # waits between parts of the stream; most servers send one for each token
+    n_tokens: int | None = None  # as the server counts them
+    error: str | None = None
+
+
+class ServedCase(Record):
+    """Requests of so many clients at once, or arriving at a rate."""
+
+    concurrency: int | None
+    rate: float | None  # requests a second
+    seconds: float
+    requests: list[ServedRequest]
+
+
+class Served(Record):
+    """What one HTTP endpoint was measured to do."""
+
+    url: str
+    model: str
+    new_tokens: int
+    cases: list[ServedCase]
+
+
 class Timings(Record):
     """What one `bench` measured, with the machine that did; what a history keeps and `report --merge` reads."""
 
@@ -185,6 +214,7 @@ class Timings(Record):
     time: str  # ISO 8601, UTC
     machine: Machine
     results: list[Latency | Failure]
+    served: list[Served] = []
 
 
 class Seam(Record):

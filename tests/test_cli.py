@@ -16,8 +16,8 @@ from edgetune import __version__, backends, cli, doctor
 from edgetune.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("init", "plan", "run", "adapt", "compress", "export", "bench", "generate", "report", "gate", "diff",
-         "doctor")  # fmt: skip
+VERBS = ("init", "plan", "run", "adapt", "compress", "export", "generate", "report", "gate", "diff",
+         "doctor", "bench", "bench-http", "history")  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf", "llama_cpp", "peft", "bitsandbytes")
 IN_CHILD = """
 import sys

@@ -125,7 +125,8 @@ def test_all_probes_of_all_candidates() -> None:
 def test_each_kind_of_failure_is_a_row_and_the_others_go_on() -> None:
     failures = {
         "crash": "fake died of SIGSEGV while generating",
-        "killed": "fake died of SIGKILL while generating; something killed it, most often the machine ran out of memory",
+        "killed": "fake died of SIGKILL while generating; something killed it, most often the machine ran out of "
+        "memory",
         "hang": "fake gave no answer in 2 s while generating and was stopped",
         "nan": "fake gave logits that are not finite after 0 new tokens",
     }
