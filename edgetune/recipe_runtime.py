@@ -48,10 +48,10 @@ class Torch(Closed):
 class Runtime(Closed):
     """The engine that scores and times a candidate, and its settings: exactly one key."""
 
-    llama_cpp: LlamaCpp | None = None
-    onnxruntime: OnnxRuntime | None = None
-    onnxruntime_genai: OnnxRuntimeGenai | None = None
-    torch: Torch | None = None
+    llama_cpp: LlamaCpp | None = Field(None, description="llama.cpp, for GGUF")
+    onnxruntime: OnnxRuntime | None = Field(None, description="plain ONNX Runtime, for ONNX")
+    onnxruntime_genai: OnnxRuntimeGenai | None = Field(None, description="onnxruntime-genai, for the same ONNX folder")
+    torch: Torch | None = Field(None, description="torch, for a candidate without export")
 
     @model_validator(mode="after")
     def _one(self) -> Runtime:

@@ -113,7 +113,10 @@ def test_each_verb_has_help(call: Call, verb: str) -> None:
     code, out, err = call(verb, "--help")
     assert (code, err) == (0, "")
     assert f"edgetune {verb}" in out.splitlines()[0]
-    assert tuple(command.callback.__name__ for command in cli.app.registered_commands if command.callback) == VERBS
+    assert (
+        tuple(command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback)
+        == VERBS
+    )
 
 
 def test_version(call: Call) -> None:
