@@ -129,7 +129,7 @@ def onnx_folder() -> Path:
     base, _ = store.once(source.identity, lambda out: make_base(source, out))
     rtn, export = Rtn(bits=4, group_size=32, sym=False), OnnxExport()
     rounded, _ = store.once(
-        quantize.planned_identity(rtn, base, None),
+        quantize.planned_identity(rtn, base.identity, None),
         lambda out: quantize.run(rtn, base, out, calibration=None, device="cpu", seed=0),
     )
     made, _ = store.once(onnx.planned_identity(export, rounded.identity), lambda out: onnx.run(export, rounded, out))
