@@ -208,7 +208,7 @@ def report(
     ] = None,
 ) -> None:
     """Show a run's verdicts again, and write its page and summary anew from report.json."""
-    from edgetune.bench import merge_timings
+    from edgetune.past import merge_timings
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.report.write import read_report, write_report
     from edgetune.runtime.verdict import exit_code

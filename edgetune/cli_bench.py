@@ -72,7 +72,7 @@ def bench_http(
     json: Annotated[Path | None, typer.Option(help="write the raw evidence here")] = None,
 ) -> None:
     """Time a server as its clients see it: TTFT, waits, tokens a second, and goodput under objectives."""
-    from edgetune import bench as benching
+    from edgetune import bench_http as benching
     from edgetune.runtime.serving import Endpoint
 
     key = key_file.read_text(encoding="utf-8").strip() if key_file is not None else None
@@ -92,7 +92,7 @@ def history(
     history: HistoryFile = None,
 ) -> None:
     """Show how fast everything was on each machine over time, and which changes are beyond the noise."""
-    from edgetune import bench as benching
+    from edgetune import past
     from edgetune.runtime.history import default_place
 
-    benching.history(history or default_place(), _console(), artifact=artifact, machine=machine, add=add)
+    past.history(history or default_place(), _console(), artifact=artifact, machine=machine, add=add)

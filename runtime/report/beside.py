@@ -40,6 +40,7 @@ def probed(one: Latency) -> Iterator[str]:
     by_rows = [point for point in found.sweep if point.n_threads == one.subject.n_threads]
     if len(by_rows) > 1:
         yield "rows at once: " + ", ".join(f"{p.n_rows}: {_rate(p)}" for p in by_rows) + " tokens/s in all"
+    yield from _growth(one)
     if (cold := found.cold_start) is not None:
         kept = "" if cold.resident is None else f" ({cold.resident:.0%} of the files stayed in memory)"
         yield (
@@ -81,6 +82,17 @@ def crossed(small: Latency, large: Latency) -> Iterator[str]:
     ends = next((n for n, _, low, _ in points if low <= 1), None)
     said = f"no longer faster from {ends} rows on" if ends is not None else "faster at every number of rows tried"
     yield f"speed over {large.subject.name} by rows at once: {shown}; {said}"
+
+
+def _growth(one: Latency) -> Iterator[str]:
+    """Say what a longer context costs each further token."""
+    short, long = (pick(one.cases, key=lambda case: case.prompt_tokens) for pick in (min, max))
+    if long.prompt_tokens > short.prompt_tokens:
+        waits = [case_interval(case, "itl_ms", 50).value for case in (short, long)]
+        yield (
+            f"context: ITL p50 {waits[0]:.2f} ms after {short.prompt_tokens} tokens, {waits[1]:.2f} ms after "
+            f"{long.prompt_tokens}: {(waits[1] / waits[0] - 1):+.0%}"
+        )
 
 
 def _rate(point: SweepPoint) -> str:

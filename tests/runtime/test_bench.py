@@ -10,13 +10,16 @@ import pytest
 from rich.console import Console
 
 from edgetune import bench as benching
+from edgetune import past
 from edgetune.artifact import Artifact
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.recipe import Bench
 from edgetune.runtime import history
 from edgetune.runtime.evidence import Failure, Latency, Timings
 from edgetune.runtime.latency import make_prompts, measure
+from edgetune.runtime.report.write import read_report, write_report
 from tests.fakes import fake_job
+from tests.report_sample import sample_report
 from tests.runtime.test_history import timings
 from tests.test_found import bare
 
@@ -40,10 +43,10 @@ def test_bare_folders_are_timed_without_a_recipe(tiny_model: Artifact, tmp_path:
     said = screen.file.getvalue()
     assert "failed" in said
     assert "one run tells no noise floor" in said
-    benching.history(place, screen, artifact=trend.artifact[:6], machine="", add=raw)
+    past.history(place, screen, artifact=trend.artifact[:6], machine="", add=raw)
     assert "two quiet runs before it would tell a noise floor" in screen.file.getvalue()
     with pytest.raises(UsageError, match="holds nothing of that kind"):
-        benching.history(place, screen, artifact="none", machine="", add=None)
+        past.history(place, screen, artifact="none", machine="", add=None)
 
 
 @pytest.mark.usefixtures("fakes_in_child")
@@ -81,7 +84,7 @@ def test_a_trend_says_what_may_be_chance(tmp_path: Path) -> None:
     said = []
     for day, itl in enumerate((10.0, 10.1, 10.0, 10.1, 13.0), start=1):
         history.record(place, timings(itl, day=day))
-        said.append(benching.change(history.trends(place)[0]))
+        said.append(past.change(history.trends(place)[0]))
     assert said[0] == "first run"
     assert said[1] == "+1.0%; two quiet runs before it would tell a noise floor"
     assert "within the noise" in said[3]
@@ -91,4 +94,26 @@ def test_a_trend_says_what_may_be_chance(tmp_path: Path) -> None:
 def test_evidence_of_another_form_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(ArtifactError, match="schema_version 9"):
-        benching.read_timings(tmp_path / "x.json")
+        past.read_timings(tmp_path / "x.json")
+
+
+def test_evidence_of_another_machine_is_merged_by_digest(tmp_path: Path) -> None:
+    report = sample_report(n_rows=20)
+    mine = report.latency[0].subject
+    far = timings(7.0, cpu="far away", digest=mine.artifact_digest)
+    file = tmp_path / "box.json"
+    file.write_text(far.model_dump_json())
+    merged = past.merge_timings(report, file)
+    (elsewhere,) = merged.elsewhere
+    (found,) = elsewhere.results
+    assert isinstance(found, Latency)
+    assert found.subject.name == mine.name  # it had another name there
+    assert past.merge_timings(merged, file) == merged
+    write_report(merged, tmp_path)
+    assert read_report(tmp_path / "report.json") == merged
+    for page in ("report.md", "report.html"):
+        assert "on far away, 2 cores" in (tmp_path / page).read_text()
+    file.write_text(timings(7.0, digest="of something else").model_dump_json())
+    with pytest.raises(UsageError, match="timed none of the files"):
+        past.merge_timings(report, file)
+    assert past.read_timings(tmp_path).results == [*merged.latency]

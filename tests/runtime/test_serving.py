@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from edgetune.artifact import Artifact
-from edgetune.bench import bench_http
+from edgetune.bench_http import bench_http
 from edgetune.errors import EngineError, UsageError
 from edgetune.runtime import serving
 from edgetune.runtime.evidence import ServedCase, ServedRequest, Timings
