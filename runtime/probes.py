@@ -83,9 +83,11 @@ def probe(
             "energy": partial(_energy, job, work),
             "roofline": partial(_roofline, job, one, work, bandwidth),
         }
-        for name in tests.keys() & asked:
+        for name, do in tests.items():
+            if name not in asked:
+                continue
             try:
-                found[job.name].parts[name] = tests[name]()
+                found[job.name].parts[name] = do()
             except EdgetuneError as error:
                 found[job.name].failures[name] = str(error)
         if "frequency" in asked:

@@ -97,7 +97,8 @@ def test_the_interval_of_a_ratio_holds_the_truth() -> None:
 
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (2.0, 3)])
 def test_the_verb(tmp_path: Path, factor: float, code: int) -> None:
-    for name, report in (("a", sample_report()), ("b", slower(sample_report(), "q4-gguf", factor))):
+    before = repeated(sample_report())
+    for name, report in (("a", before), ("b", slower(before, "q4-gguf", factor))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(dump_report(report), encoding="utf-8")
     done = CliRunner().invoke(app, ["diff", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")])
