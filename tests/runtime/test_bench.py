@@ -13,36 +13,46 @@ from edgetune import bench as benching
 from edgetune import past
 from edgetune.artifact import Artifact
 from edgetune.errors import ArtifactError, UsageError
-from edgetune.recipe import Bench
+from edgetune.export import gguf
+from edgetune.recipe import Bench, GgufExport
 from edgetune.runtime import history
 from edgetune.runtime.evidence import Failure, Latency, Timings
 from edgetune.runtime.latency import make_prompts, measure
 from edgetune.runtime.report.write import read_report, write_report
+from tests.export.test_onnx import exported
 from tests.fakes import fake_job
 from tests.report_sample import sample_report
 from tests.runtime.test_history import timings
 from tests.test_found import bare
 
+pytest.importorskip("llama_cpp")
+pytest.importorskip("onnxruntime_genai")
 QUICK = Bench(prompt_tokens=[8], new_tokens=4, repeats=2, warmup=1, threads=1)
 
 
-def test_bare_folders_are_timed_without_a_recipe(tiny_model: Artifact, tmp_path: Path) -> None:
-    good, broken = bare(tiny_model, tmp_path / "good"), bare(tiny_model, tmp_path / "broken")
+def test_whatever_is_made_elsewhere_is_timed_without_a_recipe(
+    tiny_model: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A GPTQ folder, an ONNX folder and a GGUF file without manifests, and a Hugging Face folder that is cut."""
+    made = [bare(exported(kind, tiny_model, tmp_path_factory), tmp_path / kind) for kind in ("gptq", "fp32")]
+    out = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "made", moments=None, calibration_digest=None).path
+    file = (out / "model.gguf").rename(tmp_path / "tiny.gguf")
+    broken = bare(tiny_model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut")
     screen = Console(file=io.StringIO(), width=200)
     place, raw = tmp_path / "history.sqlite", tmp_path / "raw.json"
-    assert not benching.bench([good, broken], QUICK, screen, json=raw, history=place)
-    found = Timings.model_validate_json(raw.read_bytes())
-    timed, failed = found.results
-    assert isinstance(timed, Latency)
+    assert not benching.bench([*made, file, broken], QUICK, screen, json=raw, history=place)
+    *timed, failed = Timings.model_validate_json(raw.read_bytes()).results
+    assert [(one.subject.kind, one.subject.engine) for one in timed if isinstance(one, Latency)] == [
+        ("gptq", "torch"), ("onnx", "onnxruntime"), ("gguf", "llama.cpp"),
+    ]  # fmt: skip
     assert isinstance(failed, Failure)
     assert failed.reason.startswith("torch failed while loading: SafetensorError")
-    (trend,) = history.trends(place)
-    assert trend.subject == "good"
     assert isinstance(screen.file, io.StringIO)
     said = screen.file.getvalue()
     assert "failed" in said
     assert "one run tells no noise floor" in said
+    trend = next(trend for trend in history.trends(place) if trend.subject == "tiny.gguf")
     past.history(place, screen, artifact=trend.artifact[:6], machine="", add=raw)
     assert "two quiet runs before it would tell a noise floor" in screen.file.getvalue()
     with pytest.raises(UsageError, match="holds nothing of that kind"):
