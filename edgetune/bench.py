@@ -99,9 +99,9 @@ def ranking(results: Sequence[Latency | Failure]) -> Table:
             figures = [str(case.prompt_tokens), str(case.new_tokens), *waits, peak, size]
             table.add_row(*map(Text, [*shown, *figures]))
             shown = [""] * 4
-    for one in results:
-        if isinstance(one, Failure):
-            table.add_row("–", Text(one.subject), "failed", Text(one.reason))
+    for lost in results:
+        if isinstance(lost, Failure):
+            table.add_row("–", Text(lost.subject), "failed", Text(lost.reason))
     return table
 
 

@@ -74,7 +74,8 @@ def merge_timings(report: Report, path: Path) -> Report:
     The same evidence twice is kept once. Raises UsageError where it is of other files only.
     """
     timings = read_timings(path)
-    names = {found.subject.artifact_digest: found.subject.name for found in (*report.latency, *report.accuracy)}
+    subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
+    names = {subject.artifact_digest: subject.name for subject in subjects}
     known = [
         one.model_copy(update={"subject": one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})})
         for one in timings.results

@@ -37,12 +37,15 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 
 
+_Cache = dict[str, NDArray[Any]]
+
+
 @dataclass
 class _Rows:
     """Several rows that are read at once: their own binding and cache."""
 
     binding: Any
-    cache: list[NDArray[Any]]
+    cache: _Cache
     n_rows: int
     n_past: int = 0
 
@@ -54,7 +57,6 @@ class OnnxEngine(OneByOne):
 
     def __init__(self, session: Any, folder: Path, genai: dict[str, Any], *, n_ctx: int) -> None:
         self._session, self._folder, self._genai, self._n_ctx = session, folder, genai, n_ctx
-        self._binding: Any = session.io_binding()
         outputs = {o.name: o for o in session.get_outputs()}
         self._n_vocab = int(outputs["logits"].shape[-1])
         self._logits = np.empty((CHUNK, self._n_vocab), np.float32)
@@ -64,7 +66,8 @@ class OnnxEngine(OneByOne):
         self._n_past = 0
         self._reader: object = None  # whose tokens the cache holds
         self._tokenizer: Any = None
-        self._cache = self._bind_cache(self._binding, 1)
+        self._cache = self._new_cache(1)
+        self._binding: Any = self._bound(self._cache)
         self._rows: Any = None  # binding, cache and past of several rows at once
 
     @classmethod
@@ -107,7 +110,7 @@ class OnnxEngine(OneByOne):
 
     @property
     def kv_bytes_per_token(self) -> float:
-        return sum(buffer.nbytes for buffer in self._cache) / self._n_ctx
+        return sum(buffer.nbytes for buffer in self._cache.values()) / self._n_ctx
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -129,18 +132,28 @@ class OnnxEngine(OneByOne):
     def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
         """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V]."""
         if self._rows is None or self._rows.n_rows != len(rows):
-            binding = self._session.io_binding()
-            self._rows = _Rows(binding, self._bind_cache(binding, len(rows)), len(rows))
-        self._rows.n_past = 0
-        n = CHUNK // len(rows) or 1  # tokens of each row in one run, so that a run's logits stay bounded
-        for start in range(0, len(rows[0]), n):
-            last = self._run_rows([ids[start : start + n] for ids in rows])
+            cache = self._new_cache(len(rows))
+            self._rows = _Rows(self._bound(cache), cache, len(rows))
+        last = np.empty((len(rows), self._n_vocab), np.float32)
+        for row, ids in enumerate(rows):  # the operator takes a prompt behind others of one row only
+            own = self._bound({name: buffer[row : row + 1] for name, buffer in self._rows.cache.items()})
+            for start in range(0, len(ids), CHUNK):
+                part = np.array([ids[start : start + CHUNK]], np.int64)
+                logits = self._logits[: part.shape[1]]
+                self._step(own, part, start, logits[None])
+            last[row] = logits[-1]
+        self._rows.n_past = len(rows[0])
         return last
 
     def decode_rows(self, tokens: Sequence[int]) -> Logits:
         """Append one token to each row and give its logits, [B, V]."""
         assert self._rows is not None, "decode_rows needs a prefill_rows before it"
-        return self._run_rows([[token] for token in tokens])
+        step = np.array([[token] for token in tokens], np.int64)
+        logits = np.empty((len(tokens), 1, self._n_vocab), np.float32)
+        self._step(self._rows.binding, step, self._rows.n_past, logits)
+        self._rows.n_past += 1
+        last: Logits = logits[:, 0]
+        return last
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Give the logits of every position of one row, [T, V]."""
@@ -208,15 +221,6 @@ class OnnxEngine(OneByOne):
         self._n_past += len(ids)
         return logits
 
-    def _run_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
-        """Append the same number of tokens to every row and give the logits of the last of each, [B, V]."""
-        tokens = np.array(rows, np.int64)
-        logits = np.empty((*tokens.shape, self._n_vocab), np.float32)
-        self._step(self._rows.binding, tokens, self._rows.n_past, logits)
-        self._rows.n_past += tokens.shape[1]
-        last: Logits = logits[:, -1]
-        return last
-
     def _step(self, binding: Any, tokens: NDArray[np.int64], n_past: int, logits: Logits) -> None:
         """Run the graph on tokens [B, T] after `n_past` others, into `logits` [B, T, V]."""
         B, total = len(tokens), n_past + tokens.shape[1]
@@ -243,18 +247,22 @@ class OnnxEngine(OneByOne):
         except Exception as error:  # what onnxruntime raises shares no other base
             raise EngineError(f"onnxruntime failed after {n_past} tokens: {_first_line(error)}") from error
 
-    def _bind_cache(self, binding: Any, n_rows: int) -> list[NDArray[Any]]:
-        """Make a cache for so many rows, each buffer bound as past and as present."""
-        made = []
+    def _new_cache(self, n_rows: int) -> _Cache:
+        """Make empty keys and values of so many rows, by the name of the graph's input."""
         head_size = int(self._genai["model"]["decoder"]["head_size"])
-        for given in self._session.get_inputs():
-            if given.name.startswith("past_key_values."):
-                buffer = np.zeros([n_rows, int(given.shape[1]), self._n_ctx, head_size], _DTYPES[given.type])
-                present = given.name.replace("past_key_values.", "present.", 1)
-                self._bind(binding.bind_input, given.name, buffer)
-                self._bind(binding.bind_output, present, buffer)
-                made.append(buffer)
-        return made
+        return {
+            given.name: np.zeros([n_rows, int(given.shape[1]), self._n_ctx, head_size], _DTYPES[given.type])
+            for given in self._session.get_inputs()
+            if given.name.startswith("past_key_values.")
+        }
+
+    def _bound(self, cache: _Cache) -> Any:
+        """Give a binding of the session that has each buffer as past and as present."""
+        binding = self._session.io_binding()
+        for name, buffer in cache.items():
+            self._bind(binding.bind_input, name, buffer)
+            self._bind(binding.bind_output, name.replace("past_key_values.", "present.", 1), buffer)
+        return binding
 
     @staticmethod
     def _bind(bind: Any, name: str, array: Any) -> None:

@@ -111,11 +111,13 @@ class TorchEngine:
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
-        return self.prefill_rows([ids])[0]
+        logits: Logits = self.prefill_rows([ids])[0]
+        return logits
 
     def decode(self, token: int) -> Logits:
         """Append one token to the context and give its logits, [V]."""
-        return self.decode_rows([token])[0]
+        logits: Logits = self.decode_rows([token])[0]
+        return logits
 
     def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
         """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V]."""

@@ -19,6 +19,7 @@ from edgetune.runtime.worker import Job
 pytest.importorskip("llama_cpp")
 pytest.importorskip("onnxruntime_genai")
 
+from tests.conftest import make_tiny_model
 from tests.export.test_onnx import exported
 
 NEVER = frozenset({-1})
@@ -32,6 +33,15 @@ def ids_of(seed: int, length: int) -> list[int]:
 def gguf_file(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "f32"
     return gguf.run(GgufExport(type="F32"), tiny_model, out, moments=None, calibration_digest=None).path / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def wide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with heads of 32 values, which a quantized cache can hold."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = make_tiny_model(folder / "model", hidden=128)
+    made = gguf.run(GgufExport(type="F32"), model, folder / "gguf", moments=None, calibration_digest=None)
+    return made.path / "model.gguf"
 
 
 @pytest.fixture(params=["torch", "llama.cpp", "onnxruntime"])
@@ -108,9 +118,9 @@ def test_greedy_in_torch_is_the_librarys_own(tiny_model: Artifact) -> None:
     "settings",
     [{"kv_type": "q8_0", "flash_attention": True}, {"flash_attention": True}, {"n_ubatch": 16}, {"mmap": False}],
 )
-def test_settings_of_llama_cpp_reach_it_and_change_little(settings: dict[str, object], gguf_file: Path) -> None:
-    plain = load_engine("llama.cpp", gguf_file, n_ctx=128, n_threads=1, flash_attention=False, kv_type="f32")
-    engine = load_engine("llama.cpp", gguf_file, n_ctx=128, n_threads=1, **settings)
+def test_settings_of_llama_cpp_reach_it_and_change_little(settings: dict[str, object], wide_file: Path) -> None:
+    plain = load_engine("llama.cpp", wide_file, n_ctx=128, n_threads=1, flash_attention=False, kv_type="f32")
+    engine = load_engine("llama.cpp", wide_file, n_ctx=128, n_threads=1, **settings)
     ids = ids_of(5, 60)
     moved = np.abs(engine.prefill(ids) - plain.prefill(ids)).max()
     assert moved < 0.5
