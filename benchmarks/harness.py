@@ -1,13 +1,14 @@
 """Do our latency figures agree with those of the engines' own benchmarks? Same file, settings and depth, interleaved.
 
-    python benchmarks/harness.py            # 15 rounds, about 15 minutes
-    python benchmarks/harness.py --quick    # 3 rounds, under five minutes
+    python benchmarks/harness.py            # 40 rounds
+    python benchmarks/harness.py --quick    # 8 rounds, under two minutes once the peers are there
 
 A GGUF file is timed by our loop and by `llama-bench` of the same llama.cpp (`peers.py`): prefill of a prompt, and
 decoding at the depth that the prompt left. An ONNX folder is timed by our loop in onnxruntime-genai and by that
 library's own loop (`genai_loop.py`). In every round all of them run once, in an order that is drawn anew. A gap is the
-largest of |ours / theirs - 1| over prefill and decode, of medians over rounds. `loop_overhead` is what our loop takes
-for a token when llama.cpp's own decode does nothing, over what it takes when it does.
+larger of |ours / theirs - 1| of prefill and decode, where ours / theirs is the median over rounds of the ratio within
+a round. `loop_overhead` is what our loop takes for a token when llama.cpp's own decode does nothing, over what it takes
+when it does.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def onnx_folder() -> Path:
 
 
 def gap(ours: Side, theirs: Side) -> float:
-    """The largest difference of medians, as a share of theirs."""
+    """The larger distance from 1 of the median ratio within a round, of prefill and decode."""
     pairs = ((ours.prefill, theirs.prefill), (ours.decode, theirs.decode))
-    return max(abs(statistics.median(a) / statistics.median(b) - 1) for a, b in pairs)
+    return max(abs(statistics.median(a / b for a, b in zip(*pair, strict=True)) - 1) for pair in pairs)
 
 
 def benchmark(file: Path, folder: Path, rounds: int, threads: int, seed: int, out: Path) -> None:
@@ -216,8 +217,8 @@ def _json(command: list[Any]) -> Any:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="3 rounds")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="8 rounds")
     parser.add_argument("--gguf", type=Path, help="file to time; the base's own where absent")
     parser.add_argument("--onnx", type=Path, help="folder to time; the base in int4 where absent")
     parser.add_argument("--threads", type=int, default=2)

@@ -251,7 +251,7 @@ def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool)
     if manifest.is_file():
         kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
     else:
-        kind = "gptq" if is_gptq(path) else "model"
+        kind = "gptq" if (path / "config.json").is_file() and is_gptq(path) else "model"
     if kind == "adapter":
         raise UsageError(f"{path} is an adapter; give the base folder as path and this folder as `adapter`")
     if kind == "gptq":
