@@ -57,6 +57,10 @@ def bench(
     if history is not None:
         past.record(history, timings)
     console.print(ranking(results))
+    for name, lines in probed(results).items():
+        console.print(f"{name}:", highlight=False, markup=False)
+        for line in lines:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for line in remarks(results):
         console.print(f"note: {line}", highlight=False, markup=False)
     return not any(isinstance(one, Failure) for one in results)
@@ -129,6 +133,17 @@ def _totals(one: Latency) -> list[list[float]]:
     return [[sum(round_)] for round_ in zip(*per_case, strict=True)]
 
 
+def probed(results: Sequence[Latency | Failure]) -> dict[str, list[str]]:
+    """Say what the probes of each found, and where the largest, by bytes, is as fast as a smaller one."""
+    timed = [one for one in results if isinstance(one, Latency)]
+    large = max(timed, key=lambda one: one.subject.size_bytes, default=None)
+    said = {one.subject.name: list(beside.probed(one)) for one in timed}
+    for one in timed:
+        if large is not None and one is not large:
+            said[one.subject.name] += beside.crossed(one, large)
+    return {name: lines for name, lines in said.items() if lines}
+
+
 def remarks(results: Sequence[Latency | Failure]) -> list[str]:
     """Say what a reader of the figures must know."""
     timed = [one for one in results if isinstance(one, Latency)]
@@ -137,11 +152,6 @@ def remarks(results: Sequence[Latency | Failure]) -> list[str]:
     if busy is not None:
         said.append(f"others used {busy:.0%} of the machine meanwhile; measure again when it is idle")
     said += [f"{one.subject.name} never became steady" for one in timed if any(c.steady is False for c in one.cases)]
-    said += [f"{one.subject.name}: {line}" for one in timed for line in beside.probed(one)]
-    large = max(timed, key=lambda one: one.subject.size_bytes, default=None)
-    if large is not None:
-        small = [one for one in timed if one is not large]
-        said += [f"{one.subject.name}: {line}" for one in small for line in beside.crossed(one, large)]
     floors = [floor for one in timed for case in one.cases if (floor := noise_floor(case, "tpot_ms")) is not None]
     if floors:
         said.append(f"runs of the same artifact may differ by {max(floors):.1%} by chance (the noise floor)")

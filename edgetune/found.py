@@ -63,7 +63,7 @@ def jobs(paths: Sequence[Path], engines: Sequence[str], *, n_threads: int) -> li
     Raises UsageError where an engine was asked for and runs none of the paths.
     """
     made: list[Job] = []
-    names = [path.resolve().name for path in paths]
+    names = [path.name or path.resolve().name for path in paths]
     for path, name in zip(paths, names, strict=True):
         found, short = find(path), name if names.count(name) == 1 else str(path)
         chosen = [engine for engine in engines if engine in found.engines] or [found.engines[0]]
