@@ -26,7 +26,7 @@ def history(place: Path, console: Console, *, artifact: str, machine: str, add: 
     for key, cpu in machines.items():
         console.print(f"machine {key}: {cpu}", highlight=False, markup=False)
         table = Table(box=None, pad_edge=False)
-        for head in ("artifact", "engine", "prompt", "new", "runs", "TTFT", "ITL", "change of ITL"):
+        for head in ("artifact", "engine", "prompt", "new", "runs", "TTFT ms", "ITL ms", "change of ITL"):
             table.add_column(head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold")
         for trend in trends:
             if trend.machine == key:
