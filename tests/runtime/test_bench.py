@@ -127,3 +127,29 @@ def test_evidence_of_another_machine_is_merged_by_digest(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="timed none of the files"):
         past.merge_timings(report, file)
     assert past.read_timings(tmp_path).results == [*merged.latency]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "a.gguf", "--engine", "abacus"], "unknown engine 'abacus'; known: torch, llama.cpp"),
+        (["bench", "nowhere.gguf"], "nowhere.gguf is not there"),
+        (["bench", "a.gguf", "--probe", "mood"], "bench: probes.0: Input should be 'cold_start'"),
+        (["bench-http", "localhost"], "'localhost' is no address of a server"),
+        (["history", "--history", "none.sqlite"], "none.sqlite holds nothing of that kind; edgetune bench fills it"),
+    ],
+)
+def test_wrong_words_are_one_line_and_exit_code_2(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from edgetune import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["edgetune", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"edgetune: {said}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
