@@ -67,11 +67,13 @@ class Child:
             made = getattr(importlib.import_module(module), attribute)
             self._engine = made.load(Path(path), n_ctx=n_ctx, n_threads=n_threads, **settings)
         load_ms = (time.perf_counter() - started) * 1e3
-        loaded = {"version": self.engine.version, "n_vocab": self.engine.n_vocab, "load_ms": load_ms}
-        if isinstance(self.engine, Traffic):
-            loaded["weight_bytes"] = self.engine.weight_bytes
-            loaded["kv_bytes_per_token"] = self.engine.kv_bytes_per_token
-        return loaded
+        return {"version": self.engine.version, "n_vocab": self.engine.n_vocab, "load_ms": load_ms}
+
+    def traffic(self) -> dict[str, Any]:
+        """Give what a token reads from memory. Raises UnsupportedError where the engine does not know."""
+        if not isinstance(self.engine, Traffic):
+            raise UnsupportedError(f"{self.engine.name} does not tell what a token reads")
+        return {"weight_bytes": self.engine.weight_bytes, "kv_bytes_per_token": self.engine.kv_bytes_per_token}
 
     def tokenize(self, text: str) -> dict[str, Any]:
         return {"ids": self.engine.tokenize(text)}
@@ -199,7 +201,7 @@ def main() -> None:
     child = Child(lambda progress: emit({"progress": progress}))
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "load": child.load, "tokenize": child.tokenize, "score": child.score, "memory": child.memory,
-        "memory_phases": child.memory_phases, "generate_timed": child.generate_timed,
+        "memory_phases": child.memory_phases, "traffic": child.traffic, "generate_timed": child.generate_timed,
         "generate_rows_timed": child.generate_rows_timed, "close": child.close,
     }  # fmt: skip
     while True:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.errors import EdgetuneError, EngineError
+from edgetune.errors import EdgetuneError
 from edgetune.recipe import Bench
 from edgetune.runtime import roofline, sensors
 from edgetune.runtime.evidence import (
@@ -197,14 +197,13 @@ def _energy(job: Job, work: _Work) -> Energy:
 
 def _roofline(job: Job, timed: Latency, work: _Work, bandwidth: float) -> Roofline:
     with Worker(job) as worker:
-        loaded = worker.load(n_ctx=work.n_ctx, timeout_s=work.timeout_s)
-    weights = roofline.weight_bytes(job, loaded.get("weight_bytes"))
-    if weights is None:
-        raise EngineError(f"{job.engine} does not tell what a token reads")
+        worker.load(n_ctx=work.n_ctx, timeout_s=work.timeout_s)
+        told = worker.call("traffic", timeout_s=work.timeout_s)
     case = min(timed.cases, key=lambda case: (case.prompt_tokens, case.new_tokens))
     waits = [wait for g in case.generations if not g.warmup for wait in g.itl_ms]
     n_past = case.prompt_tokens + case.new_tokens // 2
-    return roofline.roofline(weights, loaded["kv_bytes_per_token"], n_past, float(np.median(waits)), bandwidth)
+    weights = roofline.weight_bytes(job, told["weight_bytes"])
+    return roofline.roofline(weights, told["kv_bytes_per_token"], n_past, float(np.median(waits)), bandwidth)
 
 
 def crossover(small: Latency, large: Latency, *, seed: int = 0) -> Iterator[tuple[int, float, float, float]]:

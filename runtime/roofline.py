@@ -31,7 +31,7 @@ def memory_bandwidth(n_threads: int, *, n_bytes: int = ARRAY_BYTES) -> float:
     return array.nbytes / best
 
 
-def weight_bytes(job: Job, told: int | None) -> int | None:
+def weight_bytes(job: Job, told: int) -> int:
     """Bytes of weights that one token reads. A GGUF file is asked itself; else `told`, what the engine says."""
     if job.kind != "gguf":
         return told
