@@ -23,10 +23,7 @@ def lines(report: Report) -> Iterator[tuple[str, str]]:
         place = f"{timings.machine.cpu}, {timings.machine.cores} cores"
         for found in timings.results:
             if isinstance(found, Latency):
-                for sentence in _timed(found):
-                    yield found.subject.name, f"on {place}: {sentence}"
-            else:
-                yield found.subject, f"on {place}: failed: {found.reason}"
+                yield from ((found.subject.name, f"on {place}: {sentence}") for sentence in _timed(found))
 
 
 def probed(one: Latency) -> Iterator[str]:
