@@ -33,10 +33,10 @@ def probed(one: Latency) -> Iterator[str]:
         return
     by_threads = {point.n_threads: _rate(point) for point in found.sweep if point.n_rows == 1}
     if len(by_threads) > 1:
-        yield "threads: " + ", ".join(f"{n}: {rate}" for n, rate in by_threads.items()) + " tokens/s"
+        yield "threads: " + ", ".join(f"{n}: {rate}" for n, rate in sorted(by_threads.items())) + " tokens/s"
     by_rows = {p.n_rows: _rate(p) for p in found.sweep if p.n_threads == one.subject.n_threads}
     if len(by_rows) > 1:
-        yield "rows at once: " + ", ".join(f"{n}: {rate}" for n, rate in by_rows.items()) + " tokens/s in all"
+        yield "rows at once: " + ", ".join(f"{n}: {rate}" for n, rate in sorted(by_rows.items())) + " tokens/s in all"
     yield from _growth(one)
     if (cold := found.cold_start) is not None:
         kept = "" if cold.resident is None else f" ({cold.resident:.0%} of the files stayed in memory)"
