@@ -139,8 +139,9 @@ def _one_run(
         turns = [(candidate, case) for candidate in candidates for case in cases]
 
         def generate(candidate: _Candidate, case: Case, *, warmup: bool) -> None:
-            (n, new), fed = case, work.fed[case[0]][: case[1] - 1]
-            _guarded(candidate, lambda c: _generate(c, (n, new), work.prompts[n], fed, warmup, run, timeout_s))
+            n, new = case
+            fed = work.fed[n][: new - 1]
+            _guarded(candidate, lambda c: _generate(c, case, work.prompts[n], fed, warmup, run, timeout_s))
 
         def one_round(turns: Sequence[tuple[_Candidate, Case]], *, warmup: bool) -> None:
             for place in rng.permutation(len(turns)):
