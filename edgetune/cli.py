@@ -203,23 +203,6 @@ def export(
 
 
 @app.command()
-def bench(
-    paths: Annotated[list[Path], typer.Argument(help="artifact folders")],
-    prompt_tokens: Annotated[list[int] | None, typer.Option(help="prompt length, may be repeated; 32 and 256")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="tokens to generate")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case")] = 10,
-    threads: Threads = 2,
-    json: Annotated[Path | None, typer.Option(help="write the raw evidence here")] = None,
-) -> None:
-    """Time artifacts side by side, each in its own runtime."""
-    from edgetune import single
-
-    _quiet()
-    ok = single.bench(paths, prompt_tokens or [32, 256], new_tokens, repeats, threads, json, _console())
-    raise typer.Exit(0 if ok else 1)
-
-
-@app.command()
 def generate(
     artifact: Annotated[Path, typer.Argument(help="folder of an artifact")],
     prompt: Annotated[str, typer.Argument(help="what the user says")],
@@ -235,13 +218,21 @@ def generate(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="folder of a run, with report.json")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, with report.json")],
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="evidence of the same files on another machine; may be repeated")
+    ] = None,
+) -> None:
     """Show a run's verdicts again, and write its page and summary anew from report.json."""
+    from edgetune.past import merge_timings
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.report.write import read_report, write_report
     from edgetune.runtime.verdict import exit_code
 
     found = read_report(folder / "report.json")
+    for path in merge or ():
+        found = merge_timings(found, path)
     paths = write_report(found, folder)
     _console().print(console_table(found))
     typer.echo(paths["html"])
@@ -336,7 +327,7 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-from edgetune import cli_data  # noqa: E402, F401 - its verbs join the app above
+from edgetune import cli_bench, cli_data  # noqa: E402, F401 - their verbs join the app above
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ DECODING = {
 }  # times the bytes of the weights that pass for each token
 MEMORY_BYTES_PER_S = 8e9
 START_S, EXPORT_S_PER_GB, MIB = 12.0, 130.0, 1 << 20
+SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
 RUNTIME_MIB, TRAINER_MIB = 450.0, 900.0  # Python with torch and transformers; with what training imports
 
 
@@ -209,12 +210,16 @@ class Estimator:
     def _latency(self, bench: Bench) -> Cost:
         run_here = [candidate for candidate in self.recipe.candidates.values() if why_not_run(candidate) is None]
         kinds = ["torch", *(_kind(candidate) for candidate in run_here)]
-        rounds = bench.repeats + bench.warmup
-        n_new = rounds * bench.new_tokens * len(bench.prompt_tokens)
+        rounds = (bench.repeats + bench.warmup) * (bench.runs or 1)
+        swept = SWEPT * (len(bench.sweep_threads or ()) + sum(bench.sweep_rows or ()))
+        n_new = rounds * sum(bench.output_lengths) * len(bench.prompt_tokens) + swept * bench.output_lengths[0]
         read = sum(DECODING[kind] * self.sizes.bytes_16 for kind in kinds) * n_new / MEMORY_BYTES_PER_S
-        prompts = rounds * sum(bench.prompt_tokens) * 2 * self.sizes.linear
-        prefill = sum(self._seconds(prompts, SCORING.get(kind, TORCH)) for kind in kinds)
-        return Cost(len(kinds) * START_S / 2 + read + prefill, RUNTIME_MIB + self.sizes.bytes_16 / MIB)
+        n_read = rounds * sum(bench.prompt_tokens) * len(bench.output_lengths) + swept * min(bench.prompt_tokens)
+        prefill = sum(self._seconds(n_read * 2 * self.sizes.linear, SCORING.get(kind, TORCH)) for kind in kinds)
+        processes = (bench.runs or 1) + len(bench.sweep_threads or ()) + bool(bench.sweep_rows)
+        processes += PROBE_PROCESSES * len(bench.probes or ())
+        starting = len(kinds) * processes * START_S / 2
+        return Cost(starting + read + prefill, RUNTIME_MIB + self.sizes.bytes_16 / MIB)
 
 
 def measured_stages(recipe: Recipe) -> list[str]:

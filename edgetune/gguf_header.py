@@ -116,12 +116,13 @@ def _read(reader: _Reader, size: int) -> GgufHeader:
         raise ValueError(f"alignment {alignment}")
     start = math.ceil(reader.stream.tell() / alignment) * alignment
     for tensor in tensors:
-        if start + tensor.offset + _n_bytes(tensor) > size:
+        if start + tensor.offset + tensor_bytes(tensor) > size:
             raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
     return GgufHeader(metadata, tensors, start)
 
 
-def _n_bytes(tensor: TensorInfo) -> int:
+def tensor_bytes(tensor: TensorInfo) -> int:
+    """Give the bytes that a tensor takes in the file."""
     gguf = require("gguf")
     block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.ggml_type)]
     return int(math.prod(tensor.shape) // block * width)

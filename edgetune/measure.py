@@ -26,6 +26,12 @@ ACCURACY_STAGE = "measure.accuracy/2"
 LATENCY_STAGE = "measure.latency/1"
 TASKS_STAGE = "measure.tasks/1"
 PACK = "reference.npz"
+PACKAGE_OF_ENGINE = {
+    "torch": "torch",
+    "llama.cpp": "llama-cpp-python",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-genai": "onnxruntime-genai",
+}
 Timed = TypeAdapter(list[Latency | Failure])
 Tasks = TypeAdapter(list[TaskScore])
 
@@ -189,7 +195,7 @@ def _accuracy_config(job: Job, generate_rows: int | None) -> dict[str, object]:
 
 def _engine(job: Job) -> list[str | None]:
     """Engine and version of its package: an upgrade measures anew."""
-    package = {"torch": "torch", "llama.cpp": "llama-cpp-python", "onnxruntime": "onnxruntime"}.get(job.engine)
+    package = PACKAGE_OF_ENGINE.get(job.engine)
     if job.engine == "tensorrt":
         package = EngineFiles.read(job.path).settings["library"]
     return [job.engine, metadata.version(package) if package else None]
@@ -215,7 +221,7 @@ def _tasks(works: Sequence[TaskWork]) -> dict[str, str]:
 def _latency_config(jobs: Sequence[Job], bench: Bench) -> dict[str, object]:
     machine = describe()
     return {
-        "bench": bench.model_dump(mode="json"),
+        "bench": bench.as_config(),
         "jobs": [[job.name, _engine(job), job.n_threads, _settings(job)] for job in jobs],
         "machine": [machine.cpu, machine.cores, machine.memory_mib, machine.gpu, machine.platform],
     }

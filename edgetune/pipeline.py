@@ -231,10 +231,17 @@ class Pipeline:
         return self._report(shipped, scored, tasks, hops, timed)
 
     def _job(self, name: str, artifact: Artifact, **settings: Any) -> Job:
-        """The job of an artifact; an adapter runs on the base that it was trained on, and ships with it."""
-        threads = self.recipe.bench.threads
+        """The job of an artifact, in the engine that the recipe gives its candidate, else in the one that ships it.
+
+        An adapter runs on the base that it was trained on, and ships with it.
+        """
+        threads, candidate = self.recipe.bench.threads, self.recipe.candidates.get(name)
         if artifact.manifest.kind != "adapter":
-            return Job.of(name, artifact, n_threads=threads, **settings)
+            runtime = candidate.runtime if candidate is not None else None
+            engine = runtime.engine if runtime is not None else None
+            return Job.of(
+                name, artifact, n_threads=threads, engine=engine, **(runtime.settings if runtime else {}), **settings
+            )
         assert self.recipe.adapt is not None, "only adapt leaves an adapter"
         job = Job.of(
             name, self.base, n_threads=threads, **settings, adapter=str(artifact.path),

@@ -12,8 +12,11 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer
+
+NewTokens = Annotated[int, Field(ge=2)]
 
 
 class Calibration(Closed):
@@ -106,17 +109,54 @@ class Candidate(Closed):
 
     compress: list[CompressStep] = Field(default=[], max_length=1)
     export: Export | None = None
+    runtime: Runtime | None = Field(None, description="engine and settings; those of the format where absent")
+
+    @model_validator(mode="after")
+    def _runtime_runs_the_format(self) -> Candidate:
+        if self.runtime is None:
+            return self
+        export = self.export or Export.model_construct()
+        runs = {
+            "llama.cpp": export.gguf is not None,
+            "onnxruntime": export.onnx is not None,
+            "onnxruntime-genai": export.onnx is not None,
+            "torch": self.export is None,
+        }
+        if not runs[self.runtime.engine]:
+            known = [engine for engine, fits in runs.items() if fits]
+            raise ValueError(f"{self.runtime.engine} does not run this format; known to: {', '.join(known) or 'none'}")
+        return self
 
 
 class Bench(Closed):
     """How latency is measured."""
 
     prompt_tokens: list[Count] = [32, 256]
-    new_tokens: Annotated[int, Field(ge=2)] = 64
+    new_tokens: NewTokens | Annotated[list[NewTokens], Field(min_length=1)] = 64
     threads: Count = 2
     repeats: Count = Field(10, description="measured generations of each case, candidates interleaved")
     warmup: Count = Field(2, description="generations of each case that are named, kept apart and not counted")
     case_timeout_s: Annotated[float, Field(gt=0)] = 300
+    runs: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="do it all so many times in fresh processes; their spread is the noise floor of verdicts"
+    )
+    sweep_threads: Annotated[list[Count], Field(min_length=1)] | None = Field(
+        None, description="also time the first case with each of these numbers of threads"
+    )
+    sweep_rows: Annotated[list[Count], Field(min_length=1)] | None = Field(
+        None, description="also decode so many rows at once, and say from how many on int4 is no faster than 16-bit"
+    )
+    probes: list[Literal["cold_start", "memory", "energy", "frequency", "roofline"]] | None = Field(
+        None, description="what else is measured of each candidate"
+    )
+
+    @property
+    def output_lengths(self) -> list[int]:
+        return self.new_tokens if isinstance(self.new_tokens, list) else [self.new_tokens]
+
+    def as_config(self) -> dict[str, Any]:
+        """What an identity is made of: a key that is left out stands for what edgetune did before it had the key."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class AccuracyBudget(Closed):

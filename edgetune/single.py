@@ -1,15 +1,13 @@
-"""One stage at a time, for the verbs `compress`, `export`, `bench` and `generate`."""
+"""One stage at a time, for the verbs `compress`, `export` and `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from edgetune import measure, sources, workload
-from edgetune.artifact import MANIFEST, Artifact, Store, write_text
+from edgetune import sources, workload
+from edgetune.artifact import MANIFEST, Artifact, Store
 from edgetune.commands import run_commands
 from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import read_rows
@@ -18,12 +16,8 @@ from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.errors import UsageError
 from edgetune.progress import reporting
-from edgetune.recipe import Bench, Calibration, CompressStep, Export, Gptq, Rtn, parse_as
+from edgetune.recipe import Calibration, CompressStep, Export, Gptq, Rtn, parse_as
 from edgetune.runtime.engine import why_not_run
-from edgetune.runtime.evidence import Failure, Latency
-from edgetune.runtime.latency import case_interval, make_prompts
-from edgetune.runtime.latency import measure as time_jobs
-from edgetune.runtime.worker import Job
 
 
 def open_model(model: str, store: Store, console: Console) -> Artifact:
@@ -108,33 +102,6 @@ def export(config: Export, source: Artifact, out: Path, console: Console) -> Art
         return onnx.run(config.onnx, source, out, progress=progress)
 
 
-def bench(
-    paths: Sequence[Path],
-    prompt_tokens: list[int],
-    new_tokens: int,
-    repeats: int,
-    threads: int,
-    json: Path | None,
-    console: Console,
-) -> bool:
-    """Time artifacts side by side and print a table; gives whether all came to their end."""
-    settings = Bench(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads)
-    artifacts = [Artifact.open(path) for path in paths]
-    jobs = [Job.of(str(path), found, n_threads=threads) for path, found in zip(paths, artifacts, strict=True)]
-    stream = Golden.read(artifacts[0].path).texts[0].ids
-    with reporting(console, "bench") as progress:
-        found = time_jobs(
-            jobs,
-            settings,
-            make_prompts(stream, prompt_tokens),
-            progress=lambda done, total: progress(done, total, "rounds"),
-        )
-    if json is not None:
-        write_text(json, measure.Timed.dump_json(found, indent=1).decode() + "\n")
-    console.print(_table(found))
-    return not any(isinstance(one, Failure) for one in found)
-
-
 def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, threads: int) -> str:
     """Answer one prompt. The system turn is that of the golden conversations, where training had one."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -191,23 +158,3 @@ def _calibration(source: Artifact, rows: Path | None, config: Calibration, seed:
         task, general, n_samples=config.n_samples, n_tokens=config.n_tokens, general_share=config.general_share,
         seed=seed,
     )  # fmt: skip
-
-
-def _table(found: Sequence[Latency | Failure]) -> Table:
-    table = Table(title="latency, ms: p50 / p95", title_justify="left")
-    for head in ("artifact", "engine", "prompt", "TTFT", "ITL", "peak MB", "size MB"):
-        table.add_column(head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold")
-    for one in found:
-        if isinstance(one, Failure):
-            table.add_row(one.subject, "failed", one.reason)
-            continue
-        for case in one.cases:
-            figures = [
-                " / ".join(f"{case_interval(case, name, q).value:.1f}" for q in (50, 95))
-                for name in ("ttft_ms", "itl_ms")
-            ]
-            table.add_row(
-                one.subject.name, one.subject.engine, str(case.prompt_tokens), *figures,
-                f"{one.peak_rss_bytes / 1e6:.0f}", f"{one.subject.size_bytes / 1e6:.0f}",
-            )  # fmt: skip
-    return table

@@ -21,19 +21,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from edgetune.errors import EdgetuneError, EngineError, UsageError
-from edgetune.runtime.engine import Engine, load_engine
+from edgetune.errors import EdgetuneError, EngineError, UnsupportedError, UsageError
+from edgetune.runtime.engine import Engine, Logits, RowsEngine, Traffic, load_engine
 
 # what a verb is called in an error message
-DOING = {
-    "load": "loading",
-    "tokenize": "tokenizing",
-    "score": "scoring",
-    "score_task": "scoring",
-    "generate_timed": "generating",
-}
+DOING = {"load": "loading", "tokenize": "tokenizing", "score": "scoring", "score_task": "scoring",
+         "generate_timed": "generating", "generate_rows_timed": "generating several rows",
+         "memory_phases": "weighing"}  # fmt: skip
 PR_SET_PDEATHSIG = 1
 
 
@@ -74,6 +70,12 @@ class Child:
         load_ms = (time.perf_counter() - started) * 1e3
         return {"version": self.engine.version, "n_vocab": self.engine.n_vocab, "load_ms": load_ms}
 
+    def traffic(self) -> dict[str, Any]:
+        """Give what a token reads from memory. Raises UnsupportedError where the engine does not know."""
+        if not isinstance(self.engine, Traffic):
+            raise UnsupportedError(f"{self.engine.name} does not tell what a token reads")
+        return {"weight_bytes": self.engine.weight_bytes, "kv_bytes_per_token": self.engine.kv_bytes_per_token}
+
     def tokenize(self, text: str) -> dict[str, Any]:
         return {"ids": self.engine.tokenize(text)}
 
@@ -91,8 +93,25 @@ class Child:
         """Read a prompt, then feed fixed ids; a stamp before and one after each choice of a token, in seconds."""
         return {"stamps": timed(self.engine, ids, continuation)}
 
+    def generate_rows_timed(self, rows: list[list[int]], continuation: list[int]) -> dict[str, Any]:
+        """The same with several rows at once, each fed the same ids; a stamp for each step of all rows."""
+        engine = self.engine
+        if not isinstance(engine, RowsEngine):
+            raise UnsupportedError(f"{engine.name} decodes one row at a time")
+        return {"stamps": timed(_AllRows(engine.name, engine, rows), rows[0], continuation)}
+
     def memory(self) -> dict[str, Any]:
         return {"peak_rss_bytes": peak_rss_bytes()}
+
+    def memory_phases(self, ids: list[int], continuation: list[int]) -> dict[str, Any]:
+        """Give resident bytes now, and the peaks of reading a prompt and of decoding after it."""
+        found = {"loaded": _forget_peak()}
+        self.engine.prefill(ids)
+        found["prefill_peak"] = peak_rss_bytes()
+        _forget_peak()
+        for token in continuation:
+            self.engine.decode(token)
+        return found | {"decode_peak": peak_rss_bytes()}
 
     def close(self) -> dict[str, Any]:
         if self._engine is not None:
@@ -101,7 +120,30 @@ class Child:
         return {}
 
 
-def timed(engine: Engine, ids: Sequence[int], continuation: Sequence[int]) -> list[float]:
+class _AllRows:
+    """Several rows of an engine, as if they were one: each step gives every row a token."""
+
+    def __init__(self, name: str, engine: RowsEngine, rows: list[list[int]]) -> None:
+        self.name, self._engine, self._rows = name, engine, rows
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        return self._engine.prefill_rows(self._rows).ravel()
+
+    def decode(self, token: int) -> Logits:
+        return self._engine.decode_rows([token] * len(self._rows)).ravel()
+
+
+class Stepwise(Protocol):
+    """What `timed` asks of an engine."""
+
+    name: str
+
+    def prefill(self, ids: Sequence[int]) -> Logits: ...
+
+    def decode(self, token: int) -> Logits: ...
+
+
+def timed(engine: Stepwise, ids: Sequence[int], continuation: Sequence[int]) -> list[float]:
     """Stamp len(continuation) + 1 choices of a token. Each choice is made and thrown away: the next id is given, so
     that every engine does the same work on the same ids. The garbage collector rests meanwhile."""
     clock = time.perf_counter
@@ -122,6 +164,15 @@ def timed(engine: Engine, ids: Sequence[int], continuation: Sequence[int]) -> li
         if not math.isfinite(value):
             raise EngineError(f"{engine.name} gave logits that are not finite after {n} new tokens")
     return stamps
+
+
+def _forget_peak() -> int:
+    """Let the kernel count the peak anew, and give the resident bytes of now. Raises EngineError where it cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError as error:
+        raise EngineError(f"memory by phase needs /proc/self/clear_refs ({error.strerror})") from error
+    return peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
@@ -156,8 +207,8 @@ def main() -> None:
     child = Child(lambda progress: emit({"progress": progress}))
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "load": child.load, "tokenize": child.tokenize, "score": child.score, "memory": child.memory,
-        "score_task": child.score_task,
-        "generate_timed": child.generate_timed, "close": child.close,
+        "score_task": child.score_task, "memory_phases": child.memory_phases, "traffic": child.traffic,
+        "generate_timed": child.generate_timed, "generate_rows_timed": child.generate_rows_timed, "close": child.close,
     }  # fmt: skip
     while True:
         request = inbox.get()

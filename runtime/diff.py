@@ -8,6 +8,7 @@ from typing import Literal
 
 from edgetune.runtime import statistics
 from edgetune.runtime.evidence import Accuracy, Latency, LatencyCase, Report
+from edgetune.runtime.latency import noise_floor
 
 Kind = Literal["better", "worse", "changed", "same", "not comparable"]
 FIGURES = (("TTFT", "ttft_ms"), ("ITL", "itl_ms"))
@@ -105,17 +106,23 @@ def _timings(name: str, old: Latency, new: Latency, seed: int, confidence: float
         yield Difference(name, "latency", "not comparable", says)
         return
     busy = [label for label, found in (("earlier", old), ("later", new)) if found.load.busy]
-    cases = {case.prompt_tokens: case for case in old.cases}
+    cases = {(case.prompt_tokens, case.new_tokens): case for case in old.cases}
     for case in new.cases:
-        if case.prompt_tokens not in cases:
+        earlier = cases.get((case.prompt_tokens, case.new_tokens))
+        if earlier is None:
             continue
         for title, figure in FIGURES:
             ratio = statistics.percentile_ratio(
-                _samples(case, figure), _samples(cases[case.prompt_tokens], figure), 50, seed=seed,
+                _samples(case, figure), _samples(earlier, figure), 50, seed=seed,
                 confidence=confidence,
             )  # fmt: skip
-            kind: Kind = "worse" if ratio.low > 1 else "better" if ratio.high < 1 else "same"
+            floors = [noise_floor(side, figure) for side in (earlier, case)]
+            floor = max((f for f in floors if f is not None), default=0.0)
+            kind: Kind = "worse" if ratio.low > 1 + floor else "better" if ratio.high < 1 - floor else "same"
             says = f"median {ratio.value:.3f} times as long ({ratio.low:.3f} to {ratio.high:.3f})"
+            says += f", runs differ by {floor:.1%} by chance" if floor else ""
+            if None in floors and kind != "same":
+                kind, says = "changed", f"{says}; without repeated runs (bench.runs) that may be chance"
             if busy:
                 kind, says = "not comparable", f"{says}; the machine was busy in the {' and the '.join(busy)} report"
             yield Difference(name, f"{title}, prompts of {case.prompt_tokens}", kind, says)

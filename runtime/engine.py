@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,34 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class RowsEngine(Protocol):
+    """An engine that also decodes several rows at once, each token with the same weights read."""
+
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V]."""
+        ...
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each row and give its logits, [B, V]."""
+        ...
+
+
+@runtime_checkable
+class Traffic(Protocol):
+    """An engine that knows what one token reads from memory."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory, but for an input embedding that is no output head too."""
+        ...
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Bytes of the cache that each token of context takes."""
+        ...
+
+
 # engine name -> module:class, loaded only when asked for. Each class has
 # `load(path: Path, *, n_ctx: int, n_threads: int, **settings) -> Engine` as a classmethod.
 ENGINES: dict[str, str] = {
@@ -89,6 +117,7 @@ ENGINES: dict[str, str] = {
     "llama.cpp": "edgetune.runtime.engines.llama_engine:LlamaEngine",
     "onnxruntime": "edgetune.runtime.engines.onnx_engine:OnnxEngine",
     "tensorrt": "edgetune.runtime.engines.tensorrt_engine:TensorrtEngine",
+    "onnxruntime-genai": "edgetune.runtime.engines.genai_engine:GenaiEngine",
 }
 
 # artifact kind -> engine that ships it
@@ -100,6 +129,9 @@ ENGINE_OF_KIND: dict[str, str] = {
     "onnx": "onnxruntime",
     "tensorrt": "tensorrt",
 }
+
+# artifact kind -> engines that also run it, where they are asked for
+ALSO_RUN_BY: dict[str, tuple[str, ...]] = {"onnx": ("onnxruntime-genai",)}
 
 
 def why_not_run(kind: str) -> str | None:

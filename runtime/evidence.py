@@ -110,6 +110,7 @@ class Generation(Record):
     ttft_ms: float  # prefill call to first token chosen
     itl_ms: list[float]  # one for each further token
     warmup: bool
+    run: int = 0  # which repeated run, each in processes of its own
 
 
 class LatencyCase(Record):
@@ -117,6 +118,71 @@ class LatencyCase(Record):
     new_tokens: int
     generations: list[Generation]
     steady: bool | None = None  # medians of the last two warm-ups within 5%; None where that was not looked at
+
+
+class SweepPoint(Record):
+    """One artifact with another number of threads, or with several rows at once; `reason` where that failed."""
+
+    n_threads: int
+    n_rows: int
+    prompt_tokens: int
+    generations: list[Generation]  # itl_ms: one for each step, which gives every row a token
+    reason: str | None = None
+
+
+class ColdStart(Record):
+    """Load and first token in a fresh process, its files dropped from the page cache, and in one after it."""
+
+    resident: float | None  # share of the files that the kernel kept in memory; None where it cannot tell
+    load_ms: float
+    ttft_ms: float
+    warm_load_ms: float
+    warm_ttft_ms: float
+
+
+class MemoryPhases(Record):
+    """Resident bytes of a fresh child: after loading, and the highest while reading a prompt and while decoding."""
+
+    loaded: int
+    prefill_peak: int
+    decode_peak: int
+
+
+class CpuState(Record):
+    """What the kernel tells of the processor; None where it does not."""
+
+    mhz: float | None
+    throttled: int | None  # events since the machine started
+
+
+class Energy(Record):
+    """Joules of the processor packages over one generation, the machine's rest included."""
+
+    joules: float | None
+    seconds: float
+    n_tokens: int
+    reason: str | None = None  # why there is no reading
+
+
+class Roofline(Record):
+    """Bytes that a token must read, the memory bandwidth that was measured, and the share of it that was reached."""
+
+    bytes_per_token: int
+    memory_bytes_per_s: float
+    share: float
+
+
+class Probes(Record):
+    """What `bench` keys ask for beside the timing itself, each measured in fresh processes."""
+
+    sweep: list[SweepPoint] = []
+    cold_start: ColdStart | None = None
+    memory: MemoryPhases | None = None
+    energy: Energy | None = None
+    cpu_before: CpuState | None = None
+    cpu_after: CpuState | None = None
+    roofline: Roofline | None = None
+    failures: dict[str, str] = {}  # probe -> why it did not come to its end
 
 
 class Latency(Record):
@@ -127,6 +193,7 @@ class Latency(Record):
     cases: list[LatencyCase]
     peak_rss_bytes: int
     load: Load
+    probes: Probes | None = None
 
 
 class Failure(Record):
@@ -135,6 +202,46 @@ class Failure(Record):
     subject: str
     stage: str
     reason: str  # one line
+
+
+class ServedRequest(Record):
+    """One request to a server, stamped by its client in seconds from the beginning of its case."""
+
+    sent_s: float
+    done_s: float | None = None
+    ttft_ms: float | None = None
+    itl_ms: list[float] = []  # waits between parts of the stream; most servers send one for each token
+    n_tokens: int | None = None  # as the server counts them
+    error: str | None = None
+
+
+class ServedCase(Record):
+    """Requests of so many clients at once, or arriving at a rate."""
+
+    concurrency: int | None
+    rate: float | None  # requests a second
+    seconds: float
+    requests: list[ServedRequest]
+
+
+class Served(Record):
+    """What one HTTP endpoint was measured to do."""
+
+    url: str
+    model: str
+    new_tokens: int
+    cases: list[ServedCase]
+
+
+class Timings(Record):
+    """What one `bench` measured, with the machine that did; what a history keeps and `report --merge` reads."""
+
+    schema_version: Literal[1] = 1
+    edgetune: str
+    time: str  # ISO 8601, UTC
+    machine: Machine
+    results: list[Latency | Failure]
+    served: list[Served] = []
 
 
 class Seam(Record):
@@ -197,3 +304,4 @@ class Report(Record):
     training: dict[str, Any] | None
     texts: list[RowText] = []  # of the held-out rows, in their order
     tasks: list[TaskScore] = []
+    elsewhere: list[Timings] = []  # the same files, timed on other machines

@@ -99,6 +99,19 @@ def percentile_ratio(
     return Interval(value_after / value_before, float(low), float(high))
 
 
+def repeatability(runs: Sequence[float], *, confidence: float = 0.95) -> float:
+    """Give the share by which two runs of the same thing may differ by chance: the repeatability limit of ISO 5725-1
+    from the medians of repeated runs, t(confidence, n - 1) * s * sqrt(2) / mean. Needs two runs; few are wide.
+    """
+    from scipy.stats import t
+
+    if len(runs) < 2:
+        raise ValueError("a noise floor needs at least two runs")
+    values = np.asarray(runs, dtype=np.float64)
+    quantile = float(t.ppf((1 + confidence) / 2, len(values) - 1))
+    return float(quantile * values.std(ddof=1) * math.sqrt(2) / values.mean())
+
+
 def token_intervals(
     groups: Sequence[Sequence[float]], *, seed: int, confidence: float = 0.95, n_resamples: int = 1000
 ) -> dict[str, Interval]:

@@ -17,9 +17,9 @@ from typing import Literal
 from edgetune.errors import DataError
 from edgetune.recipe import AccuracyBudget, Budgets
 from edgetune.runtime.evidence import Accuracy, Check, Failure, Latency, Report, TaskScore, Verdict
-from edgetune.runtime.latency import case_interval
+from edgetune.runtime.latency import case_interval, noise_floor
 from edgetune.runtime.metrics import SlotCounts
-from edgetune.runtime.statistics import NonInferiority, holm, non_inferiority, non_inferiority_f1
+from edgetune.runtime.statistics import Interval, NonInferiority, holm, non_inferiority, non_inferiority_f1
 from edgetune.runtime.task_metrics import METRICS
 
 NO_TASKS: Mapping[str, TaskScore] = {}
@@ -208,6 +208,11 @@ def _timing_check(figure: str, limit: float, latency: Latency | None, seed: int)
         f"{name} is {found.value:.3g} ms ({found.low:.3g} to {found.high:.3g}, {n} generations, prompts of "
         f"{case.prompt_tokens} tokens)"
     )
+    floor = noise_floor(case, figure)
+    if floor is not None:
+        spread = found.value * floor
+        found = Interval(found.value, min(found.low, found.value - spread), max(found.high, found.value + spread))
+        said = f"{said[:-1]}; runs differ by {floor:.1%} by chance)"
     verdict: Literal["ship", "do not ship", "inconclusive"]
     if latency.load.busy:
         verdict = "inconclusive"

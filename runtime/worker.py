@@ -50,16 +50,20 @@ class Job:
     engine_class: str | None = None  # "module:class" in place of the table of engines; for tests only
 
     @classmethod
-    def of(cls, name: str, artifact: Artifact, *, n_threads: int, **settings: Any) -> Job:
-        """Make the job of an artifact in the engine that ships its kind. Raises UsageError where none does."""
+    def of(cls, name: str, artifact: Artifact, *, n_threads: int, engine: str | None = None, **settings: Any) -> Job:
+        """Make the job of an artifact, in the engine that ships its kind where no other is asked for.
+
+        Raises UsageError where none ships it.
+        """
         kind = artifact.manifest.kind
         if kind not in ENGINE_OF_KIND:
             raise UsageError(
                 f"{artifact.path} is of kind {kind!r}, which no engine runs; known: {list(ENGINE_OF_KIND)}"
             )
         return cls(
-            name, kind, ENGINE_OF_KIND[kind], artifact.path, artifact.digest, artifact.size_bytes, n_threads, settings
-        )
+            name, kind, engine or ENGINE_OF_KIND[kind], artifact.path, artifact.digest, artifact.size_bytes, n_threads,
+            settings,
+        )  # fmt: skip
 
     def subject(self, engine_version: str) -> Subject:
         from edgetune.runtime.evidence import Subject

@@ -1,9 +1,10 @@
 """An engine without a model: scripted logits, and every way to fail on purpose.
 
 A child process finds it as `tests.fakes:FakeEngine`; `fake_job` makes the job. Settings:
-`fail`: what to do, one of FAILURES; `at`: the verb that fails: load, prefill, decode, score_rows;
-`after`: calls of that verb that go well first; `prefill_s`, `decode_s`: how long a step takes; `flaw`: share of
-positions whose argmax is wrong, `seed` of which ones.
+`fail`: what to do, one of FAILURES; `at`: the verb that fails: load, prefill, decode, score_rows, decode_rows;
+`after`: calls of that verb that go well first; `prefill_s`, `decode_s`: how long a step takes, `row_s`: how much
+longer for each row of several; `ballast_mb`: memory that reading a prompt takes; `flaw`: share of positions whose
+argmax is wrong, `seed` of which ones.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class FakeEngine(OneByOne):
 
     name = "fake"
     n_vocab = N_VOCAB
+    weight_bytes = 10**6
+    kv_bytes_per_token = 100.0
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.context: list[int] = []
+        self.rows: list[list[int]] = []
         self.calls: dict[str, int] = {}
 
     @classmethod
@@ -59,11 +63,28 @@ class FakeEngine(OneByOne):
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         self.context = list(ids)
+        np.ones(self.settings.get("ballast_mb", 0) * 10**6 // 8)  # gone again when this returns
         return self._step("prefill")
 
     def decode(self, token: int) -> Logits:
         self.context.append(token)
         return self._step("decode")
+
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        self.rows = [list(ids) for ids in rows]
+        return self._rows_step("prefill_rows")
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.append(token)
+        return self._rows_step("decode_rows")
+
+    def _rows_step(self, verb: str) -> Logits:
+        """Every row costs `row_s` beside what a step of one row does."""
+        self._maybe_fail(verb)
+        step_s = self.settings.get(f"{verb.removesuffix('_rows')}_s", 0.0)
+        time.sleep(step_s + len(self.rows) * self.settings.get("row_s", 0.0))
+        return np.stack([self._logits(row) for row in self.rows])
 
     def score(self, ids: Sequence[int]) -> Logits:
         return np.stack([self._logits(ids[: n + 1]) for n in range(len(ids))])

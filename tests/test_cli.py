@@ -16,8 +16,8 @@ from edgetune import __version__, backends, cli, doctor
 from edgetune.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("init", "plan", "run", "adapt", "compress", "export", "bench", "generate", "report", "gate", "diff",
-         "doctor")  # fmt: skip
+VERBS = ("init", "plan", "run", "adapt", "compress", "export", "generate", "report", "gate", "diff",
+         "doctor", "bench", "bench-http", "history")  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf", "llama_cpp", "peft", "bitsandbytes")
 IN_CHILD = """
 import sys
@@ -113,7 +113,10 @@ def test_each_verb_has_help(call: Call, verb: str) -> None:
     code, out, err = call(verb, "--help")
     assert (code, err) == (0, "")
     assert f"edgetune {verb}" in out.splitlines()[0]
-    assert tuple(command.callback.__name__ for command in cli.app.registered_commands if command.callback) == VERBS
+    assert (
+        tuple(command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback)
+        == VERBS
+    )
 
 
 def test_version(call: Call) -> None:

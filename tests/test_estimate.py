@@ -64,6 +64,18 @@ def test_predictions_follow_the_recipe(key: str, value: object, stage: str) -> N
         assert after.memory_mib > before.memory_mib + 500
 
 
+def test_repeated_runs_sweeps_and_probes_take_longer() -> None:
+    def seconds(**bench: object) -> float:
+        raw = json.loads(json.dumps(RESULT["recipe"]))
+        raw["bench"] |= bench
+        return estimator(parse_recipe(raw)).cost("latency").seconds
+
+    once = seconds()
+    assert seconds(runs=3) == pytest.approx(3 * once)
+    for more in ({"sweep_rows": [1, 16]}, {"sweep_threads": [1]}, {"probes": ["energy"]}, {"new_tokens": [64, 64]}):
+        assert seconds(**more) > 1.05 * once
+
+
 def test_a_slower_machine_takes_longer() -> None:
     recipe = parse_recipe(RESULT["recipe"])
     assert estimator(recipe, GFLOPS / 4).cost("adapt").seconds > 3 * estimator(recipe).cost("adapt").seconds

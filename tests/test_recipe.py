@@ -63,7 +63,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown key near nothing": (
         raw(candidates={"q4": {"zzz": 1}}),
-        r"unknown key 'candidates\.q4\.zzz'; known keys: compress, export$",
+        r"unknown key 'candidates\.q4\.zzz'; known keys: compress, export, runtime$",
     ),
     "unknown budget": (
         raw(budgets={"accuracy": {"maxloss": 0.1}}),
@@ -81,7 +81,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(candidates={"a": {"export": {"gguf": {"type": "Q4_K"}}}}),
         r"candidates\.a\.export\.gguf\.type: Input should be .*'Q4_K_M'.* \(found 'Q4_K'\)$",
     ),
-    "one new token": (raw(bench={"new_tokens": 1}), r"bench\.new_tokens: .* greater than or equal to 2 \(found 1\)$"),
+    "engine of another format": (
+        raw(candidates={"a": {"export": {"gguf": {}}, "runtime": {"onnxruntime": {}}}}),
+        r"candidates\.a: onnxruntime does not run this format; known to: llama\.cpp$",
+    ),
+    "two engines": (
+        raw(candidates={"a": {"export": {"onnx": {}}, "runtime": {"onnxruntime": {}, "onnxruntime_genai": {}}}}),
+        r"candidates\.a\.runtime: give exactly one of .*; found \['onnxruntime', 'onnxruntime_genai'\]$",
+    ),
+    "quantized cache without flash attention": (
+        raw(
+            candidates={
+                "a": {
+                    "export": {"gguf": {}},
+                    "runtime": {"llama_cpp": {"kv_type": "q8_0", "flash_attention": False}},
+                }
+            }
+        ),
+        r"llama_cpp: kv_type q8_0 needs flash_attention; leave flash_attention out or true$",
+    ),
+    "one new token": (raw(bench={"new_tokens": 1}), r"bench\.new_tokens.*: .* greater than or equal to 2 \(found 1\)$"),
     "two exports": (
         raw(candidates={"a": {"export": {"gguf": {}, "onnx": {}}}}),
         r"candidates\.a\.export: give exactly one of gguf, onnx; found \['gguf', 'onnx'\]$",
@@ -310,3 +329,21 @@ def test_a_budget_may_name_a_task() -> None:
     found = parse_recipe(raw(tasks=tasks, budgets={"accuracy": {"task": "moods", "metric": "auc"}}))
     assert found.tasks[0].measured == ("macro_f1", "auc")
     assert parse_recipe(raw(tasks=[TASK])).tasks[0].measured == ("accuracy",)
+
+
+def test_runtime_keys_reach_the_engine_and_absent_ones_change_nothing() -> None:
+    settings = {"kv_type": "q8_0", "flash_attention": True}
+    recipe = parse_recipe(raw(candidates={"a": {"export": {"gguf": {}}, "runtime": {"llama_cpp": settings}}}))
+    runtime = recipe.candidates["a"].runtime
+    assert runtime is not None
+    assert (runtime.engine, runtime.settings) == ("llama.cpp", settings)
+    known = parse_recipe(raw(candidates={"a": {"export": {"onnx": {}}, "runtime": {"onnxruntime_genai": {}}}}))
+    runtime = known.candidates["a"].runtime
+    assert runtime is not None
+    assert (runtime.engine, runtime.settings) == ("onnxruntime-genai", {})
+
+
+def test_bench_keys_that_are_left_out_leave_the_identity_as_it_was() -> None:
+    before = {"case_timeout_s": 300.0, "new_tokens": 64, "prompt_tokens": [32, 256], "repeats": 10, "threads": 2}
+    assert parse_recipe(raw()).bench.as_config() == before | {"warmup": 2}
+    assert parse_recipe(raw(bench={"runs": 3, "new_tokens": [16, 64]})).bench.output_lengths == [16, 64]

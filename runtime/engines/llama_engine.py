@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgetune.backends import require
-from edgetune.errors import EngineError
+from edgetune.errors import EngineError, UsageError
 from edgetune.runtime.engine import Logits, OneByOne, TokenRow
+from edgetune.runtime.engines.llama_batch import Batch
 
 N_BATCH = 512  # tokens of one decode call, and of one physical batch
 N_ROWS = 31  # rows of one batch of score_rows; sequence 0 holds what they share
@@ -27,22 +27,38 @@ _LOG_WARN = 3  # ggml_log_level
 _FLASH = {None: -1, False: 0, True: 1}  # llama_flash_attn_type: auto, off, on
 
 
+class _KvType(NamedTuple):
+    number: int  # ggml_type
+    bytes: float  # of one value, scales counted
+
+
+KV_TYPES = {
+    "f32": _KvType(0, 4), "f16": _KvType(1, 2), "bf16": _KvType(30, 2), "q8_0": _KvType(8, 34 / 32),
+    "q5_1": _KvType(7, 24 / 32), "q5_0": _KvType(6, 22 / 32), "q4_1": _KvType(3, 20 / 32), "q4_0": _KvType(2, 18 / 32),
+}  # fmt: skip
+
+
 class LlamaEngine(OneByOne):
     """One GGUF file in llama.cpp, with a small context for generation and, once asked for, one for scoring."""
 
     name = "llama.cpp"
 
-    def __init__(self, model: Any, *, n_ctx: int, n_threads: int, flash_attention: bool | None, kv_f32: bool) -> None:
+    def __init__(
+        self, model: Any, *, n_ctx: int, n_threads: int, flash_attention: bool | None, kv_type: str, n_ubatch: int
+    ) -> None:
         self._lib = require("llama_cpp")
         self._model = model
         self._vocab = self._lib.llama_model_get_vocab(model)
         self._n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
         # A position beyond what the model was trained for gives logits, and wrong ones.
         self.n_ctx = min(n_ctx, int(self._lib.llama_model_n_ctx_train(model)))
-        self._n_threads, self._flash, self._kv_f32 = n_threads, flash_attention, kv_f32
-        self._batch = _Batch(self._lib.llama_batch, N_BATCH)
+        self._n_threads, self._flash, self._kv_type, self._n_ubatch = n_threads, flash_attention, kv_type, n_ubatch
+        self._batch = Batch(self._lib.llama_batch, N_BATCH)
         self._ctx: Any = None
         self._score_ctx: Any = None
+        self._rows_ctx: Any = None
+        self._n_rows = 0  # what _rows_ctx was made for
+        self._row_past: list[int] = []
         self._n_past = 0
         self._readings = 0  # how often the scoring context was begun anew
 
@@ -55,15 +71,20 @@ class LlamaEngine(OneByOne):
         n_threads: int,
         flash_attention: bool | None = None,
         mmap: bool = True,
-        kv_type: Literal["f16", "f32"] = "f16",
+        kv_type: str = "f16",
+        n_ubatch: int = N_BATCH,
         debug: bool = False,
     ) -> LlamaEngine:
         """Load a .gguf file, or an artifact folder that holds exactly one.
 
-        `n_ctx` is what one row or generation may hold, and is cut to what the model was trained for.
-        Raises EngineError with llama.cpp's own last words; a hostile file may also kill the process.
+        `n_ctx` is what one row or generation may hold, and is cut to what the model was trained for. `kv_type` is
+        the type of the cache, one of KV_TYPES; `n_ubatch` the tokens that are computed at once.
+        Raises UsageError for an unknown cache type and EngineError with llama.cpp's own last words; a hostile file
+        may also kill the process.
         """
         lib = require("llama_cpp")
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"unknown kv_type {kv_type!r} for llama.cpp; known: {', '.join(KV_TYPES)}")
         file = gguf_file(path)
         _listen(lib, debug)
         lib.llama_backend_init()
@@ -73,7 +94,10 @@ class LlamaEngine(OneByOne):
         model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not model:
             raise EngineError(f"llama.cpp cannot load {file}: {_last_words()}")
-        engine = cls(model, n_ctx=n_ctx, n_threads=n_threads, flash_attention=flash_attention, kv_f32=kv_type == "f32")
+        engine = cls(
+            model, n_ctx=n_ctx, n_threads=n_threads, flash_attention=flash_attention, kv_type=kv_type,
+            n_ubatch=n_ubatch,
+        )  # fmt: skip
         engine._ctx = engine._context(engine.n_ctx, n_rows=1, n_outputs=1)
         return engine
 
@@ -89,6 +113,17 @@ class LlamaEngine(OneByOne):
     @property
     def n_vocab(self) -> int:
         return self._n_vocab
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self._lib.llama_model_size(self._model))
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        lib, model = self._lib, self._model
+        width = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model)  # of a head
+        values = 2 * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * width
+        return float(values * KV_TYPES[self._kv_type].bytes)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -150,6 +185,32 @@ class LlamaEngine(OneByOne):
         self._n_past += 1
         return self._last_logits()
 
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        for ids in rows:
+            self._check(len(ids), ids)
+        if len(rows) != self._n_rows:
+            if self._rows_ctx:
+                self._lib.llama_free(self._rows_ctx)
+            self._rows_ctx = self._context(len(rows) * self.n_ctx, n_rows=len(rows), n_outputs=len(rows))
+            self._n_rows = len(rows)
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._rows_ctx), False)
+        out = np.empty((len(rows), self._n_vocab), dtype=np.float32)
+        for sequence, ids in enumerate(rows):
+            self._read(self._rows_ctx, ids, 0, sequence, len(ids) - 1, out[sequence : sequence + 1])
+        self._row_past = [len(ids) for ids in rows]
+        return out
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        assert self._n_rows == len(tokens), "decode_rows needs as many tokens as rows were read"
+        self._check(max(self._row_past) + 1, tokens)
+        self._batch.clear()
+        for sequence, token in enumerate(tokens):
+            self._batch.add((token,), self._row_past[sequence], sequence, 0)
+            self._row_past[sequence] += 1
+        self._decode(self._rows_ctx)
+        pointer = self._lib.llama_get_logits(self._rows_ctx)
+        return np.array(np.ctypeslib.as_array(pointer, (len(tokens), self._n_vocab)))
+
     def score(self, ids: Sequence[int]) -> Logits:
         self._check(len(ids), ids)
         context = self._begin_scoring()
@@ -195,12 +256,12 @@ class LlamaEngine(OneByOne):
                 self._lib.llama_memory_seq_rm(memory, sequence, n_shared, -1)
 
     def close(self) -> None:
-        for context in (self._ctx, self._score_ctx):
+        for context in (self._ctx, self._score_ctx, self._rows_ctx):
             if context:
                 self._lib.llama_free(context)
         if self._model:
             self._lib.llama_model_free(self._model)
-        self._ctx = self._score_ctx = self._model = None
+        self._ctx = self._score_ctx = self._rows_ctx = self._model = None
 
     def _begin_scoring(self) -> Any:
         """The empty context that scores: made when first asked for, so that a latency run never pays for it."""
@@ -217,15 +278,14 @@ class LlamaEngine(OneByOne):
     def _context(self, n_cells: int, *, n_rows: int, n_outputs: int) -> Any:
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_cells
-        params.n_batch = params.n_ubatch = N_BATCH
+        params.n_batch, params.n_ubatch = N_BATCH, min(self._n_ubatch, N_BATCH)
         params.n_seq_max = n_rows
         params.kv_unified = True  # rows share the cells of their prefix
         params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = _FLASH[self._flash]
         params.no_perf = True
-        if self._kv_f32:
-            params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.type_k = params.type_v = KV_TYPES[self._kv_type].number
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise EngineError(f"llama.cpp cannot make a context of {n_cells} tokens: {_last_words()}")
@@ -262,48 +322,6 @@ class LlamaEngine(OneByOne):
     def _last_logits(self) -> Logits:
         pointer = self._lib.llama_get_logits_ith(self._ctx, -1)
         return np.array(np.ctypeslib.as_array(pointer, (self._n_vocab,)))  # the next call overwrites theirs
-
-
-class _Batch:
-    """A llama_batch whose arrays are numpy's, filled by slices."""
-
-    def __init__(self, struct: Any, size: int) -> None:
-        self.token = np.zeros(size, np.int32)
-        self.pos = np.zeros(size, np.int32)
-        self.sequence = np.zeros(size, np.int32)
-        self.want = np.zeros(size, np.int8)
-        self._n_seq_id = np.ones(size, np.int32)
-        self._seq_id = (self.sequence.ctypes.data + 4 * np.arange(size)).astype(np.uintp)  # one pointer a token
-        kinds = {name: kind for name, kind, *_ in struct._fields_}
-
-        def at(name: str, array: NDArray[Any]) -> Any:
-            return ctypes.cast(array.ctypes.data, kinds[name])
-
-        self.struct = struct(
-            n_tokens=0, token=at("token", self.token), embd=None, pos=at("pos", self.pos),
-            n_seq_id=at("n_seq_id", self._n_seq_id), seq_id=at("seq_id", self._seq_id), logits=at("logits", self.want),
-        )  # fmt: skip
-
-    def clear(self) -> None:
-        self.struct.n_tokens = 0
-
-    def add(self, ids: Sequence[int], position: int, sequence: int, wanted_from: int | None = None) -> int:
-        """Append tokens of one sequence; give how many of them lie at or after `wanted_from` and want logits."""
-        begin, end = self.struct.n_tokens, self.struct.n_tokens + len(ids)
-        self.token[begin:end] = ids
-        self.pos[begin:end] = positions = np.arange(position, position + len(ids))
-        self.sequence[begin:end] = sequence
-        wanted = positions >= wanted_from if wanted_from is not None else np.zeros(len(ids), bool)
-        self.want[begin:end] = wanted
-        self.struct.n_tokens = end
-        return int(wanted.sum())
-
-    def want_last(self) -> None:
-        self.want[self.struct.n_tokens - 1] = 1
-
-    def one(self, token: int, position: int) -> None:
-        self.token[0], self.pos[0], self.sequence[0], self.want[0] = token, position, 0, 1
-        self.struct.n_tokens = 1
 
 
 def gguf_file(path: Path) -> Path:

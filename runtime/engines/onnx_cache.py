@@ -20,17 +20,28 @@ def bind(to: Any, name: str, array: Any) -> None:
     to(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
+def _bind_both(binding: Any, buffers: dict[str, Any]) -> None:
+    """Bind each buffer as past and as present."""
+    for name, buffer in buffers.items():
+        bind(binding.bind_input, name, buffer)
+        bind(binding.bind_output, name.replace(PAST, PRESENT, 1), buffer)
+
+
 class SharedCache:
     """GroupQueryAttention writes into the buffer that holds the past: bound once, a step copies nothing."""
 
-    def __init__(self, session: Any, binding: Any, head_size: int, n_ctx: int) -> None:
-        self._buffers = []
-        for given in session.get_inputs():
-            if given.name.startswith(PAST):
-                buffer = np.zeros([1, int(given.shape[1]), n_ctx, head_size], DTYPES[given.type])
-                bind(binding.bind_input, given.name, buffer)
-                bind(binding.bind_output, given.name.replace(PAST, PRESENT, 1), buffer)
-                self._buffers.append(buffer)
+    def __init__(self, session: Any, binding: Any, head_size: int, n_ctx: int, *, n_rows: int = 1) -> None:
+        self._buffers = {
+            given.name: np.zeros([n_rows, int(given.shape[1]), n_ctx, head_size], DTYPES[given.type])
+            for given in session.get_inputs()
+            if given.name.startswith(PAST)
+        }
+        self.bytes_per_token = sum(buffer.nbytes for buffer in self._buffers.values()) // (n_rows * n_ctx)
+        _bind_both(binding, self._buffers)
+
+    def bind_row(self, binding: Any, row: int) -> None:
+        """Bind the cache of one row alone."""
+        _bind_both(binding, {name: buffer[row : row + 1] for name, buffer in self._buffers.items()})
 
     def clear(self) -> None:
         """Nothing to do: what lies behind the past is never read."""
@@ -49,6 +60,9 @@ class GrowingCache:
     def __init__(self, session: Any, binding: Any, head_size: int, n_ctx: int) -> None:
         self._binding, self._head_size, self._n_ctx = binding, head_size, n_ctx
         self._inputs = [given for given in session.get_inputs() if given.name.startswith(PAST)]
+        self.bytes_per_token = sum(
+            int(given.shape[1]) * head_size * np.dtype(DTYPES[given.type]).itemsize for given in self._inputs
+        )
         self._slots = Slots()
         self._buffers: dict[int, list[Any]] = {}
         self.clear, self.keep, self.rewind = self._slots.clear, self._slots.keep, self._slots.rewind

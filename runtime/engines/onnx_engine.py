@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune.backends import require
 from edgetune.backends import version as version_of
@@ -34,6 +36,16 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 
 
+@dataclass
+class _Rows:
+    """Several rows that are read at once: their own binding and cache."""
+
+    binding: Any
+    cache: SharedCache
+    n_rows: int
+    n_past: int = 0
+
+
 class OnnxEngine(OneByOne):
     """One session with a key/value cache of `n_ctx` positions."""
 
@@ -41,7 +53,6 @@ class OnnxEngine(OneByOne):
 
     def __init__(self, session: Any, folder: Path, genai: dict[str, Any], *, n_ctx: int, shared: bool) -> None:
         self._session, self._folder, self._genai, self._n_ctx = session, folder, genai, n_ctx
-        self._binding: Any = session.io_binding()
         outputs = {o.name: o for o in session.get_outputs()}
         self._n_vocab = int(outputs["logits"].shape[-1])
         self._logits = np.empty((CHUNK, self._n_vocab), np.float32)
@@ -51,9 +62,11 @@ class OnnxEngine(OneByOne):
         self._n_past = 0
         self._reader: object = None  # whose tokens the cache holds
         self._tokenizer: Any = None
-        head_size = int(genai["model"]["decoder"]["head_size"])
+        self._shared, self._head_size = shared, int(genai["model"]["decoder"]["head_size"])
+        self._binding: Any = session.io_binding()
         kind: type[SharedCache | GrowingCache] = SharedCache if shared else GrowingCache
-        self._cache: SharedCache | GrowingCache | None = kind(session, self._binding, head_size, n_ctx)
+        self._cache: SharedCache | GrowingCache | None = kind(session, self._binding, self._head_size, n_ctx)
+        self._rows: _Rows | None = None
 
     @classmethod
     def load(cls, path: Path, *, n_ctx: int, n_threads: int, spin: bool = False) -> OnnxEngine:
@@ -90,6 +103,14 @@ class OnnxEngine(OneByOne):
         return self._n_vocab
 
     @property
+    def weight_bytes(self) -> int:
+        return graph_bytes(self._folder, self._genai)
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return float(self._kept.bytes_per_token)
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer, as `genai_config.json` names them."""
         return stop_ids(self._genai)
@@ -105,6 +126,39 @@ class OnnxEngine(OneByOne):
         """Append one token to the context and give its logits, [V]."""
         assert self._reader is self, "decode needs a prefill before it"
         return np.array(self._run([token])[0])
+
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V].
+
+        Raises EngineError for a graph whose cache is not shared.
+        """
+        if not self._shared:
+            raise EngineError(f"{self._folder} copies its cache at each step and reads one row at a time")
+        if self._rows is None or self._rows.n_rows != len(rows):
+            binding = self._session.io_binding()
+            cache = SharedCache(self._session, binding, self._head_size, self._n_ctx, n_rows=len(rows))
+            self._rows = _Rows(binding, cache, len(rows))
+        last = np.empty((len(rows), self._n_vocab), np.float32)
+        for row, ids in enumerate(rows):  # the operator takes a prompt behind others of one row only
+            own = self._session.io_binding()
+            self._rows.cache.bind_row(own, row)
+            for start in range(0, len(ids), CHUNK):
+                part = np.array([ids[start : start + CHUNK]], np.int64)
+                logits = self._logits[: part.shape[1]]
+                self._step(own, part, start, logits[None])
+            last[row] = logits[-1]
+        self._rows.n_past = len(rows[0])
+        return last
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each row and give its logits, [B, V]."""
+        assert self._rows is not None, "decode_rows needs a prefill_rows before it"
+        step = np.array([[token] for token in tokens], np.int64)
+        logits = np.empty((len(tokens), 1, self._n_vocab), np.float32)
+        self._step(self._rows.binding, step, self._rows.n_past, logits)
+        self._rows.n_past += 1
+        last: Logits = logits[:, 0]
+        return last
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Give the logits of every position of one row, [T, V]."""
@@ -151,7 +205,7 @@ class OnnxEngine(OneByOne):
         return self._tokenizer
 
     def close(self) -> None:
-        self._binding = self._session = self._tokenizer = self._cache = None
+        self._binding = self._session = self._tokenizer = self._cache = self._rows = None
 
     @property
     def _kept(self) -> SharedCache | GrowingCache:
@@ -173,31 +227,39 @@ class OnnxEngine(OneByOne):
 
     def _run(self, ids: Sequence[int]) -> Logits:
         """Append up to CHUNK tokens and give a view of their logits, [T, V]."""
-        T, total = len(ids), self._n_past + len(ids)
+        tokens = np.array([ids], np.int64)
+        logits = self._logits[: len(ids)]
+        self._kept.before(self._n_past, len(ids))
+        self._step(self._binding, tokens, self._n_past, logits[None])
+        self._n_past += len(ids)
+        self._kept.after()
+        return logits
+
+    def _step(self, binding: Any, tokens: NDArray[np.int64], n_past: int, logits: Logits) -> None:
+        """Run the graph on tokens [B, T] after `n_past` others, into `logits` [B, T, V]."""
+        B, total = len(tokens), n_past + tokens.shape[1]
         if total > self._n_ctx:
             raise EngineError(
                 f"onnxruntime was asked for {total} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx"
             )
-        if max(ids) >= self._n_vocab or min(ids) < 0:
-            wrong = max(ids) if max(ids) >= self._n_vocab else min(ids)
+        low, high = int(tokens.min()), int(tokens.max())
+        if high >= self._n_vocab or low < 0:
+            wrong = high if high >= self._n_vocab else low
             raise EngineError(
                 f"token id {wrong} is not in the vocabulary of {self._n_vocab}; use the tokenizer of {self._folder}"
             )
-        tokens = np.array([ids], np.int64)
-        logits = self._logits[:T]
-        bind(self._binding.bind_input, "input_ids", tokens)
-        bind(self._binding.bind_input, "attention_mask", self._mask[None, :total])
+        mask, positions = self._mask[None, :total], self._positions[None, n_past:total]
+        if B > 1:
+            mask, positions = (np.ascontiguousarray(np.broadcast_to(a, (B, a.shape[1]))) for a in (mask, positions))
+        bind(binding.bind_input, "input_ids", tokens)
+        bind(binding.bind_input, "attention_mask", mask)
         if self._has_positions:
-            bind(self._binding.bind_input, "position_ids", self._positions[None, self._n_past : total])
-        bind(self._binding.bind_output, "logits", logits[None])
-        self._kept.before(self._n_past, T)
+            bind(binding.bind_input, "position_ids", positions)
+        bind(binding.bind_output, "logits", logits)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(binding)
         except Exception as error:  # what onnxruntime raises shares no other base
-            raise EngineError(f"onnxruntime failed after {self._n_past} tokens: {_first_line(error)}") from error
-        self._n_past = total
-        self._kept.after()
-        return logits
+            raise EngineError(f"onnxruntime failed after {n_past} tokens: {_first_line(error)}") from error
 
 
 def read_genai_config(folder: Path) -> dict[str, Any]:
@@ -209,6 +271,12 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{folder / GENAI_CONFIG} cannot be read: {_first_line(error)}; export again") from error
     return genai
+
+
+def graph_bytes(folder: Path, genai: dict[str, Any]) -> int:
+    """Give the bytes of a folder's graph and its data files, which hold the weights."""
+    graph = folder / str(genai["model"]["decoder"].get("filename", "model.onnx"))
+    return sum(file.stat().st_size for file in folder.glob(f"{graph.name}*"))
 
 
 def stop_ids(genai: dict[str, Any]) -> frozenset[int]:

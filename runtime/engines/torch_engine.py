@@ -19,6 +19,7 @@ from torch import Tensor
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
 from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
+from edgetune.quant_config import is_gptq
 from edgetune.runtime.engine import Logits, TokenRow, greedy
 
 BATCH_TOKENS = 2048  # padded tokens of one forward pass
@@ -31,12 +32,15 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, model: Any, path: Path, *, n_ctx: int, device: str, n_threads_before: int) -> None:
+    def __init__(
+        self, model: Any, path: Path, *, n_ctx: int, device: str, n_threads_before: int, compiled: bool = False
+    ) -> None:
         self._causal = (
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # peft's layers stay inside
         self._prefix = _prefix_of(model)
         self._decoder = self._causal.get_decoder()
+        self._step = torch.compile(self._decoder, dynamic=True) if compiled else self._decoder  # prefill and decode
         self._head = self._causal.get_output_embeddings()
         self._config = self._causal.config.get_text_config(decoder=True)
         self._path = path
@@ -57,10 +61,12 @@ class TorchEngine:
         device: str = "cpu",
         adapter: str | None = None,
         quantize_base: bool = False,
+        compiled: bool = False,
     ) -> TorchEngine:
         """Load a `model` or `gptq` artifact, or a base folder with a peft adapter folder on it.
 
         `quantize_base` puts the base in NF4 with double quantization (arXiv:2305.14314) and computes in `dtype`.
+        `compiled` runs prefill and decode through torch.compile, which takes its time at the first generation.
         Raises UsageError for an unknown dtype or device and EngineError where the folder cannot be loaded.
         """
         if dtype not in DTYPES:
@@ -79,7 +85,7 @@ class TorchEngine:
             torch.set_num_threads(before)
             raise EngineError(f"torch cannot load {path}: {_first_line(error)}") from error
         model.eval()
-        return cls(model, path, n_ctx=n_ctx, device=device, n_threads_before=before)
+        return cls(model, path, n_ctx=n_ctx, device=device, n_threads_before=before, compiled=compiled)
 
     @property
     def version(self) -> str:
@@ -89,15 +95,40 @@ class TorchEngine:
     def n_vocab(self) -> int:
         return int(self._config.vocab_size)
 
+    @property
+    def weight_bytes(self) -> int:
+        tensors = {id(p): p for p in (*self._causal.parameters(), *self._causal.buffers())}
+        table = self._causal.get_input_embeddings().weight
+        if table is not self._head.weight:
+            del tensors[id(table)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        config = self._config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return float(2 * config.num_hidden_layers * heads * head * self._head.weight.element_size())
+
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
-        self._cache = self._fresh_cache(1)
-        return self._append(ids)
+        logits: Logits = self.prefill_rows([ids])[0]
+        return logits
 
     def decode(self, token: int) -> Logits:
         """Append one token to the context and give its logits, [V]."""
+        logits: Logits = self.decode_rows([token])[0]
+        return logits
+
+    def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Forget all rows, read new ones of one length, and give the logits of each one's last position, [B, V]."""
+        self._cache = self._fresh_cache(len(rows))
+        return self._append([list(ids) for ids in rows])
+
+    def decode_rows(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each row and give its logits, [B, V]."""
         assert self._cache is not None, "decode needs a prefill before it"
-        return self._append([token])
+        return self._append([[token] for token in tokens])
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> Logits:
@@ -180,7 +211,7 @@ class TorchEngine:
         return self._tokenizer
 
     def close(self) -> None:
-        self._cache = self._causal = self._decoder = self._head = None
+        self._cache = self._causal = self._decoder = self._step = self._head = None
         torch.set_num_threads(self._n_threads_before)
 
     def _states(self, ids: list[list[int]]) -> Tensor:
@@ -198,11 +229,11 @@ class TorchEngine:
         return self._prefix.get_prompt(batch_size=n_rows)
 
     @torch.inference_mode()
-    def _append(self, ids: Sequence[int]) -> Logits:
+    def _append(self, rows: list[list[int]]) -> Logits:
         n_prefix = self._prefix.active_peft_config.num_virtual_tokens if self._prefix is not None else 0
-        self._check(self._cache.get_seq_length() - n_prefix + len(ids), ids)
-        out = self._decoder(input_ids=self._tensor([list(ids)]), past_key_values=self._cache, use_cache=True)
-        return self._logits(out.last_hidden_state[0, -1])
+        self._check(self._cache.get_seq_length() - n_prefix + len(rows[0]), *rows)
+        out = self._step(input_ids=self._tensor(rows), past_key_values=self._cache, use_cache=True)
+        return self._logits(out.last_hidden_state[:, -1])
 
     def _logits(self, hidden: Tensor) -> NDArray[np.float32]:
         """Run the output head and what a few architectures put behind it, [.., C] -> [.., V]."""
@@ -238,9 +269,12 @@ def _prefix_of(model: Any) -> Any:
 
 
 def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool) -> Any:
-    """Load the checkpoint of a folder; the manifest says whether it is a GPTQ one."""
+    """Load the checkpoint of a folder; its manifest, or else its configuration, says whether it is a GPTQ one."""
     manifest = path / MANIFEST
-    kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"] if manifest.is_file() else "model"
+    if manifest.is_file():
+        kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
+    else:
+        kind = "gptq" if (path / "config.json").is_file() and is_gptq(path) else "model"
     if kind == "adapter":
         raise UsageError(f"{path} is an adapter; give the base folder as path and this folder as `adapter`")
     if kind == "gptq":

@@ -69,10 +69,17 @@ def method(report: Report) -> list[str]:
     bench = report.recipe.get("bench", {})
     if bench:
         lengths = " and ".join(str(n) for n in bench.get("prompt_tokens", []))
+        new = bench.get("new_tokens")
+        new = " and ".join(map(str, new)) if isinstance(new, list) else new
         said.append(
-            f"Latency: prompts of {lengths} tokens, {bench.get('new_tokens')} new tokens, {bench.get('repeats')} "
+            f"Latency: prompts of {lengths} tokens, {new} new tokens, {bench.get('repeats')} "
             f"measured runs after {bench.get('warmup')} warm-up runs, {bench.get('threads')} threads."
         )
+        if bench.get("runs"):
+            said.append(
+                f"All of it {bench['runs']} times in fresh processes; the noise floor is the repeatability limit of "
+                "ISO 5725-1 of their medians, and no verdict on latency is finer than it."
+            )
     accuracy = measures.accuracy_budget(report)
     said.append(
         "Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds: Tango's score bounds for exact "

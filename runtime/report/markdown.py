@@ -57,6 +57,9 @@ def render_markdown(view: View) -> str:
             for line in view.tasks
         ]
         lines += ["", "**Tasks**", "", *_table(heads, rows, right_from=4)]
+    if view.beside:
+        lines += ["", "**Measured beside**", ""]
+        lines += [f"- **{_plain(subject)}** {_plain(text)}" for subject, text in view.beside]
     machine = "; ".join(f"{key}: {_plain(value)}" for key, value in view.machine)
     lines += ["", f"Measured on {machine}.", "", "Raw samples: `report.json`. Every figure explained: `report.html`."]
     return "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam, Subject
-from edgetune.runtime.report import background, measures
+from edgetune.runtime.report import background, beside, measures
 from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
 from edgetune.runtime.report.tasks import TaskLine, WorstRow, task_lines, worst_rows
 
@@ -137,6 +137,7 @@ class View:
     stages: list[tuple[str, str, str, str]]
     commands: dict[str, list[str]]
     notes: list[tuple[str, str]]  # subject, what fell back, failed or is to be known
+    beside: list[tuple[str, str]]  # subject, what was measured beside the timing
     columns: tuple[Column, ...] = field(default=COLUMNS)
 
     def bound(self, key: str) -> float | None:
@@ -185,6 +186,7 @@ def build_view(report: Report) -> View:
         stages=[background.stage_line(stage) for stage in report.stages],
         commands={name: report.commands[name] for name in names if report.commands.get(name)},
         notes=list(background.notes(report, scores)),
+        beside=list(beside.lines(report)),
     )
 
 
@@ -299,8 +301,10 @@ def _cases(report: Report, names: list[str], timed: list[list[dict[str, measures
             place = f"latency[{i}].cases[{j}]"
             cells = _as_cells(timed[i][j], place)
             waits = [x for g in kept for x in g.itl_ms]
+            lengths = {c.new_tokens for c in latency.cases if c.prompt_tokens == case.prompt_tokens}
+            name = f"{latency.subject.name}, {case.new_tokens} new" if len(lengths) > 1 else latency.subject.name
             made.setdefault(case.prompt_tokens, []).append(
-                Case(latency.subject.name, case.prompt_tokens, len(kept), waits, cells, place)
+                Case(name, case.prompt_tokens, len(kept), waits, cells, place)
             )
     return dict(sorted(made.items(), reverse=True))
 

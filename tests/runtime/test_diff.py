@@ -32,6 +32,19 @@ def slower(report: Report, name: str, factor: float) -> Report:
     return report.model_copy(update={"latency": latency})
 
 
+def repeated(report: Report) -> Report:
+    """The same report as if its generations came of three runs."""
+    latency = [
+        found.model_copy(update={"cases": [
+            case.model_copy(update={"generations": [
+                g.model_copy(update={"run": i % 3}) for i, g in enumerate(case.generations)
+            ]}) for case in found.cases
+        ]})
+        for found in report.latency
+    ]  # fmt: skip
+    return report.model_copy(update={"latency": latency})
+
+
 def test_a_report_is_the_same_as_itself() -> None:
     report = sample_report()
     kinds = {one.kind for one in compare(report, report)}
@@ -39,9 +52,13 @@ def test_a_report_is_the_same_as_itself() -> None:
 
 
 def test_slower_answers_and_lost_answers_are_worse() -> None:
-    report = sample_report()
+    report = repeated(sample_report())
     assert of(compare(report, slower(report, "q4-gguf", 1.3)), "q4-gguf", "ITL").kind == "worse"
     assert of(compare(report, slower(report, "q4-gguf", 0.7)), "q4-gguf", "ITL").kind == "better"
+    once = sample_report()  # without repeated runs nobody knows what chance does
+    found = of(compare(once, slower(once, "q4-gguf", 1.3)), "q4-gguf", "ITL")
+    assert found.kind == "changed"
+    assert found.says.endswith("without repeated runs (bench.runs) that may be chance")
     worse = [
         found.model_copy(update={"rows": [row.model_copy(update={"exact": row.exact and i >= 40})
                                           for i, row in enumerate(found.rows)]})
@@ -80,7 +97,8 @@ def test_the_interval_of_a_ratio_holds_the_truth() -> None:
 
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (2.0, 3)])
 def test_the_verb(tmp_path: Path, factor: float, code: int) -> None:
-    for name, report in (("a", sample_report()), ("b", slower(sample_report(), "q4-gguf", factor))):
+    before = repeated(sample_report())
+    for name, report in (("a", before), ("b", slower(before, "q4-gguf", factor))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(dump_report(report), encoding="utf-8")
     done = CliRunner().invoke(app, ["diff", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")])

@@ -1,0 +1,90 @@
+"""Peers of the benchmarks, each pinned, made once in the user's cache and used again: `python benchmarks/peers.py`.
+
+`llama-bench` comes from the source distribution of the llama-cpp-python that is bound, compiled with the switches that
+`scripts/install.py` chose for this machine, so that it is the very engine that edgetune runs. A compile that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from install import cmake_flags  # noqa: E402
+
+LLAMA_OPTIONS = ["-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DGGML_CCACHE=OFF"]
+
+
+def cache() -> Path:
+    """Where peers live, outside of the checkout."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "peers"
+
+
+def llama_bench(jobs: int = 2) -> Path:
+    """Give the llama-bench of the llama-cpp-python that is installed, compiling it where it is not there."""
+    version = metadata.version("llama-cpp-python")
+    flags = [*cmake_flags(), *LLAMA_OPTIONS]
+    key = hashlib.sha256(repr([version, flags]).encode()).hexdigest()[:12]
+    folder = cache() / f"llama-bench-{version}-{key}"
+    made = folder / "build" / "bin" / "llama-bench"
+    if (folder / "done").is_file() and made.is_file():
+        return made
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            sys.exit(f"{tool} is needed for llama-bench; on Debian: apt-get install cmake g++")
+    source = llama_source(version) / "vendor" / "llama.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    _run(["cmake", "-S", source, "-B", folder / "build", "-DCMAKE_BUILD_TYPE=Release", *flags])
+    _run(["cmake", "--build", folder / "build", "--target", "llama-bench", "-j", str(jobs)])
+    (folder / "done").write_text(version + "\n", encoding="utf-8")
+    return made
+
+
+def llama_source(version: str) -> Path:
+    """Give the unpacked source distribution of a llama-cpp-python, from the package index where it is not there."""
+    folder = cache() / f"llama_cpp_python-{version}"
+    if folder.is_dir():
+        return folder
+    parts = cache() / f".sdist.{os.getpid()}"
+    asked = f"llama-cpp-python=={version}"
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-binary",
+            "llama-cpp-python",
+            "--no-deps",
+            asked,
+            "-d",
+            parts,
+        ]
+    )
+    (archive,) = parts.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(parts, filter="data")
+    (parts / f"llama_cpp_python-{version}").rename(folder)
+    shutil.rmtree(parts)
+    return folder
+
+
+def _run(command: list[str | Path]) -> None:
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+        sys.exit(f"failed: {' '.join(map(str, command))}")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print(llama_bench())

@@ -1,0 +1,89 @@
+"""What was timed before: the verb `history`, and evidence that is brought from another machine."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from edgetune.errors import ArtifactError, UsageError
+from edgetune.runtime import history as past
+from edgetune.runtime.evidence import Latency, Report, Timings
+from edgetune.runtime.report.write import read_report
+
+
+def history(place: Path, console: Console, *, artifact: str, machine: str, add: Path | None) -> None:
+    """Print the trend of everything that was timed, by machine and artifact; `add` takes a report or `--json` in."""
+    if add is not None:
+        console.print(f"{past.record(place, read_timings(add))} figures added to {place}", highlight=False)
+    trends = past.trends(place, artifact=artifact, machine=machine)
+    if not trends:
+        raise UsageError(f"{place} holds nothing of that kind; edgetune bench fills it")
+    machines = {trend.machine: trend.cpu for trend in trends}
+    for key, cpu in machines.items():
+        console.print(f"machine {key}: {cpu}", highlight=False, markup=False)
+        table = Table(box=None, pad_edge=False)
+        for head in ("artifact", "engine", "prompt", "new", "runs", "TTFT ms", "ITL ms", "change of ITL"):
+            table.add_column(head, justify="left" if head in ("artifact", "engine") else "right", overflow="fold")
+        for trend in trends:
+            if trend.machine == key:
+                last = trend.points[-1]
+                name = f"{trend.subject} {trend.artifact[:8]}"
+                engine = f"{trend.engine}, {trend.n_threads} threads"
+                cells = (name, engine, trend.prompt_tokens, trend.new_tokens, len(trend.points),
+                         f"{last.ttft_ms:.1f}", f"{last.itl_ms:.2f}", change(trend))  # fmt: skip
+                table.add_row(*(Text(str(cell)) for cell in cells))
+        console.print(table)
+
+
+def change(trend: past.Trend) -> str:
+    """Say how the last run stands to those before, and whether that may be chance."""
+    if len(trend.points) == 1:
+        return "first run"
+    share, floor = trend.change("itl_ms")
+    if trend.points[-1].busy:
+        return f"{share:+.1%}, but the machine was busy"
+    if floor is None:
+        return f"{share:+.1%}; two quiet runs before it would tell a noise floor"
+    if abs(share) <= floor:
+        return f"{share:+.1%}, within the noise of {floor:.1%}"
+    versions = dict.fromkeys(point.engine_version for point in trend.points[-2:])
+    said = f"{share:+.1%}, {'slower' if share > 0 else 'faster'} beyond the noise of {floor:.1%}"
+    return f"{said}; {' -> '.join(versions)}" if len(versions) > 1 else said
+
+
+def read_timings(path: Path) -> Timings:
+    """Read what `bench --json` wrote, or the latency of a run's report. Raises ArtifactError."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        return Timings.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError:
+        report = read_report(file)
+    written = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    return Timings(edgetune=report.edgetune, time=written, machine=report.machine, results=[*report.latency])
+
+
+def merge_timings(report: Report, path: Path) -> Report:
+    """Give a report with what another machine timed of the same files: matched by digest, never by name.
+
+    The same evidence twice is kept once. Raises UsageError where it is of other files only.
+    """
+    timings = read_timings(path)
+    subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
+    names = {subject.artifact_digest: subject.name for subject in subjects}
+    known = [
+        one.model_copy(update={"subject": one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})})
+        for one in timings.results
+        if isinstance(one, Latency) and one.subject.artifact_digest in names
+    ]
+    if not known:
+        raise UsageError(f"{path} has timed none of the files of report {report.name!r}; their digests differ")
+    merged = timings.model_copy(update={"results": known})
+    return (
+        report if merged in report.elsewhere else report.model_copy(update={"elsewhere": [*report.elsewhere, merged]})
+    )

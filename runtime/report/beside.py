@@ -1,0 +1,109 @@
+"""What was measured beside the timing of this machine, as sentences: probes, sweeps, and the same files elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgetune.runtime.evidence import Latency, Report, SweepPoint
+from edgetune.runtime.latency import case_interval
+from edgetune.runtime.probes import crossover
+
+MB = 1e6
+
+
+def lines(report: Report) -> Iterator[tuple[str, str]]:
+    """Give (subject, sentence), subject by subject."""
+    reference = next((one for one in report.latency if one.subject.name == report.reference), None)
+    for one in report.latency:
+        for sentence in probed(one):
+            yield one.subject.name, sentence
+        if reference is not None and one is not reference:
+            yield from ((one.subject.name, sentence) for sentence in crossed(one, reference))
+    for timings in report.elsewhere:
+        place = f"{timings.machine.cpu}, {timings.machine.cores} cores"
+        for found in timings.results:
+            if isinstance(found, Latency):
+                yield from ((found.subject.name, f"on {place}: {sentence}") for sentence in _timed(found))
+
+
+def probed(one: Latency) -> Iterator[str]:
+    """Say what the probes of one artifact found."""
+    found = one.probes
+    if found is None:
+        return
+    by_threads = {point.n_threads: _rate(point) for point in found.sweep if point.n_rows == 1}
+    if len(by_threads) > 1:
+        yield "threads: " + ", ".join(f"{n}: {rate}" for n, rate in sorted(by_threads.items())) + " tokens/s"
+    by_rows = {p.n_rows: _rate(p) for p in found.sweep if p.n_threads == one.subject.n_threads}
+    if len(by_rows) > 1:
+        yield "rows at once: " + ", ".join(f"{n}: {rate}" for n, rate in sorted(by_rows.items())) + " tokens/s in all"
+    yield from _growth(one)
+    if (cold := found.cold_start) is not None:
+        kept = "" if cold.resident is None else f" ({cold.resident:.0%} of the files stayed in memory)"
+        yield (
+            f"cold start{kept}: load {cold.load_ms:.0f} ms and first token {cold.ttft_ms:.0f} ms; "
+            f"warm {cold.warm_load_ms:.0f} ms and {cold.warm_ttft_ms:.0f} ms"
+        )
+    if (memory := found.memory) is not None:
+        yield (
+            f"resident memory: {memory.loaded / MB:.0f} MB loaded, at most {memory.prefill_peak / MB:.0f} MB while "
+            f"reading the prompt and {memory.decode_peak / MB:.0f} MB while decoding"
+        )
+    if (energy := found.energy) is not None:
+        if energy.joules is None:
+            yield f"energy: not measured, {energy.reason}"
+        else:
+            yield f"energy: {energy.joules / energy.n_tokens:.3f} J a token ({energy.joules / energy.seconds:.1f} W)"
+    if (roof := found.roofline) is not None:
+        yield (
+            f"roofline: a token reads {roof.bytes_per_token / MB:.1f} MB, memory gives "
+            f"{roof.memory_bytes_per_s / 1e9:.1f} GB/s, {roof.share:.0%} of it is reached"
+        )
+    before, after = found.cpu_before, found.cpu_after
+    if before is not None and after is not None:
+        clock = "not told" if after.mhz is None else f"{before.mhz:.0f} MHz before, {after.mhz:.0f} MHz after"
+        times = "not told how often"
+        if before.throttled is not None and after.throttled is not None:
+            times = f"{after.throttled - before.throttled} times"
+        yield f"clock: {clock}; throttled {times} meanwhile"
+    for probe, reason in found.failures.items():
+        yield f"{probe.replace('_', ' ')} failed: {reason}"
+
+
+def crossed(small: Latency, large: Latency) -> Iterator[str]:
+    """Say how the speed of smaller weights over 16-bit ones changes with the rows that share a read of them."""
+    points = list(crossover(small, large))
+    if not points:
+        return
+    shown = ", ".join(f"{n}: {value:.2f} ({low:.2f} to {high:.2f})" for n, value, low, high in points)
+    ends = next((n for n, _, low, _ in points if low <= 1), None)
+    said = f"no longer faster from {ends} rows on" if ends is not None else "faster at every number of rows tried"
+    yield f"speed over {large.subject.name} by rows at once: {shown}; {said}"
+
+
+def _growth(one: Latency) -> Iterator[str]:
+    """Say what a longer context costs each further token."""
+    short, long = (pick(one.cases, key=lambda case: case.prompt_tokens) for pick in (min, max))
+    if long.prompt_tokens > short.prompt_tokens:
+        waits = [case_interval(case, "itl_ms", 50).value for case in (short, long)]
+        yield (
+            f"context: ITL p50 {waits[0]:.2f} ms after {short.prompt_tokens} tokens, {waits[1]:.2f} ms after "
+            f"{long.prompt_tokens}: {(waits[1] / waits[0] - 1):+.0%}"
+        )
+
+
+def _rate(point: SweepPoint) -> str:
+    if point.reason is not None:
+        return f"failed ({point.reason})"
+    waits = [wait for g in point.generations if not g.warmup for wait in g.itl_ms]
+    return f"{point.n_rows * len(waits) / sum(waits) * 1e3:.1f}"
+
+
+def _timed(one: Latency) -> Iterator[str]:
+    for case in one.cases:
+        p50, p95 = (case_interval(case, "itl_ms", q).value for q in (50, 95))
+        first = case_interval(case, "ttft_ms", 50).value
+        yield (
+            f"prompts of {case.prompt_tokens}: TTFT p50 {first:.1f} ms, ITL p50 {p50:.2f} ms, p95 {p95:.2f} ms, "
+            f"{one.peak_rss_bytes / MB:.0f} MB at the peak"
+        )

@@ -1,0 +1,155 @@
+"""The verb bench: files without a manifest, ranked and remembered; a broken one is a row."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from edgetune import bench as benching
+from edgetune import past
+from edgetune.artifact import Artifact
+from edgetune.errors import ArtifactError, UsageError
+from edgetune.export import gguf
+from edgetune.recipe import Bench, GgufExport
+from edgetune.runtime import history
+from edgetune.runtime.evidence import Failure, Latency, Timings
+from edgetune.runtime.latency import make_prompts, measure
+from edgetune.runtime.report.write import read_report, write_report
+from tests.export.test_onnx import exported
+from tests.fakes import fake_job
+from tests.report_sample import sample_report
+from tests.runtime.test_history import timings
+from tests.test_found import bare
+
+pytest.importorskip("llama_cpp")
+pytest.importorskip("onnxruntime_genai")
+QUICK = Bench(prompt_tokens=[8], new_tokens=4, repeats=2, warmup=1, threads=1)
+
+
+def test_whatever_is_made_elsewhere_is_timed_without_a_recipe(
+    tiny_model: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A GPTQ folder, an ONNX folder and a GGUF file without manifests, and a Hugging Face folder that is cut."""
+    made = [bare(exported(kind, tiny_model, tmp_path_factory), tmp_path / kind) for kind in ("gptq", "fp32")]
+    out = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "made", moments=None, calibration_digest=None).path
+    file = (out / "model.gguf").rename(tmp_path / "tiny.gguf")
+    broken = bare(tiny_model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut")
+    screen = Console(file=io.StringIO(), width=200)
+    place, raw = tmp_path / "history.sqlite", tmp_path / "raw.json"
+    assert not benching.bench([*made, file, broken], QUICK, screen, json=raw, history=place)
+    *timed, failed = Timings.model_validate_json(raw.read_bytes()).results
+    assert [(one.subject.kind, one.subject.engine) for one in timed if isinstance(one, Latency)] == [
+        ("gptq", "torch"), ("onnx", "onnxruntime"), ("gguf", "llama.cpp"),
+    ]  # fmt: skip
+    assert isinstance(failed, Failure)
+    assert failed.reason.startswith("torch failed while loading: SafetensorError")
+    assert isinstance(screen.file, io.StringIO)
+    said = screen.file.getvalue()
+    assert "failed" in said
+    assert "one run tells no noise floor" in said
+    trend = next(trend for trend in history.trends(place) if trend.subject == "tiny.gguf")
+    past.history(place, screen, artifact=trend.artifact[:6], machine="", add=raw)
+    assert f"tiny.gguf {trend.artifact[:8]}" in screen.file.getvalue()
+    with pytest.raises(UsageError, match="holds nothing of that kind"):
+        past.history(place, screen, artifact="none", machine="", add=None)
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_ids_are_folded_into_the_smallest_vocabulary_and_ranks_tell_chance() -> None:
+    jobs = [fake_job("slow", decode_s=0.02), fake_job("fast", decode_s=0.002), fake_job("as fast", decode_s=0.002)]
+    found = measure(jobs, QUICK.model_copy(update={"repeats": 3}), make_prompts([31, 32, 900], [8]), fold=True)
+    ranks = benching.ranked([one for one in found if isinstance(one, Latency)])
+    assert ranks[-1][:2] == (3, found[0])
+    assert ranks[-1][2].low > 2
+    assert {rank for rank, *_ in ranks[:2]} <= {1, 2}
+    direct = measure(jobs[:1], QUICK, make_prompts([31, 0, 900 % 32], [8]))
+    assert isinstance(direct[0], Latency)
+    assert isinstance(found[0], Latency)
+    assert direct[0].workload == found[0].workload
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_repeated_runs_are_fresh_processes_and_give_a_noise_floor() -> None:
+    bench = QUICK.model_copy(update={"runs": 2, "new_tokens": [3, 5]})
+    told: list[tuple[int, int]] = []
+    jobs = [fake_job("a", decode_s=0.002), fake_job("dies", fail="crash", at="decode", after=40)]
+    good, lost = measure(jobs, bench, make_prompts([1, 2], [8]), progress=lambda *p: told.append(p))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert isinstance(good, Latency)
+    assert isinstance(lost, Failure)
+    assert [(c.prompt_tokens, c.new_tokens) for c in good.cases] == [(8, 3), (8, 5)]
+    for case in good.cases:
+        assert [g.run for g in case.generations if not g.warmup] == [0, 0, 1, 1]
+        assert {len(g.itl_ms) for g in case.generations} == {case.new_tokens - 1}
+    assert any("noise floor" in line for line in benching.remarks([good]))
+
+
+def test_a_trend_says_what_may_be_chance(tmp_path: Path) -> None:
+    place = tmp_path / "history.sqlite"
+    said = []
+    for day, itl in enumerate((10.0, 10.1, 10.0, 10.1, 13.0), start=1):
+        history.record(place, timings(itl, day=day))
+        said.append(past.change(history.trends(place)[0]))
+    assert said[0] == "first run"
+    assert said[1] == "+1.0%; two quiet runs before it would tell a noise floor"
+    assert "within the noise" in said[3]
+    assert said[4].startswith("+29.4%, slower beyond the noise of ")
+
+
+def test_evidence_of_another_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"schema_version": 9}))
+    with pytest.raises(ArtifactError, match="schema_version 9"):
+        past.read_timings(tmp_path / "x.json")
+
+
+def test_evidence_of_another_machine_is_merged_by_digest(tmp_path: Path) -> None:
+    report = sample_report(n_rows=20)
+    mine = report.latency[0].subject
+    far = timings(7.0, cpu="far away", digest=mine.artifact_digest)
+    file = tmp_path / "box.json"
+    file.write_text(far.model_dump_json())
+    merged = past.merge_timings(report, file)
+    (elsewhere,) = merged.elsewhere
+    (found,) = elsewhere.results
+    assert isinstance(found, Latency)
+    assert found.subject.name == mine.name  # it had another name there
+    assert past.merge_timings(merged, file) == merged
+    write_report(merged, tmp_path)
+    assert read_report(tmp_path / "report.json") == merged
+    for page in ("report.md", "report.html"):
+        assert "on far away, 2 cores" in (tmp_path / page).read_text()
+    file.write_text(timings(7.0, digest="of something else").model_dump_json())
+    with pytest.raises(UsageError, match="timed none of the files"):
+        past.merge_timings(report, file)
+    assert past.read_timings(tmp_path).results == [*merged.latency]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "a.gguf", "--engine", "abacus"], "unknown engine 'abacus'; known: torch, llama.cpp"),
+        (["bench", "nowhere.gguf"], "nowhere.gguf is not there"),
+        (["bench", "a.gguf", "--probe", "mood"], "bench: probes.0: Input should be 'cold_start'"),
+        (["bench-http", "localhost"], "'localhost' is no address of a server"),
+        (["history", "--history", "none.sqlite"], "none.sqlite holds nothing of that kind; edgetune bench fills it"),
+    ],
+)
+def test_wrong_words_are_one_line_and_exit_code_2(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from edgetune import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["edgetune", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"edgetune: {said}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,165 @@
+"""Probes: each in its own process, each failure a line; and what they say of a machine whose files we write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgetune.recipe import Bench, Budgets
+from edgetune.runtime import roofline, sensors
+from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase
+from edgetune.runtime.latency import make_prompts, measure, noise_floor
+from edgetune.runtime.probes import crossover
+from edgetune.runtime.report import beside
+from edgetune.runtime.statistics import repeatability
+from edgetune.runtime.verdict import judge
+from tests.fakes import fake_job
+
+BENCH = Bench(prompt_tokens=[4, 9], new_tokens=5, threads=1, repeats=2, warmup=1, case_timeout_s=20)
+PROMPTS = make_prompts(range(3, 30), [4, 9])
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A root with the kernel's files of two cores and one processor package."""
+    for core, (khz, throttled) in enumerate(((2_000_000, 3), (3_000_000, 4))):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{core}"
+        (folder / "cpufreq").mkdir(parents=True)
+        (folder / "thermal_throttle").mkdir()
+        (folder / "cpufreq/scaling_cur_freq").write_text(f"{khz}\n")
+        (folder / "thermal_throttle/core_throttle_count").write_text(f"{throttled}\n")
+    zone = tmp_path / "sys/class/powercap/intel-rapl:0"
+    zone.mkdir(parents=True)
+    (zone / "energy_uj").write_text("9000000\n")
+    (zone / "max_energy_range_uj").write_text("10000000\n")
+    (zone.parent / "intel-rapl:0:0").mkdir()  # a part of the package, which must not count twice
+    return tmp_path
+
+
+def test_sensors_read_what_the_kernel_tells(machine: Path, tmp_path: Path) -> None:
+    state = sensors.cpu_state(machine)
+    assert (state.mhz, state.throttled) == (2500.0, 7)
+    meter = sensors.EnergyMeter(machine)
+    assert meter.why_not is None
+    (machine / "sys/class/powercap/intel-rapl:0/energy_uj").write_text("2500000")  # it has wrapped
+    assert meter.joules() == pytest.approx(3.5)
+    none = sensors.EnergyMeter(tmp_path / "nowhere")
+    assert (none.joules(), none.why_not) == (None, "this machine has no RAPL counter")
+    (machine / "sys/class/powercap/intel-rapl:0/energy_uj").write_text("")
+    assert sensors.EnergyMeter(machine).why_not == "the RAPL counter may be read by root only"
+    empty = sensors.cpu_state(tmp_path / "nowhere")
+    assert (empty.mhz, empty.throttled) == (None, None)
+
+
+def test_files_are_dropped_from_the_page_cache(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"x" * 4_000_000)
+    assert file.read_bytes()
+    before = sensors.resident_share([file])
+    assert before is None or before > 0.9
+    after = sensors.drop_from_page_cache([file])
+    assert after is None or after < 0.1 or after == before  # tmpfs keeps everything
+
+
+def test_a_roofline_is_bytes_over_bandwidth() -> None:
+    found = roofline.roofline(90_000_000, 100_000.0, 100, 10.0, 20e9)
+    assert found.bytes_per_token == 100_000_000
+    assert found.share == pytest.approx(0.5)
+    assert 1e8 < roofline.memory_bandwidth(1, n_bytes=2**24) < 1e13
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_all_probes_of_all_candidates() -> None:
+    asked = {
+        "sweep_rows": [1, 2, 8], "sweep_threads": [2],
+        "probes": ["cold_start", "memory", "energy", "frequency", "roofline"],
+    }  # fmt: skip
+    jobs = [
+        fake_job("int4", decode_s=0.002, row_s=0.002, ballast_mb=120),
+        fake_job("16-bit", decode_s=0.012, row_s=0.0001),
+        fake_job("breaks", fail="crash", at="decode_rows"),
+        fake_job("lost", fail="crash", at="load"),
+    ]
+    small, large, breaks, lost = measure(jobs, BENCH.model_copy(update=asked), PROMPTS)
+    assert isinstance(lost, Failure)
+    assert isinstance(breaks, Latency)
+    assert breaks.probes is not None
+    points = {(p.n_threads, p.n_rows): p for p in breaks.probes.sweep if p.reason}
+    assert set(points) == {(1, 2), (1, 8)}
+    assert points[1, 2].reason == "fake died of SIGSEGV while generating several rows"
+    assert isinstance(small, Latency)
+    assert isinstance(large, Latency)
+    found = small.probes
+    assert found is not None
+    assert [(p.n_threads, p.n_rows) for p in found.sweep] == [(2, 1), (1, 1), (1, 2), (1, 8)]
+    assert all(sum(not g.warmup for g in p.generations) == 3 for p in found.sweep)
+    assert found.memory is not None
+    assert found.memory.prefill_peak > found.memory.loaded + 100e6
+    assert found.memory.decode_peak < found.memory.prefill_peak - 80e6
+    assert found.cold_start is not None
+    assert found.cold_start.load_ms > 0
+    assert found.roofline is not None
+    assert found.roofline.bytes_per_token == 10**6 + 100 * (4 + 5 // 2)
+    assert found.cpu_after is not None
+    ratios = {rows: (value, low, high) for rows, value, low, high in crossover(small, large)}
+    assert ratios[1][1] > 1
+    assert ratios[8][2] < 1  # 18 ms against 13
+    (said,) = beside.crossed(small, large)
+    assert said.endswith("no longer faster from 8 rows on")
+    lines = "\n".join(beside.probed(small))
+    for part in (
+        "threads: 1: ",
+        "rows at once: ",
+        "cold start",
+        "resident memory",
+        "energy: ",
+        "roofline: ",
+        "clock: ",
+    ):
+        assert part in lines
+    assert "8: failed (fake died of SIGSEGV" in "\n".join(beside.probed(breaks))
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_each_kind_of_failure_is_a_row_and_the_others_go_on() -> None:
+    failures = {
+        "crash": "fake died of SIGSEGV while generating",
+        "killed": "fake died of SIGKILL while generating; something killed it, most often the machine ran out of "
+        "memory",
+        "hang": "fake gave no answer in 2 s while generating and was stopped",
+        "nan": "fake gave logits that are not finite after 0 new tokens",
+    }
+    bench = BENCH.model_copy(update={"case_timeout_s": 2.0})
+    jobs = [fake_job(fail, fail=fail, at="prefill", after=4) for fail in failures]
+    *broken, good = measure([*jobs, fake_job("good")], bench, PROMPTS)
+    assert isinstance(good, Latency)
+    assert broken == [Failure(subject=name, stage="latency", reason=said) for name, said in failures.items()]
+
+
+def repeated(medians: list[float]) -> LatencyCase:
+    generations = [
+        Generation(ttft_ms=5, itl_ms=[m] * 4, warmup=False, run=run) for run, m in enumerate(medians) for _ in "ab"
+    ]
+    return LatencyCase(prompt_tokens=4, new_tokens=5, generations=generations, steady=True)
+
+
+def test_no_verdict_is_finer_than_the_noise_floor() -> None:
+    assert noise_floor(repeated([10.0]), "itl_ms") is None
+    floor = noise_floor(repeated([10.0, 10.4, 9.8]), "itl_ms")
+    assert floor == pytest.approx(repeatability([10.0, 10.4, 9.8]))
+    (quiet,) = measure_of(repeated([10.0, 10.4, 9.8]))
+    sharp = judge("q4", Budgets(itl_ms_p95=11.0), latency=quiet)
+    assert sharp.verdict == "inconclusive"
+    assert "runs differ by" in sharp.reason
+    assert judge("q4", Budgets(itl_ms_p95=20.0), latency=quiet).verdict == "ship"
+    (once,) = measure_of(repeated([10.4]))
+    assert judge("q4", Budgets(itl_ms_p95=11.0), latency=once).verdict == "ship"
+
+
+def measure_of(case: LatencyCase) -> list[Latency]:
+    from tests.runtime.test_history import timings
+
+    (found, _) = timings(1.0).results
+    assert isinstance(found, Latency)
+    return [found.model_copy(update={"cases": [case]})]
