@@ -87,9 +87,9 @@ def test_each_chain_makes_what_is_planned(
 
 
 @pytest.mark.slow
-def test_a_prefix_stays_apart_and_answers(tmp_path: Path, tiny_model_wide: Artifact) -> None:
-    adapt = ADAPT | {"method": "prefix", "virtual_tokens": 4}
-    recipe = recipe_of(tmp_path, tiny_model_wide, adapt=adapt, candidates={"apart": {}})
+@pytest.mark.parametrize("method", [{"method": "prefix", "virtual_tokens": 4}, {"r": 4, "merge": "separate"}])
+def test_an_adapter_stays_apart_and_answers(tmp_path: Path, tiny_model_wide: Artifact, method: dict[str, Any]) -> None:
+    recipe = recipe_of(tmp_path, tiny_model_wide, adapt=ADAPT | method, candidates={"apart": {}})
     report, _ = run(recipe, tmp_path)
     assert not report.failures, report.failures
     assert [seam.hop for seam in report.seams] == ["base", "adapter kept apart", "apart: 16-bit"]
