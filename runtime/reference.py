@@ -82,7 +82,8 @@ class ReferencePack:
         drawn = self.drawn[part].astype(np.int64)
         log_q, log_q_drawn, log_q_tail = _log_masses(logits, at, ids, drawn)
         with np.errstate(divide="ignore", invalid="ignore"):
-            kl: Doubles = np.bincount(at, np.where(p > 0, p * (np.log(p) - log_q), 0.0), n_positions)
+            kl = np.zeros(n_positions)
+            kl += np.bincount(at, np.where(p > 0, p * (np.log(p) - log_q), 0.0), n_positions)
             log_r = log_q_drawn - log_q_tail[:, None] + self.drawn_logs[part] * LOG_STEP  # [N, S]
             inside = (np.expm1(log_r) - log_r).mean(1)
             kl += np.where(p_tail > 0, p_tail * (np.log(p_tail) - log_q_tail + inside), 0.0)

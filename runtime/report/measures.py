@@ -70,9 +70,12 @@ def accuracy_figures(
     made["loss"] = _loss(score, reference, budget, checks)
     changed = statistics.flips([r.exact for r in rows], [r.exact for r in reference.rows])
     made["harmful"], made["beneficial"] = Figure(changed.harmful), Figure(changed.beneficial)
+    kl = [row.kl for row in rows if row.kl is not None]
     tokens = [row.kl_tokens for row in rows if row.kl_tokens is not None]
     agree = [row.n_agree for row in rows if row.n_agree is not None]
-    if len(tokens) == n:
+    if len(kl) == n:
+        made["kl"] = Figure(sum(kl) / n_tokens)
+    if len(tokens) == n:  # evidence of an earlier version has sums only
         spread = statistics.token_intervals(tokens, seed=seed, confidence=LEVEL)
         made |= {key: Figure(*spread[name]) for key, name in KL.items()}
         made["kl_max"] = Figure(spread["max"].value)
