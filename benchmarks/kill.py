@@ -3,8 +3,9 @@
     python benchmarks/kill.py            # 50 random moments, and before and after each rename
     python benchmarks/kill.py --quick    # 6 kills
 
-Each kill has a store of its own. SIGKILL goes to the whole process group; engines run in sessions of their own and
-must end by themselves. Then the same command runs to its end with the same store. `lost` counts artifacts that were
+Each run is forked from a process that has imported torch, so that kills are spent on work and not on imports. Each kill
+has a store of its own. SIGKILL goes to the whole process group; engines run in sessions of their own and must end by
+themselves. Then the same command runs to its end with the same store. `lost` counts artifacts that were
 whole at the kill and are not the same afterwards, folders that are there but not whole, artifacts missing at the end,
 and second runs that fail; `different_bytes` counts shipped files that are not those of an uninterrupted run.
 """
@@ -12,13 +13,12 @@ and second runs that fail; `different_bytes` counts shipped files that are not t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ PACKAGES = (
     "onnxruntime-genai",
 )  # fmt: skip
 RUN_TIMEOUT_S, ORPHAN_TIMEOUT_S = 600, 20
-LIVE: set[subprocess.Popen[bytes]] = set()  # runs that a stopped benchmark takes with it
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["edgetune.pipeline", "edgetune.export.gguf", "edgetune.export.onnx"])
+LIVE: set[ForkServerProcess] = set()  # runs that a stopped benchmark takes with it
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ class Kill:
 
 
 def child(recipe: Path, home: Path, rename: int | None, side: str) -> None:
-    """Be the run: wrap every rename, note it, and die at the one that is asked for."""
+    """Be the run, in a process group of its own: wrap every rename, note it, and die at the one that is asked for."""
+    os.setsid()
+    output = os.open(home / "output.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     made = 0
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,15 +119,12 @@ def _told(target: Any, home: Path) -> str:
     return str(path.relative_to(home)) if path.is_relative_to(home) else path.name
 
 
-def start(recipe: Path, home: Path, moment: Moment) -> subprocess.Popen[bytes]:
-    """Start a run in a process group of its own."""
+def start(recipe: Path, home: Path, moment: Moment) -> ForkServerProcess:
+    """Start a run."""
     home.mkdir(parents=True, exist_ok=True)
     (home / "renames.log").unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(recipe), str(home)]
-    if moment.rename is not None:
-        command += ["--die-at", str(moment.rename), "--side", moment.side]
-    with (home / "output.log").open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process = FORKS.Process(target=child, args=(recipe, home, moment.rename, moment.side))
+    process.start()
     LIVE.add(process)
     return process
 
@@ -129,24 +133,34 @@ def finish(recipe: Path, home: Path) -> tuple[bool, float]:
     """Run to the end; gives whether it came there, and the seconds."""
     began = time.monotonic()
     process = start(recipe, home, Moment())
-    try:
-        process.wait(RUN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+    process.join(RUN_TIMEOUT_S)
+    if process.exitcode is None:
         _kill_group(process)
     LIVE.discard(process)
-    return process.returncode == 0, round(time.monotonic() - began, 2)
+    return process.exitcode == 0, round(time.monotonic() - began, 2)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> int:
+def _kill_group(process: ForkServerProcess) -> int:
     """SIGKILL the process group; gives how many descendants outlive it."""
+    below = _below(process)
     try:
-        below = psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        below = []
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(_pid(process), signal.SIGKILL)
+    except ProcessLookupError:  # it has not made its group yet, or is gone
+        process.kill()
+    process.join()
     return _outlive(below)
+
+
+def _pid(process: ForkServerProcess) -> int:
+    assert process.pid is not None, "it was started"
+    return process.pid
+
+
+def _below(process: ForkServerProcess) -> list[psutil.Process]:
+    try:
+        return psutil.Process(_pid(process)).children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def _outlive(below: list[psutil.Process]) -> int:
@@ -160,29 +174,25 @@ def run_until(recipe: Path, home: Path, moment: Moment, kill: Kill) -> None:
     """Start a run and let it die at its moment."""
     process = start(recipe, home, moment)
     if moment.seconds is not None:
-        try:
-            process.wait(moment.seconds)
-        except subprocess.TimeoutExpired:
+        process.join(moment.seconds)
+        if process.exitcode is None:
             kill.orphans = _kill_group(process)
     else:
         below: list[psutil.Process] = []
         deadline = time.monotonic() + RUN_TIMEOUT_S
-        while process.poll() is None:  # it kills itself, so who is below it must be asked before
+        while process.exitcode is None:  # it kills itself, so who is below it must be asked before
             if time.monotonic() > deadline:
                 _kill_group(process)
                 kill.lost.append(f"no end within {RUN_TIMEOUT_S} s")
                 break
-            try:
-                below = psutil.Process(process.pid).children(recursive=True) or below
-            except psutil.Error:
-                break
-            time.sleep(0.05)
-        process.wait()
+            below = _below(process) or below
+            process.join(0.05)
+        process.join()
         kill.orphans = _outlive(below)
     LIVE.discard(process)
-    kill.killed = process.returncode == -signal.SIGKILL
-    if not kill.killed and process.returncode != 0:
-        kill.lost.append(f"first run ended with {process.returncode}: {_last_line(home)}")
+    kill.killed = process.exitcode == -signal.SIGKILL
+    if not kill.killed and process.exitcode != 0:
+        kill.lost.append(f"first run ended with {process.exitcode}: {_last_line(home)}")
     renamed = (home / "renames.log").read_text().splitlines() if (home / "renames.log").exists() else []
     kill.where = renamed[-1] if moment.rename is not None and renamed else _stage(home / "run" / "log.jsonl")
 
@@ -350,13 +360,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="kills at the same time, each with a store of its own")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--child", nargs=2, type=Path, metavar=("RECIPE", "HOME"), help=argparse.SUPPRESS)
-    parser.add_argument("--die-at", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        child(*given.child, given.die_at, given.side)
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that runs and temporary folders go too
     given.out.parent.mkdir(parents=True, exist_ok=True)
     try:
