@@ -228,7 +228,7 @@ class TrtDevice:
                 f"{files.folder} is an engine for an NVIDIA GPU and torch sees none; run it on the target"
             )
         self._torch: Any = torch
-        self._stream = torch.cuda.Stream()
+        self._stream: Any = self._torch.cuda.Stream()
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine((files.folder / ENGINE).read_bytes())
