@@ -27,7 +27,7 @@ from edgetune.export.decoder_source import Sizes, Source, check_decoder, open_so
 from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.onnx_own import check_whole, copy_tokenizer
-from edgetune.export.parity import Tolerance, hold, parity, torch_logits
+from edgetune.export.parity import HALF, hold, parity, torch_logits
 from edgetune.recipe import Gptq, Rtn, TensorrtExport
 from edgetune.runtime.engine import why_not_run
 
@@ -41,7 +41,6 @@ CHUNK = 512  # most tokens of one run
 MAX_LENGTH = 2048  # of context, where the recipe names none and the model has more
 # What TensorRT for RTX builds for in one file; 7.5 is left out because it has no int4.
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-HALF = Tolerance(mean_kl=1e-3)  # float16 weights and activations
 
 Progress = Callable[[int, int, str], None]
 
@@ -120,7 +119,8 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
             tell(2, 4, "engine")
             job = {
                 "file": str(graph), "out": str(pending.path / ENGINE), "library": module,
-                "compute_capability": capabilities(config), "profiles": profiles(opened.sizes, context_length(config, opened.sizes)),
+                "compute_capability": capabilities(config),
+                "profiles": profiles(opened.sizes, context_length(config, opened.sizes)),
             }  # fmt: skip
             built = run_child("edgetune.export.tensorrt_build", job, pending.work / "build.json")
         finally:
