@@ -191,7 +191,7 @@ def export(
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="tensorrt: such as 8.6, may be repeated; 8.0, 8.6, 8.9 and 12.0")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="tensorrt: most tokens of context")] = 2048,
+    max_length: Annotated[int | None, typer.Option(help="tensorrt: most tokens of context; 2048 if absent")] = None,
 ) -> None:
     """Write a GGUF file, an ONNX folder or a TensorRT engine, and hold it to its contract."""
     from edgetune import single

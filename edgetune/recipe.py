@@ -86,7 +86,9 @@ class TensorrtExport(Closed):
     compute_capability: (
         Annotated[list[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]], Field(min_length=1)] | None
     ) = Field(None, description="GPUs that one file is built for; 8.0, 8.6, 8.9 and 12.0 if absent")
-    max_length: Annotated[int, Field(ge=16, description="most tokens of context")] = 2048
+    max_length: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="most tokens of context; 2048 or, where it has fewer, all that the model has if absent"
+    )
     library: Literal["tensorrt-rtx", "tensorrt"] = Field(
         "tensorrt-rtx", description="tensorrt-rtx builds on any machine, tensorrt for the GPU of this one"
     )

@@ -66,7 +66,7 @@ def compress(
 
 
 def export_config(
-    form: str, type_: str, precision: str, builder: str, compute_capability: list[str] | None, max_length: int
+    form: str, type_: str, precision: str, builder: str, compute_capability: list[str] | None, max_length: int | None
 ) -> Export:
     """Check the flags of `export` as a recipe's keys are checked. Raises RecipeError."""
     settings: dict[str, dict[str, object]] = {

@@ -42,7 +42,7 @@ class DecoderGraph(ABC):
         file.output("logits", "FLOAT", ["batch", "sequence", sizes.n_vocab])
         for i in range(sizes.n_layers):
             for part in ("key", "value"):
-                shape = ["batch", sizes.n_kv_heads, "past", sizes.head_size]
+                shape: list[str | int] = ["batch", sizes.n_kv_heads, "past", sizes.head_size]
                 file.input(f"past_key_values.{i}.{part}", self.dtype, shape)
                 file.output(f"present.{i}.{part}", self.dtype, [*shape[:2], "total", sizes.head_size])
         self.angles()

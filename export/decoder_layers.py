@@ -159,7 +159,7 @@ def node_name(module: str) -> str:
 def _pack_rows(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pack 4-bit values [R, G] two to a byte, each row padded to a whole one."""
     padded = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    packed: NDArray[np.uint8] = padded[:, 0::2] | padded[:, 1::2] << 4
+    packed: NDArray[np.uint8] = padded[:, 0::2] | padded[:, 1::2] << np.uint8(4)
     return packed
 
 

@@ -27,7 +27,7 @@ from edgetune.export.decoder_source import Sizes, Source, check_decoder, open_so
 from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.onnx_own import check_whole, copy_tokenizer
-from edgetune.export.parity import Tolerance, hold, parity, torch_logits
+from edgetune.export.parity import HALF, hold, parity, torch_logits
 from edgetune.recipe import Gptq, Rtn, TensorrtExport
 from edgetune.runtime.engine import why_not_run
 
@@ -38,9 +38,9 @@ STAGE = "export.tensorrt/1"
 ENGINE, SETTINGS = "model.engine", "tensorrt.json"
 NOT_RUN = "built, not run"
 CHUNK = 512  # most tokens of one run
+MAX_LENGTH = 2048  # of context, where the recipe names none and the model has more
 # What TensorRT for RTX builds for in one file; 7.5 is left out because it has no int4.
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-HALF = Tolerance(mean_kl=1e-3)  # float16 weights and activations
 
 Progress = Callable[[int, int, str], None]
 
@@ -48,7 +48,7 @@ Progress = Callable[[int, int, str], None]
 def check(config: TensorrtExport, model_config: dict[str, Any], quantized: Gptq | Rtn | None) -> None:
     """Refuse, before any work, what cannot be built. Raises UnsupportedError naming the nearest that can."""
     sizes = check_decoder(model_config)
-    if config.max_length > sizes.max_length:
+    if (config.max_length or 0) > sizes.max_length:
         raise UnsupportedError(f"max_length={config.max_length} is more than the {sizes.max_length} positions of the "
                                f"model; use max_length: {sizes.max_length} or less")  # fmt: skip
     if config.library == "tensorrt" and config.compute_capability is not None:
@@ -119,7 +119,8 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
             tell(2, 4, "engine")
             job = {
                 "file": str(graph), "out": str(pending.path / ENGINE), "library": module,
-                "compute_capability": capabilities(config), "profiles": profiles(opened.sizes, config.max_length),
+                "compute_capability": capabilities(config),
+                "profiles": profiles(opened.sizes, context_length(config, opened.sizes)),
             }  # fmt: skip
             built = run_child("edgetune.export.tensorrt_build", job, pending.work / "build.json")
         finally:
@@ -143,6 +144,11 @@ def capabilities(config: TensorrtExport) -> list[str]:
     return list(config.compute_capability or CAPABILITIES)
 
 
+def context_length(config: TensorrtExport, sizes: Sizes) -> int:
+    """Give the most tokens of context."""
+    return config.max_length or min(MAX_LENGTH, sizes.max_length)
+
+
 def profiles(sizes: Sizes, max_length: int) -> list[dict[str, list[list[int]]]]:
     """Give the shapes (smallest, usual, largest) of each input: a profile for prefill, and one for decode."""
     chunk = min(CHUNK, max_length)
@@ -161,10 +167,11 @@ def profiles(sizes: Sizes, max_length: int) -> list[dict[str, list[list[int]]]]:
 def engine_settings(config: TensorrtExport, source: Source, golden: Golden, built_by: str) -> dict[str, Any]:
     """Give what the engine's runtime has to know, which `tensorrt.json` carries."""
     sizes = source.sizes
+    max_length = context_length(config, sizes)
     return {
         "library": config.library, "version": built_by, "precision": config.precision,
-        "compute_capability": capabilities(config), "max_length": config.max_length,
-        "chunk": min(CHUNK, config.max_length), "n_layers": sizes.n_layers, "n_kv_heads": sizes.n_kv_heads,
+        "compute_capability": capabilities(config), "max_length": max_length,
+        "chunk": min(CHUNK, max_length), "n_layers": sizes.n_layers, "n_kv_heads": sizes.n_kv_heads,
         "head_size": sizes.head_size, "n_vocab": sizes.n_vocab, "stop_ids": golden.stop_ids,
     }  # fmt: skip
 

@@ -157,6 +157,13 @@ def load_engine(name: str, path: Path, *, n_ctx: int, n_threads: int, **settings
     return engine
 
 
+def common_prefix(rows: Sequence[TokenRow]) -> int:
+    """Give the number of tokens that all rows begin with and that predict no target of any."""
+    low, high = min(row.ids for row in rows), max(row.ids for row in rows)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return min(same, min(row.start for row in rows) - 1)
+
+
 class OneByOne:
     """For engines that gain nothing from continuing several prompts at once."""
 

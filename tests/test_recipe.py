@@ -103,11 +103,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one new token": (raw(bench={"new_tokens": 1}), r"bench\.new_tokens.*: .* greater than or equal to 2 \(found 1\)$"),
     "two exports": (
         raw(candidates={"a": {"export": {"gguf": {}, "onnx": {}}}}),
-        r"candidates\.a\.export: give exactly one of gguf, onnx; found \['gguf', 'onnx'\]$",
+        r"candidates\.a\.export: give exactly one of gguf, onnx, tensorrt; found \['gguf', 'onnx'\]$",
     ),
     "no export": (
         raw(candidates={"a": {"export": {}}}),
-        r"candidates\.a\.export: give exactly one of gguf, onnx; found none$",
+        r"candidates\.a\.export: give exactly one of gguf, onnx, tensorrt; found none$",
     ),
     "two methods in a step": (
         raw(candidates={"a": {"compress": [{"rtn": {}, "gptq": {}}]}}),

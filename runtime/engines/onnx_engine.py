@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgetune.backends import require
 from edgetune.backends import version as version_of
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, OneByOne, TokenRow
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow, common_prefix
 from edgetune.runtime.engines.onnx_cache import GrowingCache, SharedCache, bind
 
 CHUNK = 128  # tokens of one run: bounds the logits buffer; throughput is flat from 32 on
@@ -173,7 +173,7 @@ class OnnxEngine(OneByOne):
         """
         if not rows:
             return
-        n_shared = _common_prefix(rows)
+        n_shared = common_prefix(rows)
         reader = object()
         for row in rows:
             if self._reader is not reader:  # at first, and where the caller used the engine in between
@@ -366,13 +366,6 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
-
-
-def _common_prefix(rows: Sequence[TokenRow]) -> int:
-    """Give the number of tokens that all rows begin with and that predict no target of any."""
-    low, high = min(row.ids for row in rows), max(row.ids for row in rows)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return min(same, min(row.start for row in rows) - 1)
 
 
 def _first_line(error: BaseException) -> str:

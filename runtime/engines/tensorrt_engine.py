@@ -18,7 +18,7 @@ import numpy as np
 
 from edgetune.backends import require
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, OneByOne, TokenRow
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow, common_prefix
 from edgetune.runtime.engines.growing_cache import Slots
 
 ENGINE, SETTINGS = "model.engine", "tensorrt.json"
@@ -228,7 +228,7 @@ class TrtDevice:
                 f"{files.folder} is an engine for an NVIDIA GPU and torch sees none; run it on the target"
             )
         self._torch: Any = torch
-        self._stream = torch.cuda.Stream()
+        self._stream: Any = self._torch.cuda.Stream()
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine((files.folder / ENGINE).read_bytes())
@@ -238,8 +238,7 @@ class TrtDevice:
             raise EngineError(f"{trt.__name__} {trt.__version__} cannot load {files.folder / ENGINE}, which {built} "
                               "made; export again with this machine's version and compute capability")  # fmt: skip
         self._context: Any = self._engine.create_execution_context()
-        length = int(settings["n_kv_heads"]) * n_ctx * int(settings["head_size"])
-        self._make_cache = lambda: torch.empty(length, dtype=torch.float16, device="cuda")
+        self._length = int(settings["n_kv_heads"]) * n_ctx * int(settings["head_size"])
         self._cache: dict[tuple[str, int], Any] = {}
         shape = (int(settings["chunk"]), int(settings["n_vocab"]))
         self._logits = torch.empty(shape, dtype=torch.float32, device="cuda")
@@ -252,7 +251,7 @@ class TrtDevice:
     def place_cache(self, name: str, slot: int, shape: Shape) -> None:
         key = (name.replace("past_key_values.", "present.", 1), slot)
         if key not in self._cache:
-            self._cache[key] = self._make_cache()
+            self._cache[key] = self._torch.empty(self._length, dtype=self._torch.float16, device="cuda")
         if name.startswith("past_key_values."):
             self._context.set_input_shape(name, shape)
         self._context.set_tensor_address(name, self._cache[key].data_ptr())
@@ -274,13 +273,6 @@ class TrtDevice:
         self._context = self._engine = self._runtime = None
         self._cache.clear()
         self._held = []
-
-
-def common_prefix(rows: Sequence[TokenRow]) -> int:
-    """Give the number of tokens that all rows begin with and that predict no target of any."""
-    low, high = min(row.ids for row in rows), max(row.ids for row in rows)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return min(same, min(row.start for row in rows) - 1)
 
 
 def _first_line(error: BaseException) -> str:
