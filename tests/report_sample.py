@@ -25,7 +25,7 @@ from edgetune.runtime.evidence import (
     TextScore,
     Verdict,
 )
-from edgetune.runtime.verdict import judge
+from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 HOSTILE_LINK = "<a href='https://evil.example/'>\u202egpj.x</a> & \"quotes\""
@@ -62,7 +62,7 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
     rows = {
         "base": _rows(rng, ref_exact, harm=0.985, help_=0.01, shift=1.6),
         "reference": _rows(rng, ref_exact, harm=0.0, help_=0.0, shift=0.0),
-        "q4-gguf": _rows(rng, ref_exact, harm=0.006, help_=0.12, shift=0.004),
+        "q4-gguf": _rows(rng, ref_exact, harm=0.004, help_=0.12, shift=0.004),
         "q4-onnx": _rows(rng, ref_exact, harm=0.024, help_=0.1, shift=0.011),
         "student-q4": _rows(rng, ref_exact, harm=0.08, help_=0.05, shift=0.09),
     }
@@ -226,12 +226,16 @@ def _seams() -> list[Seam]:
 
 def _verdicts(budgets: Budgets, accuracy: list[Accuracy], latency: list[Latency]) -> list[Verdict]:
     scores, speeds = {a.subject.name: a for a in accuracy}, {x.subject.name: x for x in latency}
+    names = ("student-q4", "q4-gguf", "q4-onnx")
+    levels = accuracy_levels(
+        budgets, {name: Scored(scores[name], {}) for name in names}, Scored(scores["reference"], {})
+    )
     made = [
         judge(
             name, budgets, size_bytes=scores[name].subject.size_bytes, accuracy=scores[name],
-            reference=scores["reference"], latency=speeds[name],
+            reference=scores["reference"], level=levels[name], latency=speeds[name],
         )
-        for name in ("student-q4", "q4-gguf", "q4-onnx")
+        for name in names
     ]  # fmt: skip
     return [*made, judge("q2-rtn", budgets, failures=[FAILURE])]
 
