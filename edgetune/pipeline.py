@@ -11,9 +11,9 @@ from edgetune import __version__, measure, sources, workload
 from edgetune.adapt import merge, sft
 from edgetune.artifact import Artifact, Store, write_text
 from edgetune.commands import run_commands
-from edgetune.compress import moments, quantize
+from edgetune.compress import moments
 from edgetune.errors import ArtifactError
-from edgetune.graph import Graph, compress_name, export_name
+from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps
 from edgetune.plan import Preflight, preflight
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
@@ -24,6 +24,7 @@ from edgetune.runtime.report.write import write_report
 from edgetune.runtime.verdict import judge
 from edgetune.runtime.worker import Job
 from edgetune.stages import Stages
+from edgetune.steps import Steps
 
 EXTRA_NEW_TOKENS = 16  # a wrong answer may be so much longer than the longest right one
 
@@ -73,30 +74,18 @@ class Pipeline:
         self.model = self.stages.run("merge", self.graph.model, lambda out, _: merge.run(self.base, adapter, out))
         return self.model
 
-    def build(self, name: str, candidate: Candidate) -> Artifact | None:
-        """Compress and export one candidate; None where it failed."""
-        source: Artifact | None = self.model
-        if candidate.compress:
-            label = f"{name}: {compress_name(candidate)}"
-            source = self.stages.attempt(name, label, lambda: self._compress(label, candidate))
-        if source is None or candidate.export is None:
-            return source
-        label, exported = f"{name}: {export_name(candidate)}", source
-        return self.stages.attempt(name, label, lambda: self._export(label, name, candidate, exported))
+    def build(self, name: str, candidate: Candidate) -> list[Artifact] | None:
+        """Compress and export one candidate: what each step made, the last of which ships; None where it failed."""
+        made = self.steps.run(name, candidate)
+        if made is None or candidate.export is None:
+            return made
+        label = f"{name}: {export_name(candidate)}"
+        chain = [self.model, *made]
+        shipped = self.stages.attempt(name, label, lambda: self._export(label, name, candidate, chain))
+        return None if shipped is None else [*made, shipped]
 
-    def _compress(self, label: str, candidate: Candidate) -> Artifact:
-        method, recipe = candidate.compress[0].method, self.recipe
-        rows = self.graph.calibration(method.calibration) if hasattr(method, "calibration") else None
-        return self.stages.run(
-            label,
-            self.graph.compressed(candidate),
-            lambda out, progress: quantize.run(
-                method, self.model, out, calibration=rows, device=recipe.device, seed=recipe.seed, progress=progress
-            ),
-        )
-
-    def _export(self, label: str, name: str, candidate: Candidate, source: Artifact) -> Artifact:
-        made, export = self.graph.shipped(candidate), candidate.export
+    def _export(self, label: str, name: str, candidate: Candidate, chain: list[Artifact]) -> Artifact:
+        made, export, source = self.graph.shipped(candidate), candidate.export, chain[-1]
         assert export is not None, "only a candidate with an export gets here"
         if export.onnx is not None:
             from edgetune.export import onnx
@@ -110,11 +99,12 @@ class Pipeline:
         weighed = self.graph.moments(candidate)
         if weighed is not None:
             rows = self.graph.calibration(to_gguf.calibration)
+            floats = chain[-2] if candidate.quantizer is not None else source
             found = self.stages.run(
-                f"{name}: importance matrix",
+                f"{name}: {IMPORTANCE}",
                 weighed,
                 lambda out, progress: moments.run(
-                    self.model, out, calibration=rows, device=self.recipe.device, progress=progress
+                    floats, out, calibration=rows, device=self.recipe.device, progress=progress
                 ),
             )
             importance, digest = moments.read(found), rows.digest
@@ -144,10 +134,18 @@ class Pipeline:
             ),
         )  # fmt: skip
 
+    def _attempt_score(
+        self, name: str, job: Job, artifact: Artifact, reference: Artifact, *, generate: bool
+    ) -> Artifact | None:
+        return self.stages.attempt(
+            name, "accuracy", lambda: self.score(job, [artifact], generate=generate, reference=reference)
+        )
+
     def run(self) -> Report:
         """Do everything, and write the report."""
         self.prepare()
         self.adapt()
+        self.steps = Steps(self.recipe, self.stages, self.graph, self.base, self.model)
         threads = self.recipe.bench.threads
         reference = self.score(
             Job.of("reference", self.model, n_threads=threads), [self.model], generate=True, reference=None
@@ -159,19 +157,21 @@ class Pipeline:
         hops.append(("merged" if self.adapter is not None else "base", scored["reference"]))
         shipped: dict[str, Artifact] = {}
         for name, candidate in self.recipe.candidates.items():
-            artifact = self.build(name, candidate)
-            if artifact is None:
+            made = self.build(name, candidate)
+            if made is None:
                 continue
-            shipped[name] = artifact
-            job = Job.of(name, artifact, n_threads=threads)
-            evidence = self.stages.attempt(
-                name,
-                "accuracy",
-                lambda j=job, a=artifact: self.score(j, [a], generate=True, reference=reference),  # type: ignore[misc]
+            for hop, between in zip(scored_steps(candidate), made, strict=False):
+                job = Job.of(f"{name}: {hop}", between, n_threads=threads)
+                evidence = self._attempt_score(name, job, between, reference, generate=False)
+                if evidence is not None:
+                    hops.append((job.name, measure.read_accuracy(evidence)))
+            shipped[name] = artifact = made[-1] if made else self.model
+            evidence = self._attempt_score(
+                name, Job.of(name, artifact, n_threads=threads), artifact, reference, generate=True
             )
             if evidence is not None:
                 scored[name] = measure.read_accuracy(evidence)
-                hops.append((f"{name}: {_hop(candidate)}", scored[name]))
+                hops.append((f"{name}: {last_hop(candidate)}", scored[name]))
             _link(self.stages.folder / "candidates" / name, artifact.path)
         timed = self._time(shipped)
         return self._report(shipped, scored, hops, timed)
@@ -276,11 +276,6 @@ class Pipeline:
         if (score := summary(scored["reference"])["exact_match"]) is not None and score < 0.1:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
         return said
-
-
-def _hop(candidate: Candidate) -> str:
-    parts = [compress_name(candidate)] if candidate.compress else []
-    return ", ".join([*parts, *([export_name(candidate)] if candidate.export else [])]) or "16-bit"
 
 
 def _link(link: Path, target: Path) -> None:

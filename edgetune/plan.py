@@ -9,7 +9,7 @@ from typing import Any
 from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
-from edgetune.compress import quantize
+from edgetune.compress import chain
 from edgetune.data.formats import read_rows
 from edgetune.errors import EdgetuneError, RecipeError
 from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_stages
@@ -45,21 +45,24 @@ def preflight(recipe: Recipe) -> Preflight:
 
 
 def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
-    """Refuse a chain of compression and export that this architecture or format cannot take."""
-    step = candidate.compress[0].method if candidate.compress else None
-    if step is not None:
-        quantize.check(step, model_config)
+    """Refuse a chain of compression and export that this architecture or format cannot take.
+
+    The exporter is asked about the config that the chain will make.
+    """
+    planned = chain.check(candidate, model_config)
     if candidate.export is None:
         return
     if candidate.export.gguf is not None:
         from edgetune.export import gguf
 
-        gguf.check(candidate.export.gguf, model_config)
+        gguf.check(candidate.export.gguf, planned)
+        if any(step.prune for step in candidate.compress):
+            gguf.check_rows(candidate.export.gguf, planned)
         require("llama_cpp")
     if candidate.export.onnx is not None:
         from edgetune.export import onnx
 
-        onnx.check(candidate.export.onnx, model_config, step)
+        onnx.check(candidate.export.onnx, planned, candidate.quantizer)
         require("onnxruntime_genai")
 
 

@@ -1,171 +1,29 @@
 """Supervised fine-tuning with LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314).
 
-peft holds the adapter, bitsandbytes the 4-bit base, Hugging Face's Trainer the loop. Ours is the loss: the output head
-runs at labelled positions only, since a prompt's logits are most of the head's work and teach nothing.
-
-Shapes: B rows, T tokens, N labelled positions, C hidden size, V vocabulary.
+peft holds the adapter, bitsandbytes the 4-bit base, `trainer.py` the loop and the loss.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
+from torch import nn
 
 from edgetune.adapt.base import load_base
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint
-from edgetune.adapt.fused_decoder import FusedDecoder
+from edgetune.adapt.callbacks import last_sealed_checkpoint
 from edgetune.adapt.lora_linear import use_fused_layers
-from edgetune.artifact import Artifact, draft, identity, json_digest
+from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, history, make_trainer, rows_digest, split
+from edgetune.artifact import Artifact, draft, identity
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered
-from edgetune.devices import has_fast_bfloat16
-from edgetune.errors import DataError
-from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.progress import Report, silent
 from edgetune.recipe import Adapt
 
 STAGE = "adapt.sft/2"
-IGNORE = -100
-
-
-class LabelledHead:
-    """Lets the output head see labelled positions only, through a forward pre-hook."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self._keep: Tensor | None = None
-        head.register_forward_pre_hook(self._select)
-
-    def _select(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._keep is None:
-            return None
-        return (args[0][:, :-1][self._keep],)  # [B, T, C] -> [N, C]
-
-    @contextmanager
-    def only(self, keep: Tensor) -> Iterator[None]:
-        """Within the block, logits are [N, V]: those of the positions where keep [B, T-1] is true."""
-        self._keep = keep
-        try:
-            yield
-        finally:
-            self._keep = None
-
-
-class CompletionTrainer(Trainer):  # type: ignore[misc]
-    """Hugging Face's Trainer with the loss at labelled positions only."""
-
-    def __init__(self, *args: Any, head: LabelledHead, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.head = head
-        self._causal = self.model.get_base_model()  # peft's layers stay inside
-        self._fused = FusedDecoder.of(self._causal)
-        self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        labels = inputs["labels"][:, 1:]
-        keep = labels != IGNORE
-        logits = self._packed(model, inputs, keep) if "lengths" in inputs else self._padded(model, inputs, keep)
-        loss = functional.cross_entropy(logits.float(), labels[keep], reduction="sum")
-        if num_items_in_batch is None:
-            loss = loss / keep.sum()
-        else:
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _packed(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
-        """Logits [N, V] of the labelled positions of packed rows."""
-        n_prefix, *lengths = inputs["lengths"].tolist()
-        ids, layout = inputs["input_ids"], Layout.of(n_prefix, lengths, keep.device)
-        if self._fused is not None:
-            states = self._fused.states(ids, layout)[:-1]
-            return cast("Tensor", self._causal.get_output_embeddings()(states[keep[0]]))
-        with self.head.only(keep), packed_attention(self._causal):
-            logits: Tensor = model(
-                input_ids=ids, position_ids=layout.positions(), packed=layout, use_cache=False
-            ).logits
-        return logits
-
-    def _padded(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
-        with self.head.only(keep):
-            logits: Tensor = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).logits
-        return logits
-
-
-def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str, Tensor]:
-    """Lay rows end to end behind the unlabelled tokens that all of them begin with.
-
-    Gives input_ids and labels [1, S], and lengths [1 + B]: of the prefix, then of each row's own part.
-    """
-    n_prefix = 0
-    if share_prefix and len(rows) > 1:  # one unlabelled token is left to each row: it predicts the first label
-        limit = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in rows) - 1
-        n_prefix = common_prefix([row["input_ids"] for row in rows], limit)
-    ids = rows[0]["input_ids"][:n_prefix]
-    labels = [IGNORE] * n_prefix
-    for row in rows:
-        ids = ids + row["input_ids"][n_prefix:]
-        labels += [IGNORE, *row["labels"][n_prefix + 1 :]]  # nothing of its own row comes before the first token
-    lengths = [n_prefix, *(len(row["input_ids"]) - n_prefix for row in rows)]
-    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "lengths": torch.tensor(lengths)}
-
-
-def pad(rows: Sequence[dict[str, Any]], token: int = 0) -> dict[str, Tensor]:
-    """Pad rows on the right, for models that cannot be packed: input_ids, labels and attention_mask [B, T]."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), longest), token),
-        "attention_mask": torch.zeros((len(rows), longest), dtype=torch.long),
-        "labels": torch.full((len(rows), longest), IGNORE),
-    }
-    for index, row in enumerate(rows):
-        n = len(row["input_ids"])
-        batch["input_ids"][index, :n] = torch.tensor(row["input_ids"])
-        batch["attention_mask"][index, :n] = 1
-        batch["labels"][index, 1:n] = torch.tensor(row["labels"][1:])
-    return batch
-
-
-class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rendered rows as the Trainer wants them."""
-
-    def __init__(self, rows: Sequence[Rendered]) -> None:
-        self.column_names = ["input_ids", "labels"]
-        self._rows = [
-            {"input_ids": list(r.ids), "labels": [t if k else IGNORE for t, k in zip(r.ids, r.labels, strict=True)]}
-            for r in rows
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
-
-
-def rows_digest(rows: Sequence[Rendered]) -> str:
-    """Digest of token ids and label masks."""
-    return json_digest([[list(row.ids), [int(k) for k in row.labels]] for row in rows])
 
 
 def planned_identity(config: Adapt, source_identity: str, rows: Sequence[Rendered], seed: int) -> str:
@@ -190,13 +48,7 @@ def run(
     `golden` is stored with it. A run that was killed goes on from its last whole checkpoint, to the same bytes on the
     same machine. Raises DataError where too few rows remain beside those set aside for early stopping.
     """
-    if any(row.n_labels == 0 for row in rows):
-        raise DataError("a training row has no labelled token; it would teach nothing")
-    n_eval = min(config.eval_rows, len(rows) // 5)
-    if n_eval == 0:
-        raise DataError(f"{len(rows)} training rows are too few: give at least 5")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    evaluate, train = [rows[i] for i in order[:n_eval]], [rows[i] for i in order[n_eval:]]
+    data = split(rows, config.eval_rows, seed)
     with draft(
         out,
         kind="adapter",
@@ -207,17 +59,17 @@ def run(
     ) as pending:
         torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
         model, head = attach(config, source.path, device)
-        trainer = make_trainer(config, model, head, train, evaluate, pending.work, device, seed, progress, log_folder)
+        trainer = make_trainer(
+            CompletionTrainer, config, model, head, data, make_optimizer(config, model), work=pending.work,
+            device=device, seed=seed, progress=progress, log_folder=log_folder,
+        )  # fmt: skip
         trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
         save_adapter(model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed
-        if n_eval < config.eval_rows:
-            pending.fallbacks.append(
-                f"eval_rows={config.eval_rows} is more than a fifth of the rows: {n_eval} are used"
-            )
-        pending.notes.update(_history(trainer.state))
-        pending.notes["rows"] = {"train": len(train), "early_stopping": len(evaluate)}
+        pending.fallbacks.extend(data.fallbacks)
+        pending.notes.update(history(trainer.state))
+        pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
         pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return pending.artifact
 
@@ -237,82 +89,6 @@ def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, Labelle
     use_fused_layers(lora, keep_dense=config.keep_dense)
     model = get_peft_model(base, lora)
     return model, LabelledHead(base.get_output_embeddings())
-
-
-def make_trainer(
-    config: Adapt,
-    model: nn.Module,
-    head: LabelledHead,
-    train: Sequence[Rendered],
-    evaluate: Sequence[Rendered],
-    work: Path,
-    device: str,
-    seed: int,
-    progress: Report,
-    log_folder: Path | None,
-) -> CompletionTrainer:
-    """Build the Trainer: length-grouped batches, cosine schedule, early stopping, sealed checkpoints."""
-    micro = config.micro_batch_size or config.batch_size
-    accumulation = config.batch_size // micro
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(len(train) / (micro * accumulation)))
-    every = min(config.eval_steps, steps)
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=32,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=torch.device(device).type == "cuda" and has_fast_bfloat16(device),
-        use_cpu=torch.device(device).type == "cpu",
-        eval_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=min(10, steps),
-        train_sampling_strategy="group_by_length",
-        report_to=[name for name in config.report_to if name != "tensorboard"],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        prediction_loss_only=True,
-        seed=seed,
-        log_level="error",
-    )
-    callbacks: list[Any] = [
-        CheckpointSeal(),
-        ProgressReport(progress, tokens_per_step=sum(len(r.ids) for r in train) / len(train) * config.batch_size),
-        EarlyStoppingCallback(early_stopping_patience=config.patience),
-    ]
-    if "tensorboard" in config.report_to and log_folder is not None:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(log_folder))))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        trainer = CompletionTrainer(
-            model,
-            arguments,
-            data_collator=pack if can_pack(model) and arguments.world_size == 1 else pad,
-            train_dataset=Rows(train),
-            eval_dataset=Rows(evaluate),
-            callbacks=callbacks,
-            optimizers=(make_optimizer(config, model), None),
-            head=head,
-        )
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def make_optimizer(config: Adapt, model: nn.Module) -> torch.optim.Optimizer:
@@ -340,11 +116,3 @@ def save_adapter(model: nn.Module, folder: Path, base_identity: str) -> None:
 def _config(config: Adapt, seed: int) -> dict[str, Any]:
     """What the adapter depends on: where the log goes and how a step is cut do not belong to it."""
     return {**config.model_dump(exclude={"report_to"}), "seed": seed}
-
-
-def _history(state: TrainerState) -> dict[str, Any]:
-    """Loss curves by step, without times: the manifest must not change from run to run."""
-    train = [[e["step"], round(e["loss"], 6)] for e in state.log_history if "loss" in e]
-    held = [[e["step"], round(e["eval_loss"], 6)] for e in state.log_history if "eval_loss" in e]
-    rate = [[e["step"], e["learning_rate"]] for e in state.log_history if "learning_rate" in e]
-    return {"steps": state.global_step, "loss": train, "heldout_loss": held, "learning_rate": rate}
