@@ -60,9 +60,18 @@ MEANING = {
     "Adapt.weight_decay": "weight decay",
     "Adapt.max_grad_norm": "gradients are clipped to this norm",
     "Adapt.report_to": "where training curves are logged; tensorboard writes to the run's folder",
+    **{
+        f"Distill.{key}": f"as in `adapt`{more}"
+        for key, more in {
+            "learning_rate": "; all weights are trained", "epochs": "", "max_steps": "", "warmup_ratio": "",
+            "weight_decay": "", "max_grad_norm": "", "report_to": "",
+        }.items()
+    },  # fmt: skip
+    "Distill.temperature": "logits are divided by it on both sides",
+    "Prune.calibration": "rows that importance is read off",
     "Calibration.n_samples": "samples",
     "Calibration.general_share": "share of the samples that is general text",
-    "Candidate.compress": "a list of at most one step; the steps are not chained yet",
+    "Candidate.compress": "steps in their order: prune and distill as often as wanted, then at most one of rtn and gptq",
     "Candidate.export": "the format that ships",
     "Rtn.bits": "bits of a weight",
     "Gptq.bits": "bits of a weight",
@@ -71,6 +80,8 @@ MEANING = {
     "Gptq.damp_percent": "share of the mean diagonal that is added to the Hessian's diagonal",
     "Gptq.block_size": "columns that are updated at once",
     "Gptq.calibration": "rows to calibrate on",
+    "CompressStep.prune": "a smaller model in plain shapes",
+    "CompressStep.distill": "train the model on what the adapted model says",
     "CompressStep.rtn": "round to nearest",
     "CompressStep.gptq": "GPTQ",
     "Export.gguf": "GGUF for llama.cpp",

@@ -98,6 +98,30 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(candidates={"a": {"compress": [{"rtn": {}}, {"rtn": {}}]}}),
         r"candidates\.a: rtn after rtn: integers can only be exported; leave one out$",
     ),
+    "distill after gptq": (
+        raw(candidates={"a": {"compress": [{"prune": {"layers": 2}}, {"gptq": {}}, {"distill": {}}]}}),
+        r"candidates\.a: distill after gptq: integers can only be exported; put distill before gptq$",
+    ),
+    "gptq before prune": (
+        raw(candidates={"a": {"compress": [{"gptq": {}}, {"prune": {"layers": 2}}]}}),
+        r"candidates\.a: prune after gptq: integers can only be exported; put prune before gptq$",
+    ),
+    "a teacher that is its own student": (
+        raw(candidates={"a": {"compress": [{"distill": {}}]}}),
+        r"candidates\.a: distill as the first step has its teacher as student; prune before, or name one$",
+    ),
+    "a pruned model that nothing reads": (
+        raw(candidates={"a": {"compress": [{"prune": {"layers": 2}}, {"distill": {"student": "base"}}]}}),
+        r"candidates\.a: distill with student 'base' drops what prune made; leave it out$",
+    ),
+    "nothing to prune": (
+        raw(candidates={"a": {"compress": [{"prune": {}}]}}),
+        r"compress\.0\.prune: prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size$",
+    ),
+    "a search for no block": (
+        raw(candidates={"a": {"compress": [{"prune": {"kv_heads": 1, "search": "kl"}}]}}),
+        r"compress\.0\.prune: search: kl chooses among blocks; give layers, or leave search out$",
+    ),
     "no candidate": (raw(candidates={}), r"candidates: .*at least 1 item"),
     "candidate with a slash": (
         raw(candidates={"../x": {}}),
