@@ -63,15 +63,20 @@ MEANING = {
     **{
         f"Distill.{key}": f"as in `adapt`{more}"
         for key, more in {
-            "learning_rate": "; all weights are trained", "epochs": "", "max_steps": "", "warmup_ratio": "",
-            "weight_decay": "", "max_grad_norm": "", "report_to": "",
+            "learning_rate": "; all weights are trained",
+            "epochs": "",
+            "max_steps": "",
+            "warmup_ratio": "",
+            "weight_decay": "",
+            "max_grad_norm": "",
+            "report_to": "",
         }.items()
-    },  # fmt: skip
+    },
     "Distill.temperature": "logits are divided by it on both sides",
     "Prune.calibration": "rows that importance is read off",
     "Calibration.n_samples": "samples",
     "Calibration.general_share": "share of the samples that is general text",
-    "Candidate.compress": "steps in their order: prune and distill as often as wanted, then at most one of rtn and gptq",
+    "Candidate.compress": "steps in their order: any number of prune and distill, then at most one of rtn and gptq",
     "Candidate.export": "the format that ships",
     "Rtn.bits": "bits of a weight",
     "Gptq.bits": "bits of a weight",

@@ -52,12 +52,16 @@ def test_steps_and_hops_have_names() -> None:
     [
         ({"compress": [{"prune": {"layers": 2}}]}, r"candidates\.a: prune\.layers=2 removes nothing, the model has 2"),
         (
-            {"compress": [{"prune": {"intermediate_size": 100}}, {"gptq": {"group_size": 32}}]},
-            r"candidates\.a: group_size=32 does not divide in_features=100 of model\.layers\.0\.mlp\.down_proj",
+            {"compress": [{"prune": {"intermediate_size": 104}}, {"gptq": {"group_size": 32}}]},
+            r"candidates\.a: group_size=32 does not divide in_features=104 of model\.layers\.0\.mlp\.down_proj",
         ),
         (
             {"compress": [{"prune": {"hidden_size": 40}}], "export": {"gguf": {"type": "Q8_0"}}},
             r"candidates\.a: prune\.hidden_size leaves rows of 40, Q8_0 packs weights by 32; choose a multiple",
+        ),
+        (
+            {"compress": [{"prune": {"kv_heads": 1}}, {"prune": {"kv_heads": 1}}]},
+            r"candidates\.a: prune\.kv_heads=1 removes nothing, the model has 1",
         ),
         ({"compress": [{"prune": {"kv_heads": 1}}], "export": {"onnx": {}}}, r"candidates\.a: onnx precision int4"),
         ({"compress": [{"distill": {"student": "./nowhere"}}]}, r"candidates\.a: base './nowhere': no such folder"),
@@ -82,6 +86,19 @@ def test_a_student_of_another_vocabulary_is_refused(tmp_path: Path, tiny_model_w
     candidate = Candidate.model_validate({"compress": [{"distill": {"student": str(other)}}]})
     with pytest.raises(UnsupportedError, match=r"has a vocabulary of 600, its teacher one of 512"):
         chain.check(candidate, config)
+
+
+def test_llama_cpp_loads_no_qwen2_whose_queries_are_narrower_than_its_hidden_size() -> None:
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 160,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    }  # fmt: skip
+    export = {"gguf": {"type": "F32"}}
+    alike = {"compress": [{"prune": {"kv_heads": 1, "hidden_size": 32}}], "export": export}
+    plan.check_candidate(Candidate.model_validate(alike), config)
+    apart = {"compress": [{"prune": {"kv_heads": 1}}], "export": export}
+    with pytest.raises(UnsupportedError, match="Qwen2ForCausalLM with queries of 32 and hidden_size=64 is not loaded"):
+        plan.check_candidate(Candidate.model_validate(apart), config)
 
 
 def test_a_chain_from_base_to_report(tmp_path: Path, tiny_model_wide: Artifact) -> None:

@@ -24,8 +24,6 @@ def check(config: Prune, model_config: dict[str, Any]) -> None:
         asked = getattr(config, key)
         if asked is not None and asked >= size:
             raise UnsupportedError(f"prune.{key}={asked} removes nothing, the model has {size}; ask for fewer")
-    if model_config.get("mlp_bias") or model_config.get("pretraining_tp", 1) != 1:
-        raise UnsupportedError("a model with mlp_bias or pretraining_tp is not pruned here")
 
 
 def heads(model_config: dict[str, Any]) -> tuple[int, int]:
