@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, sft
+from edgetune.adapt.trainer import rows_digest
 from edgetune.compress import distill, moments, quantize, teacher
 from edgetune.compress.chain import step_names
 from edgetune.compress.prune import stage as pruning
@@ -34,6 +35,11 @@ class Graph:
         if self.recipe.adapt is None:
             return None
         return sft.planned_identity(self.recipe.adapt, self.base, self.work.train, self.recipe.seed)
+
+    @cached_property
+    def rows(self) -> str:
+        """Digest of the training rows."""
+        return rows_digest(self.work.train)
 
     @cached_property
     def model(self) -> str:
@@ -70,9 +76,7 @@ class Graph:
         method = step.method
         if isinstance(method, Distill):
             student = self.student(method) or source
-            return distill.planned_identity(
-                method, student, self.model, self.said(method), self.work.train, self.recipe.seed
-            )
+            return distill.planned_identity(method, student, self.model, self.said(method), self.rows, self.recipe.seed)
         calibration = getattr(method, "calibration", None)
         digest = self.calibration(calibration).digest if calibration is not None else None
         if isinstance(method, Prune):
@@ -82,7 +86,7 @@ class Graph:
 
     def said(self, config: Distill) -> str:
         """Identity of what the adapted model says of the training rows."""
-        return teacher.planned_identity(config, self.model, self.work.train)
+        return teacher.planned_identity(config, self.model, self.rows)
 
     def student(self, config: Distill) -> str | None:
         """Identity of a student that the recipe names, None where the step before made it."""

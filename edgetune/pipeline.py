@@ -116,8 +116,19 @@ class Pipeline:
             ),
         )
 
-    def score(self, job: Job, parents: list[Artifact], *, generate: bool, reference: Artifact | None) -> Artifact:
-        """Score one subject on the held-out rows; `generate` continues wrong answers as far as the recipe asks."""
+    def score(
+        self,
+        job: Job,
+        parents: list[Artifact],
+        *,
+        generate: bool,
+        reference: Artifact | None,
+        called: str | None = None,
+    ) -> Artifact:
+        """Score one subject on the held-out rows; `generate` continues wrong answers as far as the recipe asks.
+
+        `called` names the stage where the subject has no name of its own.
+        """
         generate_rows = self.recipe.data.generated_rows if generate else 0
         made = measure.accuracy_identity(
             job, [p.identity for p in parents], self.rows, self.text_rows, generate_rows=generate_rows,
@@ -125,7 +136,7 @@ class Pipeline:
         )  # fmt: skip
         longest = max(len(row.ids) - row.start for row in self.rows)
         return self.stages.run(
-            f"{job.name}: accuracy",
+            f"{called or job.name}: accuracy",
             made,
             lambda out, progress: measure.accuracy(
                 job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
@@ -134,12 +145,23 @@ class Pipeline:
             ),
         )  # fmt: skip
 
-    def _attempt_score(
-        self, name: str, job: Job, artifact: Artifact, reference: Artifact, *, generate: bool
-    ) -> Artifact | None:
-        return self.stages.attempt(
-            name, "accuracy", lambda: self.score(job, [artifact], generate=generate, reference=reference)
-        )
+    def _hops_of_steps(
+        self, name: str, candidate: Candidate, made: list[Artifact], reference: Artifact
+    ) -> list[tuple[str, Accuracy]]:
+        """Score the models on the way; candidates that share a step share its score."""
+        hops = []
+        for step, between in zip(scored_steps(candidate), made, strict=False):
+            job, hop = Job.of(step, between, n_threads=self.recipe.bench.threads), f"{name}: {step}"
+            evidence = self.stages.attempt(
+                name,
+                "accuracy",
+                lambda j=job, a=between, c=hop: self.score(  # type: ignore[misc]
+                    j, [a], generate=False, reference=reference, called=c
+                ),
+            )
+            if evidence is not None:
+                hops.append((hop, measure.read_accuracy(evidence)))
+        return hops
 
     def run(self) -> Report:
         """Do everything, and write the report."""
@@ -160,14 +182,13 @@ class Pipeline:
             made = self.build(name, candidate)
             if made is None:
                 continue
-            for hop, between in zip(scored_steps(candidate), made, strict=False):
-                job = Job.of(f"{name}: {hop}", between, n_threads=threads)
-                evidence = self._attempt_score(name, job, between, reference, generate=False)
-                if evidence is not None:
-                    hops.append((job.name, measure.read_accuracy(evidence)))
+            hops += self._hops_of_steps(name, candidate, made, reference)
             shipped[name] = artifact = made[-1] if made else self.model
-            evidence = self._attempt_score(
-                name, Job.of(name, artifact, n_threads=threads), artifact, reference, generate=True
+            job = Job.of(name, artifact, n_threads=threads)
+            evidence = self.stages.attempt(
+                name,
+                "accuracy",
+                lambda j=job, a=artifact: self.score(j, [a], generate=True, reference=reference),  # type: ignore[misc]
             )
             if evidence is not None:
                 scored[name] = measure.read_accuracy(evidence)

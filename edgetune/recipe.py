@@ -277,6 +277,15 @@ class Recipe(Closed):
             )
         return self
 
+    @model_validator(mode="after")
+    def _teachers_are_adapted(self) -> Recipe:
+        for name, candidate in self.candidates.items():
+            if self.adapt is None and any(
+                step.distill and step.distill.student == "base" for step in candidate.compress
+            ):
+                raise ValueError(f"candidates.{name}: without adapt the base is the teacher; name another student")
+        return self
+
     @field_validator("candidates")
     @classmethod
     def _names(cls, candidates: dict[str, Candidate]) -> dict[str, Candidate]:

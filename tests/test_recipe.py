@@ -114,6 +114,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(candidates={"a": {"compress": [{"prune": {"layers": 2}}, {"distill": {"student": "base"}}]}}),
         r"candidates\.a: distill with student 'base' drops what prune made; leave it out$",
     ),
+    "a base that teaches itself": (
+        raw(adapt=None, candidates={"a": {"compress": [{"distill": {"student": "base"}}]}}),
+        r"candidates\.a: without adapt the base is the teacher; name another student$",
+    ),
     "nothing to prune": (
         raw(candidates={"a": {"compress": [{"prune": {}}]}}),
         r"compress\.0\.prune: prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size$",

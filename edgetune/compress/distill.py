@@ -36,11 +36,9 @@ STAGE = "compress.distill/1"
 PROJECTION = "distill_projection"
 
 
-def planned_identity(
-    config: Distill, student: str, teacher: str, said: str, rows: Sequence[Rendered], seed: int
-) -> str:
-    """Give the identity of the student that `run` would make, from those of its three parents."""
-    return identity(STAGE, _config(config, seed), [student, teacher, said], {"rows": rows_digest(rows)})
+def planned_identity(config: Distill, student: str, teacher: str, said: str, rows: str, seed: int) -> str:
+    """Give the identity of the student that `run` would make, from those of its parents and the digest of its rows."""
+    return identity(STAGE, _config(config, seed), [student, teacher, said], {"rows": rows})
 
 
 def run(

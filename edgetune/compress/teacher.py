@@ -27,9 +27,9 @@ FILE = "teacher.npz"
 CHUNK_ROWS = 64  # rows that a kill can cost
 
 
-def planned_identity(config: Distill, teacher_identity: str, rows: Sequence[Rendered]) -> str:
-    """Give the identity of the evidence that `run` would make."""
-    return identity(STAGE, _config(config), [teacher_identity], {"rows": rows_digest(rows)})
+def planned_identity(config: Distill, teacher_identity: str, rows: str) -> str:
+    """Give the identity of the evidence that `run` would make for rows of that digest."""
+    return identity(STAGE, _config(config), [teacher_identity], {"rows": rows})
 
 
 def run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from edgetune.adapt.trainer import LabelledHead, Rows, pack, pad
+from edgetune.adapt.trainer import LabelledHead, Rows, pack, pad, rows_digest
 from edgetune.artifact import Artifact
 from edgetune.compress import distill, teacher
 from edgetune.compress.distill import Coach, hidden_loss, position_loss, taught
@@ -97,7 +97,7 @@ def test_the_loss_is_the_stated_mixture() -> None:
 
 
 def test_what_the_teacher_said_is_its_softmax(tiny_model: Artifact, rows: list[Rendered], said: Artifact) -> None:
-    assert said.identity == teacher.planned_identity(CONFIG, tiny_model.identity, rows)
+    assert said.identity == teacher.planned_identity(CONFIG, tiny_model.identity, rows_digest(rows))
     model = AutoModelForCausalLM.from_pretrained(tiny_model.path, dtype=torch.float64)
     pack_ = teacher.read(said)
     for place in (0, 4, 19):
@@ -200,7 +200,7 @@ def test_a_student_learns_and_goes_on_after_a_kill_to_the_same_bytes(
     losses = [loss for _, loss in whole.manifest.notes["heldout_loss"]]
     assert losses[-1] < losses[0]
     assert whole.identity == distill.planned_identity(
-        config, student.identity, tiny_model.identity, said.identity, rows, 0
+        config, student.identity, tiny_model.identity, said.identity, rows_digest(rows), 0
     )
     make_trainer = distill.make_trainer
     with monkeypatch.context() as patch:
