@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any
 
 from edgetune.compress.architectures import linear_shapes
-from edgetune.compress.chain import configs, step_names
+from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, scored_steps, weighed_export
@@ -243,8 +243,13 @@ class Estimator:
 def measured_stages(recipe: Recipe) -> list[str]:
     """Name the measurements of a recipe, in the order in which they are made."""
     hops = ["reference", *(["base", "adapter"] if recipe.adapt is not None else [])]
+    seen: set[str] = set()
     for name, candidate in recipe.candidates.items():
-        hops += [*(f"{name}: {step}" for step in scored_steps(candidate)), name]
+        for place, step in enumerate(scored_steps(candidate)):
+            if (chain := so_far(candidate, place + 1)) not in seen:  # candidates that share a step share its score
+                seen.add(chain)
+                hops.append(f"{name}: {step}")
+        hops.append(name)
     return [*(f"{name}: accuracy" for name in hops), "latency"]
 
 

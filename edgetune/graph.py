@@ -8,7 +8,7 @@ from functools import cached_property
 from edgetune.adapt import merge, sft
 from edgetune.adapt.trainer import rows_digest
 from edgetune.compress import distill, moments, quantize, teacher
-from edgetune.compress.chain import step_names
+from edgetune.compress.chain import so_far, step_names
 from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
 from edgetune.recipe import Calibration, Candidate, CompressStep, Distill, GgufExport, Prune, Recipe
@@ -141,15 +141,25 @@ class Graph:
 
 
 def stage_names(recipe: Recipe) -> list[str]:
-    """Name what a recipe makes, as `Graph.stages` does; candidates that share a stage each name it."""
+    """Name what a recipe makes, as `Graph.stages` does, as far as the recipe alone tells what candidates share."""
     names = ["base", *(["adapt", "merge"] if recipe.adapt is not None else [])]
+    seen: set[tuple[object, ...]] = set()
+
+    def add(name: str, *what: object) -> None:
+        if what not in seen:
+            seen.add(what)
+            names.append(name)
+
     for name, candidate in recipe.candidates.items():
-        for step, label in zip(candidate.compress, step_names(candidate), strict=True):
-            if step.distill is not None:
-                names += [f"{name}: {STUDENT}"] if step.distill.student not in (None, "base") else []
-                names += [f"{name}: {TEACHER}"]
-            names += [f"{name}: {label}"]
-        names += [f"{name}: {IMPORTANCE}"] if weighed_export(candidate) else []
+        for place, (step, label) in enumerate(zip(candidate.compress, step_names(candidate), strict=True)):
+            if (method := step.distill) is not None:
+                if method.student not in (None, "base"):
+                    add(f"{name}: {STUDENT}", method.student)
+                add(f"{name}: {TEACHER}", method.temperature, method.top_k)
+            add(f"{name}: {label}", so_far(candidate, place + 1))
+        floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
+        if (gguf := weighed_export(candidate)) is not None:
+            add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from edgetune import sources
@@ -73,6 +74,11 @@ def step_names(candidate: Candidate) -> list[str]:
         n_before = sum(other == name or other.startswith(f"{name} #") for other in names)
         names.append(f"{name} #{n_before + 1}" if n_before else name)
     return names
+
+
+def so_far(candidate: Candidate, n_steps: int) -> str:
+    """Give what tells the first steps of a chain from others: equal ones are made once."""
+    return json.dumps([step.model_dump(mode="json") for step in candidate.compress[:n_steps]])
 
 
 def _check_vocabulary(config: Distill, student: dict[str, Any], teacher: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def feature_energy(X: Tensor) -> Tensor:
 
 def head_energy(X: Tensor, head_size: int) -> Tensor:
     """Give sum_B (mean_T |x_h|_2)^2 of each head, float64 [H], from the output projection's inputs [B, T, H D]."""
-    norms = X.float().reshape(*X.shape[:2], -1, head_size).norm(dim=-1)  # [B, T, H]
+    norms: Tensor = X.float().reshape(*X.shape[:2], -1, head_size).norm(dim=-1)  # [B, T, H]
     return norms.mean(1).double().square().sum(0)
 
 
