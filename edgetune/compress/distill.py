@@ -64,7 +64,7 @@ def run(
 
     check_tokenizers(student, teacher)
     data = split(rows, config.eval_rows, seed)
-    require_space(out.parent, 12 * student.size_bytes)  # two checkpoints with the optimizer's float32 moments
+    require_space(out.parent, 18 * student.size_bytes)  # three checkpoints of float32 weights and two moments
     with draft(
         out, kind="model", stage=STAGE, config=_config(config, seed), parents=[student, teacher, said],
         sources={"rows": rows_digest(rows)}, versions=_versions(),
