@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from edgetune import plan
+from edgetune import pipeline, plan
 from edgetune.adapt import sft
 from edgetune.artifact import Artifact, Store
 from edgetune.compress import chain, quantize
@@ -16,13 +18,16 @@ from edgetune.data.render import Rendered
 from edgetune.errors import EdgetuneError, UnsupportedError
 from edgetune.graph import last_hop, scored_steps
 from edgetune.recipe import Adapt, Candidate, Gptq, Rtn
+from edgetune.stages import Stages
+from edgetune.steps import Steps
 from tests.test_pipeline import make_recipe, run
 
 CALIBRATION = {"n_samples": 4, "n_tokens": 32}
 PRUNE = {"layers": 1, "intermediate_size": 96, "kv_heads": 1, "calibration": CALIBRATION}
 DISTILL = {"batch_size": 8, "max_steps": 2, "eval_steps": 2, "eval_rows": 4}
 GPTQ = {"group_size": 32, "sym": False, "calibration": CALIBRATION}
-STUDENT = {
+NAMES = ["prune 1 layers ffn 96 1 kv heads", "distill forward", "gptq int4 g32"]
+STUDENT: dict[str, Any] = {
     "compress": [{"prune": PRUNE}, {"distill": DISTILL}, {"gptq": GPTQ}],
     "export": {"onnx": {}},
 }
@@ -37,12 +42,11 @@ def test_identities_of_recipes_without_a_chain_stay_as_they_were() -> None:
 
 def test_steps_and_hops_have_names() -> None:
     candidate = Candidate.model_validate(STUDENT)
-    names = ["prune 1 layers ffn 96 1 kv heads", "distill forward", "gptq int4 g32"]
-    assert chain.step_names(candidate) == names
-    assert scored_steps(candidate) == names[:2]
+    assert chain.step_names(candidate) == NAMES
+    assert scored_steps(candidate) == NAMES[:2]
     assert last_hop(candidate) == "gptq int4 g32, onnx int4"
     again = Candidate.model_validate({"compress": [*STUDENT["compress"][:2], *STUDENT["compress"][:2]]})
-    assert chain.step_names(again)[2:] == [f"{name} #2" for name in names[:2]]
+    assert chain.step_names(again)[2:] == [f"{name} #2" for name in NAMES[:2]]
     assert scored_steps(again) == chain.step_names(again)[:3]  # the last model is what ships, scored as such
     assert last_hop(again) == "distill forward #2"
 
@@ -101,50 +105,54 @@ def test_llama_cpp_loads_no_qwen2_whose_queries_are_narrower_than_its_hidden_siz
         plan.check_candidate(Candidate.model_validate(apart), config)
 
 
+def test_steps_are_made_once_and_a_student_may_be_another_model(
+    tmp_path: Path, tiny_model_wide: Artifact, tiny_model: Artifact
+) -> None:
+    sharing = {"compress": STUDENT["compress"][:2]}
+    other = {"compress": [{"distill": {**DISTILL, "student": str(tiny_model.path)}}]}
+    candidates = {"student": {"compress": STUDENT["compress"]}, "sharing": sharing, "other": other}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
+    line = pipeline.Pipeline(recipe, plan.preflight(recipe), Stages(store, tmp_path / "run", said))
+    base = line.prepare()
+    steps = Steps(recipe, line.stages, line.graph, base, line.adapt())
+    made = {name: steps.run(name, candidate) for name, candidate in recipe.candidates.items()}
+    assert not line.stages.failures
+    found = {name: [artifact.identity for artifact in artifacts or []] for name, artifacts in made.items()}
+    assert found == {name: line.graph.steps(candidate) for name, candidate in recipe.candidates.items()}
+    assert found["sharing"] == found["student"][:2]
+    pruned, distilled, integers = made["student"] or []
+    assert [one.manifest.kind for one in (pruned, distilled, integers)] == ["model", "model", "gptq"]
+    assert pruned.manifest.notes["parameters"] == distilled.manifest.notes["parameters"]
+    assert pruned.manifest.notes["parameters"] < pruned.manifest.notes["parameters_before"]
+    student, teacher, words = (store.get(parent) for parent in distilled.manifest.parents)
+    assert student is not None
+    assert teacher is not None
+    assert words is not None
+    assert (student.identity, teacher.identity) == (pruned.identity, base.identity)
+    assert words.manifest.stage == "compress.teacher/1"
+    ran = [stage["name"] for stage in line.stages.done if not stage["done_before"]]
+    assert ran == [
+        "base", *(f"student: {name}" for name in NAMES[:1]), "student: teacher's distributions",
+        *(f"student: {name}" for name in NAMES[1:]), "other: student", "other: distill forward",
+    ]  # fmt: skip
+    assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
+
+
 def test_a_chain_from_base_to_report(tmp_path: Path, tiny_model_wide: Artifact) -> None:
-    candidates = {
-        "student": STUDENT,
-        "gguf": {"compress": STUDENT["compress"][:2], "export": {"gguf": {"type": "Q4_0", "calibration": CALIBRATION}}},
-        "base-student": {"compress": [{"distill": {**DISTILL, "student": "base"}}]},
-    }
-    recipe = make_recipe(tmp_path, tiny_model_wide.path, candidates=candidates)
+    export = {"gguf": {"type": "Q4_0", "calibration": CALIBRATION}}
+    candidates = {"student": {"compress": STUDENT["compress"], "export": export}}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
     report, _ = run(recipe, tmp_path)
     assert not report.failures, report.failures
-    assert [seam.hop for seam in report.seams][3:] == [
-        "student: prune 1 layers ffn 96 1 kv heads",
-        "student: distill forward",
-        "student: gptq int4 g32, onnx int4",
-        "gguf: prune 1 layers ffn 96 1 kv heads",
-        "gguf: distill forward",
-        "gguf: gguf Q4_0",
-        "base-student: distill forward",
-    ]
-    # One pass of the teacher and one pruned model serve both chains.
-    made = {stage["name"]: stage for stage in report.stages}
-    assert not made["student: teacher's distributions"]["done_before"]
-    for name in ("prune 1 layers ffn 96 1 kv heads", "teacher's distributions", "distill forward"):
-        assert made[f"gguf: {name}"]["done_before"]
-        assert made[f"gguf: {name}"]["identity"] == made[f"student: {name}"]["identity"]
-    store = Store(tmp_path / "store")
-    shipped = Artifact.open(tmp_path / "run" / "candidates" / "student")
-    (integers,) = shipped.manifest.parents
-    distilled = store.get(next(iter(store.get(integers).manifest.parents)))  # type: ignore[union-attr]
-    assert distilled is not None
-    pruned, teacher, said = (store.get(parent) for parent in distilled.manifest.parents)
-    assert pruned is not None
-    assert teacher is not None
-    assert said is not None
-    assert [one.manifest.stage for one in (distilled, pruned, teacher, said)] == [
-        "compress.distill/1", "compress.prune/1", "adapt.merge/1", "compress.teacher/1",
-    ]  # fmt: skip
-    assert pruned.manifest.notes["parameters"] < pruned.manifest.notes["parameters_before"]
-    weighed = store.get(made["gguf: importance matrix"]["identity"])
+    hops = [*(f"student: {name}" for name in NAMES[:2]), f"student: {NAMES[2]}, gguf Q4_0"]
+    assert [seam.hop for seam in report.seams] == ["base", *hops]
+    store, made = Store(tmp_path / "store"), {stage["name"]: stage["identity"] for stage in report.stages}
+    weighed = store.get(made["student: importance matrix"])
     assert weighed is not None
-    assert list(weighed.manifest.parents) == [distilled.identity]
-
+    assert list(weighed.manifest.parents) == [made["student: distill forward"]]
     planned = plan.plan(recipe, store)
-    first = [stage["name"] for stage in report.stages if not stage["done_before"]]
-    assert {stage.name for stage in planned} == set(first)  # what candidates share is planned once
+    assert {stage.name for stage in planned} == set(made)
     assert all(stage.done is not False for stage in planned)
     assert all(stage.cost.seconds > 0 and stage.cost.memory_mib > 0 for stage in planned)
     unmade = plan.plan(recipe, Store(tmp_path / "empty"))

@@ -26,7 +26,7 @@ from edgetune.compress import layerwise
 from edgetune.compress.prune import cut, shapes, stage, width
 from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import GgufExport, Prune
+from edgetune.recipe import GgufExport, Gptq, OnnxExport, Prune
 from tests.conftest import make_tiny_model
 from tests.oracles import students_float64 as oracle
 
@@ -198,6 +198,20 @@ def test_llama_cpp_gives_the_logits_of_torch(tie: bool, tmp_path: Path) -> None:
         engine.close()
     assert result.mean_kl < 1e-6
     assert result.top1_agreement == 1
+
+
+@pytest.mark.slow
+def test_onnx_runtime_gives_the_logits_of_torch(source: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from edgetune.compress import quantize
+    from edgetune.export import onnx
+
+    made = stage.run(ALL, source, tmp_path / "pruned", calibration=ROWS)
+    out = onnx.run(OnnxExport(precision="fp32"), made, tmp_path / "fp32")
+    assert out.manifest.notes["parity"]["fp32"]["max_abs"] < 1e-3
+    integers = quantize.run(Gptq(group_size=32, sym=False), made, tmp_path / "gptq", calibration=ROWS)
+    out = onnx.run(OnnxExport(), integers, tmp_path / "int4")
+    assert out.manifest.notes["integers"] == {"layers": 14, "differences": 0}
 
 
 CONFIG = {
