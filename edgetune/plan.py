@@ -56,8 +56,7 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
         from edgetune.export import gguf
 
         gguf.check(candidate.export.gguf, planned)
-        if any(step.prune for step in candidate.compress):
-            gguf.check_rows(candidate.export.gguf, planned)
+        gguf.check_rows(candidate.export.gguf, planned, chain.chosen_sizes(candidate))
         require("llama_cpp")
     if candidate.export.onnx is not None:
         from edgetune.export import onnx

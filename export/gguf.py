@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
         backends.require("llama_cpp")
 
 
-def check_rows(config: GgufExport, model_config: Mapping[str, Any]) -> None:
-    """Refuse widths that someone chose, and for which the type has no blocks; widths that are given fall back.
+def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Collection[str]) -> None:
+    """Refuse a width that a recipe chose and the type has no blocks for; one that came with the model falls back.
 
-    Raises UnsupportedError naming the recipe key.
+    `chosen` are keys of `prune`. Raises UnsupportedError naming the key.
     """
     if config.type in PLAIN:
         return
@@ -56,10 +56,10 @@ def check_rows(config: GgufExport, model_config: Mapping[str, Any]) -> None:
         "hidden_size": hidden, "intermediate_size": int(model_config["intermediate_size"]), "kv_heads": n_heads * head,
     }  # fmt: skip
     for key, width in widths.items():
-        if width % BLOCK["Q8_0"]:
+        if key in chosen and width % BLOCK["Q8_0"]:
             raise UnsupportedError(
                 f"prune.{key} leaves rows of {width}, {config.type} packs weights by {BLOCK['Q8_0']}; "
-                f"choose a multiple, or export F16"
+                "choose a multiple, or export F16"
             )
 
 

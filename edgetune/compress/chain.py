@@ -76,6 +76,12 @@ def step_names(candidate: Candidate) -> list[str]:
     return names
 
 
+def chosen_sizes(candidate: Candidate) -> set[str]:
+    """Give the keys of `prune` that some step of a chain sets."""
+    pruned = [step.prune for step in candidate.compress if step.prune is not None]
+    return {key for one in pruned for key, value in one.model_dump().items() if value is not None}
+
+
 def so_far(candidate: Candidate, n_steps: int) -> str:
     """Give what tells the first steps of a chain from others: equal ones are made once."""
     return json.dumps([step.model_dump(mode="json") for step in candidate.compress[:n_steps]])
