@@ -14,12 +14,14 @@ from edgetune import pipeline, plan
 from edgetune.adapt import sft
 from edgetune.artifact import Artifact, Store
 from edgetune.compress import chain, quantize
+from edgetune.compress.architectures import linear_shapes
 from edgetune.data.render import Rendered
 from edgetune.errors import EdgetuneError, UnsupportedError
 from edgetune.graph import last_hop, scored_steps
-from edgetune.recipe import Adapt, Candidate, Gptq, Rtn
+from edgetune.recipe import Adapt, Candidate, Gptq, Rtn, load_recipe
 from edgetune.stages import Stages
 from edgetune.steps import Steps
+from tests.test_estimate import SMOLLM2
 from tests.test_pipeline import make_recipe, run
 
 CALIBRATION = {"n_samples": 4, "n_tokens": 32}
@@ -90,6 +92,16 @@ def test_a_student_of_another_vocabulary_is_refused(tmp_path: Path, tiny_model_w
     candidate = Candidate.model_validate({"compress": [{"distill": {"student": str(other)}}]})
     with pytest.raises(UnsupportedError, match=r"has a vocabulary of 600, its teacher one of 512"):
         chain.check(candidate, config)
+
+
+def test_the_recipe_of_the_repository_makes_a_student_of_28_million_parameters() -> None:
+    recipe = load_recipe(Path(__file__).resolve().parents[1] / "recipes" / "student.yaml")
+    for name in ("student-f16", "student-q4", "student-int4"):
+        made = chain.check(recipe.candidates[name], SMOLLM2)
+        n_linear = sum(R * C for R, C in linear_shapes(made).values())
+        n_norms = (2 * made["num_hidden_layers"] + 1) * made["hidden_size"]
+        assert n_linear + n_norms + made["hidden_size"] * made["vocab_size"] == 26_745_088
+    assert len({chain.so_far(recipe.candidates[name], 2) for name in recipe.candidates if name != "gguf-q4"}) == 1
 
 
 def test_llama_cpp_loads_no_qwen2_whose_queries_are_narrower_than_its_hidden_size() -> None:
