@@ -152,6 +152,7 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
     assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
 
 
+@pytest.mark.slow
 def test_a_chain_from_base_to_report(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     export = {"gguf": {"type": "Q4_0", "calibration": CALIBRATION}}
     candidates = {"student": {"compress": STUDENT["compress"], "export": export}}

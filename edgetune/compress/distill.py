@@ -76,14 +76,14 @@ def run(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32, local_files_only=True)
         model.to(device).train()
-        coach = Coach.load(config, teacher.path, device) if config.hidden_weight else None
+        coach = Coach.load(teacher.path, device) if config.hidden_weight else None
         if coach is not None:
             setattr(model, PROJECTION, coach.projection(int(model.config.hidden_size)).to(device))
-        decayed = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         trainer = make_trainer(
-            DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), data, decayed,
+            DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), data, optimizer,
             work=pending.work, device=device, seed=seed, progress=progress, log_folder=log_folder,
             distill=config, said=teaching.read(said), coach=coach,
         )  # fmt: skip
@@ -118,8 +118,8 @@ class Coach:
         self._model = model
 
     @classmethod
-    def load(cls, config: Distill, folder: Path, device: str) -> Coach:
-        """Load the teacher as it is trained beside: frozen, in the dtype that the device computes fast."""
+    def load(cls, folder: Path, device: str) -> Coach:
+        """Load the teacher frozen, in the dtype that the device computes fast."""
         from edgetune.adapt.base import load_base
 
         return cls(load_base(folder, device, four_bit=False).eval())
@@ -211,7 +211,7 @@ def _stored_dtype(student: Artifact) -> torch.dtype:
 
 
 def _config(config: Distill, seed: int) -> dict[str, Any]:
-    """What the student depends on: where the log goes and how a step is cut do not belong to it."""
+    """What the student depends on; where the log goes and how the recipe calls the student do not belong to it."""
     return {**config.model_dump(mode="json", exclude={"report_to", "student"}), "seed": seed}
 
 

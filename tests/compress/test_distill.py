@@ -164,7 +164,7 @@ def make(config: Distill, model: Any, rows: list[Rendered], said: Artifact, coac
 
 
 def test_hidden_states_of_a_batch_are_the_teachers(tiny_model: Artifact, rows: list[Rendered]) -> None:
-    coach = Coach.load(CONFIG, tiny_model.path, "cpu")
+    coach = Coach.load(tiny_model.path, "cpu")
     model = AutoModelForCausalLM.from_pretrained(tiny_model.path, dtype=torch.float64)
     chosen = [7, 3, 12]
     with torch.no_grad():
