@@ -85,11 +85,17 @@ def child(side: str, base: Path, data: Path, steps: int, dense: bool) -> None:
 def _ours(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
     import torch
 
-    from edgetune.adapt import sft
+    from edgetune.adapt import methods, sft
+    from edgetune.adapt.trainer import CompletionTrainer, Rows, Split, make_trainer
 
     torch.manual_seed(0)
     model, head = sft.attach(config, base, "cpu")
-    trainer = sft.make_trainer(config, model, head, rows, rows[:1], scratch, "cpu", 0, lambda *_: None, None)
+    mean_tokens = sum(len(row.ids) for row in rows) / len(rows)
+    trainer = make_trainer(
+        CompletionTrainer, config, model, head, Split(Rows(rows), Rows(rows[:1]), mean_tokens, []),
+        methods.make_optimizer(config, model), work=scratch, device="cpu", seed=0, progress=lambda *_: None,
+        log_folder=None,
+    )  # fmt: skip
     trainer.args.train_sampling_strategy = "sequential"  # as the other side
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
@@ -108,7 +114,7 @@ def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     from edgetune.adapt.base import load_base
-    from edgetune.adapt.sft import Rows
+    from edgetune.adapt.trainer import Rows
     from edgetune.devices import has_fast_bfloat16
 
     torch.manual_seed(0)

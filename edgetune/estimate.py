@@ -14,10 +14,11 @@ from math import ceil
 from typing import Any
 
 from edgetune.compress.architectures import linear_shapes
+from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
-from edgetune.graph import merges, weighed_export, why_not_run
-from edgetune.recipe import Bench, Calibration, Candidate, Recipe
+from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
+from edgetune.recipe import Bench, Calibration, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_training import LORA, Adapt, Prefer
 
 # Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
@@ -122,10 +123,13 @@ class Estimator:
     ) -> None:  # fmt: skip
         self.recipe, self.sizes, self.gflops = recipe, Sizes.of(config), gflops
         self.train, self.heldout, self.tasks = train, heldout, tasks
+        self._along = {  # a candidate's model before its first step and after each
+            name: [Sizes.of(one) for one in configs(candidate, config)] for name, candidate in recipe.candidates.items()
+        }
 
     def cost(self, stage: str) -> Cost:
         """Predict one stage by the name that `Graph.stages` and `measured_stages` give it."""
-        subject, _, what = stage.rpartition(": ")
+        subject, _, what = stage.partition(": ")
         recipe, sizes = self.recipe, self.sizes
         if stage == "base":
             return Cost(START_S + 185 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
@@ -139,21 +143,38 @@ class Estimator:
             return Cost(10 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 2 * sizes.bytes_16 / MIB)
         if stage == "latency":
             return self._latency(recipe.bench)
+        along = self._along.get(subject, [sizes])
         if what == "accuracy":
-            return self._scoring(recipe.candidates.get(subject), self.heldout)
+            return self._scoring(recipe.candidates.get(subject), along[-1], self.heldout)
         if what == "tasks":
-            return self._scoring(recipe.candidates.get(subject), self.tasks)
+            return self._scoring(recipe.candidates.get(subject), along[-1], self.tasks)
         candidate = recipe.candidates[subject]
+        names = step_names(candidate)
+        if what.endswith(": accuracy"):
+            return self._scoring(None, along[1 + names.index(what.removesuffix(": accuracy"))], self.heldout)
+        if what == TEACHER:
+            return self._teaching()
+        if what == STUDENT:
+            return Cost(START_S + 185 * along[1].bytes_16 / 1e9, RUNTIME_MIB + 4 * along[1].bytes_16 / MIB)
         gguf = weighed_export(candidate)
-        if what == "importance matrix" and gguf is not None:
-            return self._calibrating(gguf.calibration, solves=False)
+        if what == IMPORTANCE and gguf is not None:
+            return self._calibrating(gguf.calibration, along[-1], solves=False)
         if what.startswith(("gguf", "onnx", "tensorrt")):
-            return Cost(START_S + EXPORT_S_PER_GB * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
-        method = candidate.compress[0].method
-        calibration = getattr(method, "calibration", None)
-        if calibration is None:
-            return Cost(START_S, RUNTIME_MIB + 2 * sizes.bytes_16 / MIB)
-        return self._calibrating(calibration, solves=True)
+            n_bytes = along[-1].bytes_16
+            return Cost(START_S + EXPORT_S_PER_GB * n_bytes / 1e9, RUNTIME_MIB + 4 * n_bytes / MIB)
+        place = names.index(what)
+        return self._step(candidate.compress[place].method, along[place], along[place + 1])
+
+    def _step(self, method: Prune | Distill | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
+        """Predict one compress step of a model."""
+        if isinstance(method, Distill):
+            return self._distilling(method, after)
+        if isinstance(method, Prune):
+            once = self._calibrating(method.calibration, before, solves=False)
+            return Cost(once.seconds + self._searching(method, before), once.memory_mib + 2 * before.bytes_16 / MIB)
+        if not isinstance(method, Gptq):
+            return Cost(START_S, RUNTIME_MIB + 2 * before.bytes_16 / MIB)
+        return self._calibrating(method.calibration, before, solves=True)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.gflops * 1e9 * share)
@@ -187,15 +208,46 @@ class Estimator:
         one = self._training(as_adapt)
         return Cost(START_S + (one.seconds - START_S) * (1.0 if config.method == "orpo" else 1.5), one.memory_mib)
 
-    def _scoring(self, candidate: Candidate | None, rows: Counts) -> Cost:
+    def _searching(self, config: Prune, sizes: Sizes) -> float:
+        """Seconds of a greedy search: half of the blocks that are left, and the head, for each one that may go."""
+        if config.search != "kl" or config.layers is None:
+            return 0.0
+        tokens = config.search_samples * config.calibration.n_tokens
+        rounds = range(config.layers + 1, sizes.n_layers + 1)
+        blocks = sum(left * (left + 1) / 2 for left in rounds) / sizes.n_layers * sizes.linear
+        return self._seconds(2.0 * tokens * (blocks + sum(rounds) * sizes.head), CALIBRATING)
+
+    def _teaching(self) -> Cost:
+        """Score the training rows with the adapted model."""
+        flop = 2 * (self.train.n_tokens * self.sizes.linear + self.train.n_labels * self.sizes.head)
+        return Cost(START_S + self._seconds(flop, TORCH), RUNTIME_MIB + 2 * self.sizes.bytes_16 / MIB)
+
+    def _distilling(self, config: Distill, sizes: Sizes) -> Cost:
+        """Train all weights: six operations a weight and token, float32 with gradient and two moments."""
+        n_rows, n_tokens, n_labels = max(self.train.n_rows, 1), self.train.n_tokens, self.train.n_labels
+        passes = config.epochs if config.max_steps is None else config.max_steps * config.batch_size / n_rows
+        flop = passes * 6 * (n_tokens * sizes.linear + n_labels * sizes.head)
+        steps = passes * n_rows / config.batch_size
+        flop += steps * 12 * (sizes.linear + sizes.head)  # AdamW
+        beside = 0.0
+        if config.hidden_weight:
+            flop += passes * 2 * n_tokens * self.sizes.linear
+            beside = 2.0 * self.sizes.bytes_16
+        rows = config.micro_batch_size or config.batch_size
+        activations = rows * n_tokens / n_rows * sizes.n_layers * (14 * sizes.hidden + 6 * sizes.intermediate) * 4
+        logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
+        weights = 16 * (sizes.linear + sizes.head)
+        memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
+        return Cost(START_S + self._seconds(flop, TRAINING), memory)
+
+    def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts) -> Cost:
         """Score rows once; a subject that is no candidate runs in torch."""
         kind = _kind(candidate)
-        flop = 2 * (rows.n_tokens * self.sizes.linear + rows.n_labels * self.sizes.head)
-        weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0, "tensorrt": 1.0}[kind] * self.sizes.bytes_16
+        flop = 2 * (rows.n_tokens * sizes.linear + rows.n_labels * sizes.head)
+        weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0, "tensorrt": 1.0}[kind] * sizes.bytes_16
         return Cost(START_S + self._seconds(flop, SCORING.get(kind, TORCH)), RUNTIME_MIB + weights / MIB)
 
-    def _calibrating(self, config: Calibration, *, solves: bool) -> Cost:
-        sizes = self.sizes
+    def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool) -> Cost:
         n_tokens = config.n_samples * config.n_tokens
         flop = 2.0 * n_tokens * sizes.linear * (2 if solves else 1)
         seconds = START_S + self._seconds(flop, CALIBRATING)
@@ -208,17 +260,21 @@ class Estimator:
         return Cost(seconds, RUNTIME_MIB + (2 * sizes.bytes_16 + hidden) / MIB)
 
     def _latency(self, bench: Bench) -> Cost:
-        run_here = [candidate for candidate in self.recipe.candidates.values() if why_not_run(candidate) is None]
-        kinds = ["torch", *(_kind(candidate) for candidate in run_here)]
+        subjects = [("torch", self.sizes)]
+        subjects += [
+            (_kind(found), self._along[name][-1])
+            for name, found in self.recipe.candidates.items()
+            if why_not_run(found) is None
+        ]
         rounds = (bench.repeats + bench.warmup) * (bench.runs or 1)
         swept = SWEPT * (len(bench.sweep_threads or ()) + sum(bench.sweep_rows or ()))
         n_new = rounds * sum(bench.output_lengths) * len(bench.prompt_tokens) + swept * bench.output_lengths[0]
-        read = sum(DECODING[kind] * self.sizes.bytes_16 for kind in kinds) * n_new / MEMORY_BYTES_PER_S
+        read = sum(DECODING[kind] * sizes.bytes_16 for kind, sizes in subjects) * n_new / MEMORY_BYTES_PER_S
         n_read = rounds * sum(bench.prompt_tokens) * len(bench.output_lengths) + swept * min(bench.prompt_tokens)
-        prefill = sum(self._seconds(n_read * 2 * self.sizes.linear, SCORING.get(kind, TORCH)) for kind in kinds)
+        prefill = sum(self._seconds(n_read * 2 * sizes.linear, SCORING.get(kind, TORCH)) for kind, sizes in subjects)
         processes = (bench.runs or 1) + len(bench.sweep_threads or ()) + bool(bench.sweep_rows)
         processes += PROBE_PROCESSES * len(bench.probes or ())
-        starting = len(kinds) * processes * START_S / 2
+        starting = len(subjects) * processes * START_S / 2
         return Cost(starting + read + prefill, RUNTIME_MIB + self.sizes.bytes_16 / MIB)
 
 
@@ -231,8 +287,15 @@ def measured_stages(recipe: Recipe) -> list[str]:
         hops += ["adapter"] if merges(recipe.adapt) else []
         hops += ["adapted"] if recipe.prefer is not None else []
     run_here = [name for name, candidate in recipe.candidates.items() if why_not_run(candidate) is None]
+    seen: set[str] = set()
+    for name, candidate in recipe.candidates.items():
+        for place, step in enumerate(scored_steps(candidate)):
+            if (chain := so_far(candidate, place + 1)) not in seen:  # candidates that share a step share its score
+                seen.add(chain)
+                hops.append(f"{name}: {step}")
+        hops += [name] if name in run_here else []
     tasked = ["reference", *run_here] if recipe.tasks else []
-    return [*(f"{name}: accuracy" for name in [*hops, *run_here]), *(f"{name}: tasks" for name in tasked), "latency"]
+    return [*(f"{name}: accuracy" for name in hops), *(f"{name}: tasks" for name in tasked), "latency"]
 
 
 def spoken(seconds: float) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-from edgetune.adapt import merge, preference, sft
-from edgetune.compress import moments, quantize
+from edgetune.adapt import merge, preference, sft, trainer
+from edgetune.compress import distill, moments, quantize, teacher
+from edgetune.compress.chain import so_far, step_names
+from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
-from edgetune.data.render import Rendered
-from edgetune.recipe import Calibration, Candidate, GgufExport, Gptq, Recipe
+from edgetune.data.render import Rendered, rows_digest
+from edgetune.recipe import Calibration, Candidate, CompressStep, Distill, GgufExport, Prune, Recipe
 from edgetune.recipe_training import Adapt
+from edgetune.sources import Source, find
 from edgetune.workload import Workload
 
 UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")  # llama.cpp rounds these without an importance matrix
+IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distributions"
 
 
 class Graph:
@@ -24,6 +28,7 @@ class Graph:
         self.base = base_identity
         self.work = work
         self._calibrations: dict[Calibration, CalibrationSet] = {}
+        self._students: dict[str, Source] = {}
 
     @cached_property
     def adapter(self) -> str | None:
@@ -33,9 +38,17 @@ class Graph:
         return sft.planned_identity(self.recipe.adapt, self.base, self.work.train, self.recipe.seed)
 
     @cached_property
+    def rows(self) -> str:
+        """Digest of the training rows."""
+        return rows_digest(self.work.train)
+
+    @cached_property
     def set_aside(self) -> list[Rendered]:
         """Rows that training is watched by, on which `merge: auto` measures."""
-        return sft.set_aside(self.recipe.adapt, self.work.train, self.recipe.seed)[0] if self.recipe.adapt else []
+        if self.recipe.adapt is None:
+            return []
+        places, _ = trainer.set_aside(self.recipe.adapt, self.work.train, self.recipe.seed)
+        return [self.work.train[place] for place in places]
 
     @cached_property
     def adapted(self) -> str:
@@ -76,15 +89,52 @@ class Graph:
         gguf = weighed_export(candidate)
         if gguf is None:
             return None
-        return moments.planned_identity(self.model, self.calibration(gguf.calibration).digest)
+        return moments.planned_identity(self.floats(candidate), self.calibration(gguf.calibration).digest)
+
+    def floats(self, candidate: Candidate) -> str:
+        """Identity of the last model in a candidate's chain whose weights are not integers."""
+        steps = self.steps(candidate)
+        before = steps[:-1] if candidate.quantizer is not None else steps
+        return before[-1] if before else self.model
+
+    def steps(self, candidate: Candidate) -> list[str]:
+        """Identities of what a candidate's compress steps make, in their order."""
+        made: list[str] = []
+        for step in candidate.compress:
+            made.append(self._step(step, made[-1] if made else self.model))
+        return made
+
+    def _step(self, step: CompressStep, source: str) -> str:
+        method = step.method
+        if isinstance(method, Distill):
+            student = self.student(method) or source
+            return distill.planned_identity(method, student, self.model, self.said(method), self.rows, self.recipe.seed)
+        calibration = getattr(method, "calibration", None)
+        digest = self.calibration(calibration).digest if calibration is not None else None
+        if isinstance(method, Prune):
+            assert digest is not None, "pruning is always calibrated"
+            return pruning.planned_identity(method, source, digest)
+        return quantize.planned_identity(method, source, digest)
+
+    def said(self, config: Distill) -> str:
+        """Identity of what the adapted model says of the training rows."""
+        return teacher.planned_identity(config, self.model, self.rows)
+
+    def student(self, config: Distill) -> str | None:
+        """Identity of a student that the recipe names, None where the step before made it."""
+        if config.student is None:
+            return None
+        return self.base if config.student == "base" else self.student_source(config.student).identity
+
+    def student_source(self, name: str) -> Source:
+        """Find a named student; its files are read once."""
+        if name not in self._students:
+            self._students[name] = find(name)
+        return self._students[name]
 
     def compressed(self, candidate: Candidate) -> str:
-        """Identity of what is exported: the checkpoint of the compress step, or the model itself."""
-        if not candidate.compress:
-            return self.model
-        method = candidate.compress[0].method
-        digest = self.calibration(method.calibration).digest if isinstance(method, Gptq) else None
-        return quantize.planned_identity(method, self.model, digest)
+        """Identity of what is exported: what the last compress step makes, or the model itself."""
+        return self.steps(candidate)[-1] if candidate.compress else self.model
 
     def shipped(self, candidate: Candidate) -> str:
         """Identity of what ships."""
@@ -118,20 +168,38 @@ class Graph:
 
     def _candidates(self) -> Iterator[tuple[str, str | None]]:
         for name, candidate in self.recipe.candidates.items():
-            yield f"{name}: importance matrix", self.moments(candidate)
-            yield f"{name}: {compress_name(candidate)}", self.compressed(candidate)
+            for step, label, made in zip(candidate.compress, step_names(candidate), self.steps(candidate), strict=True):
+                if step.distill is not None:
+                    yield f"{name}: {STUDENT}", self.student(step.distill)
+                    yield f"{name}: {TEACHER}", self.said(step.distill)
+                yield f"{name}: {label}", made
+            yield f"{name}: {IMPORTANCE}", self.moments(candidate)
             yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
 
 
 def stage_names(recipe: Recipe) -> list[str]:
-    """Name what a recipe makes, as `Graph.stages` does; candidates that share a stage each name it."""
+    """Name what a recipe makes, as `Graph.stages` does, as far as the recipe alone tells what candidates share."""
     names = ["base"]
     if recipe.adapt is not None:
         names += ["adapt", *(["merge"] if merges(recipe.adapt) else [])]
     names += ["prefer", "merge preferred"] if recipe.prefer is not None else []
+    seen: set[tuple[object, ...]] = set()
+
+    def add(name: str, *what: object) -> None:
+        if what not in seen:
+            seen.add(what)
+            names.append(name)
+
     for name, candidate in recipe.candidates.items():
-        names += [f"{name}: importance matrix"] if weighed_export(candidate) else []
-        names += [f"{name}: {compress_name(candidate)}"] if candidate.compress else []
+        for place, (step, label) in enumerate(zip(candidate.compress, step_names(candidate), strict=True)):
+            if (method := step.distill) is not None:
+                if method.student not in (None, "base"):
+                    add(f"{name}: {STUDENT}", method.student)
+                add(f"{name}: {TEACHER}", method.temperature, method.top_k)
+            add(f"{name}: {label}", so_far(candidate, place + 1))
+        floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
+        if (gguf := weighed_export(candidate)) is not None:
+            add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return names
 
@@ -145,15 +213,6 @@ def weighed_export(candidate: Candidate) -> GgufExport | None:
     """Give the GGUF export that reads an importance matrix, None where the candidate has none such."""
     gguf = candidate.export.gguf if candidate.export else None
     return gguf if gguf is not None and gguf.imatrix and gguf.type not in UNWEIGHED else None
-
-
-def compress_name(candidate: Candidate) -> str:
-    """Name the compress step as the seam ledger does: "gptq int4 g32"."""
-    if not candidate.compress:
-        return "16-bit"
-    method = candidate.compress[0].method
-    group = "row" if method.group_size == -1 else f"g{method.group_size}"
-    return f"{'gptq' if isinstance(method, Gptq) else 'rtn'} int{method.bits} {group}{' sym' if method.sym else ''}"
 
 
 def export_name(candidate: Candidate) -> str:
@@ -176,3 +235,19 @@ def why_not_run(candidate: Candidate) -> str | None:
     from edgetune.runtime import engine
 
     return engine.why_not_run("tensorrt")
+
+
+def scored_steps(candidate: Candidate) -> list[str]:
+    """Name the steps that are scored in torch on their way: those that make a model which is not what ships.
+
+    Integers are scored as what they are exported to.
+    """
+    names = [name for name, step in zip(step_names(candidate), candidate.compress, strict=True) if not step.quantizer]
+    ships = candidate.export is None and candidate.quantizer is None
+    return names[:-1] if ships else names
+
+
+def last_hop(candidate: Candidate) -> str:
+    """Name the hop from the last scored step to what ships: "gptq int4 g32, onnx int4"."""
+    left = step_names(candidate)[len(scored_steps(candidate)) :]
+    return ", ".join([*left, *([export_name(candidate)] if candidate.export else [])]) or "16-bit"

@@ -10,25 +10,25 @@ from typing import Any
 from rich.console import Console
 
 from edgetune import __version__, measure, sources, workload
-from edgetune.adapt import merge, preference, sft
-from edgetune.adapt.callbacks import read_speed
 from edgetune.artifact import Artifact, Store, write_text
 from edgetune.commands import run_commands
-from edgetune.compress import moments, quantize
+from edgetune.compress import moments
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
-from edgetune.graph import Graph, compress_name, export_name, merges, why_not_run
+from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps, why_not_run
 from edgetune.plan import Preflight, preflight
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
 from edgetune.runtime.engine import TokenRow
-from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, Seam, TaskScore, Verdict
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, TaskScore, Verdict
 from edgetune.runtime.machine import describe
 from edgetune.runtime.report.write import write_report
 from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 from edgetune.runtime.worker import Job
 from edgetune.stages import Stages
+from edgetune.steps import Steps
 from edgetune.task_work import load_tasks
+from edgetune.trained import train
 
 EXTRA_NEW_TOKENS = 16  # a wrong answer may be so much longer than the longest right one
 
@@ -62,70 +62,23 @@ class Pipeline:
         return self.base
 
     def adapt(self) -> Artifact:
-        """Train and merge, then prefer and merge; without either in the recipe the base is the model."""
-        recipe, graph, logs = self.recipe, self.graph, self.stages.folder / "tensorboard"
-        self.adapter: Artifact | None = None
-        self.preferred: Artifact | None = None
-        self.model = self.base
-        if recipe.adapt is not None and graph.adapter is not None:
-            config = recipe.adapt
-            self.model = self.adapter = adapter = self.stages.run(
-                "adapt",
-                graph.adapter,
-                lambda out, progress: sft.run(
-                    config, self.base, out, rows=self.work.train, golden=self.work.golden,
-                    mixture=self.work.mixture, device=recipe.device, seed=recipe.seed, progress=progress,
-                    log_folder=logs,
-                ),
-            )  # fmt: skip
-            if merges(config):
-                self.model = self.stages.run(
-                    "merge",
-                    graph.adapted,
-                    lambda out, _: merge.run(
-                        self.base, adapter, out, config.merge, graph.set_aside if config.merge == "auto" else []
-                    ),
-                )
-        self.adapted = self.model
-        if recipe.prefer is not None and graph.preferred is not None:
-            prefer = recipe.prefer
-            self.preferred = preferred = self.stages.run(
-                "prefer",
-                graph.preferred,
-                lambda out, progress: preference.run(
-                    prefer, self.adapted, out, examples=graph.examples, device=recipe.device, seed=recipe.seed,
-                    progress=progress, log_folder=logs / "prefer",
-                ),
-            )  # fmt: skip
-            self.model = self.stages.run(
-                "merge preferred", graph.model, lambda out, _: merge.run(self.adapted, preferred, out)
-            )
+        """Train what the recipe trains; without it the base is the model."""
+        self.trained = train(self.recipe, self.stages, self.graph, self.work, self.base)
+        self.model = self.trained.model
         return self.model
 
-    def build(self, name: str, candidate: Candidate) -> Artifact | None:
-        """Compress and export one candidate; None where it failed."""
-        source: Artifact | None = self.model
-        if candidate.compress:
-            label = f"{name}: {compress_name(candidate)}"
-            source = self.stages.attempt(name, label, lambda: self._compress(label, candidate))
-        if source is None or candidate.export is None:
-            return source
-        label, exported = f"{name}: {export_name(candidate)}", source
-        return self.stages.attempt(name, label, lambda: self._export(label, name, candidate, exported))
+    def build(self, name: str, candidate: Candidate) -> list[Artifact] | None:
+        """Compress and export one candidate: what each step made, the last of which ships; None where it failed."""
+        made = self.steps.run(name, candidate)
+        if made is None or candidate.export is None:
+            return made
+        label = f"{name}: {export_name(candidate)}"
+        chain = [self.model, *made]
+        shipped = self.stages.attempt(name, label, lambda: self._export(label, name, candidate, chain))
+        return None if shipped is None else [*made, shipped]
 
-    def _compress(self, label: str, candidate: Candidate) -> Artifact:
-        method, recipe = candidate.compress[0].method, self.recipe
-        rows = self.graph.calibration(method.calibration) if hasattr(method, "calibration") else None
-        return self.stages.run(
-            label,
-            self.graph.compressed(candidate),
-            lambda out, progress: quantize.run(
-                method, self.model, out, calibration=rows, device=recipe.device, seed=recipe.seed, progress=progress
-            ),
-        )
-
-    def _export(self, label: str, name: str, candidate: Candidate, source: Artifact) -> Artifact:
-        made, export = self.graph.shipped(candidate), candidate.export
+    def _export(self, label: str, name: str, candidate: Candidate, chain: list[Artifact]) -> Artifact:
+        made, export, source = self.graph.shipped(candidate), candidate.export, chain[-1]
         assert export is not None, "only a candidate with an export gets here"
         if export.tensorrt is not None:
             from edgetune.export import tensorrt
@@ -146,11 +99,12 @@ class Pipeline:
         weighed = self.graph.moments(candidate)
         if weighed is not None:
             rows = self.graph.calibration(to_gguf.calibration)
+            floats = chain[-2] if candidate.quantizer is not None else source
             found = self.stages.run(
-                f"{name}: importance matrix",
+                f"{name}: {IMPORTANCE}",
                 weighed,
                 lambda out, progress: moments.run(
-                    self.model, out, calibration=rows, device=self.recipe.device, progress=progress
+                    floats, out, calibration=rows, device=self.recipe.device, progress=progress
                 ),
             )
             importance, digest = moments.read(found), rows.digest
@@ -162,8 +116,19 @@ class Pipeline:
             ),
         )
 
-    def score(self, job: Job, parents: list[Artifact], *, generate: bool, reference: Artifact | None) -> Artifact:
-        """Score one subject on the held-out rows; `generate` continues wrong answers as far as the recipe asks."""
+    def score(
+        self,
+        job: Job,
+        parents: list[Artifact],
+        *,
+        generate: bool,
+        reference: Artifact | None,
+        called: str | None = None,
+    ) -> Artifact:
+        """Score one subject on the held-out rows; `generate` continues wrong answers as far as the recipe asks.
+
+        `called` names the stage where the subject has no name of its own.
+        """
         generate_rows = self.recipe.data.generated_rows if generate else 0
         made = measure.accuracy_identity(
             job, [p.identity for p in parents], self.rows, self.text_rows, generate_rows=generate_rows,
@@ -171,7 +136,7 @@ class Pipeline:
         )  # fmt: skip
         longest = max(len(row.ids) - row.start for row in self.rows)
         return self.stages.run(
-            f"{job.name}: accuracy",
+            f"{called or job.name}: accuracy",
             made,
             lambda out, progress: measure.accuracy(
                 job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
@@ -191,23 +156,43 @@ class Pipeline:
             ),
         )  # fmt: skip
 
+    def _hops_of_steps(
+        self, name: str, candidate: Candidate, made: list[Artifact], reference: Artifact
+    ) -> list[tuple[str, Accuracy]]:
+        """Score the models on the way; candidates that share a step share its score."""
+        hops = []
+        for step, between in zip(scored_steps(candidate), made, strict=False):
+            job, hop = Job.of(step, between, n_threads=self.recipe.bench.threads), f"{name}: {step}"
+            evidence = self.stages.attempt(
+                name,
+                "accuracy",
+                lambda j=job, a=between, c=hop: self.score(  # type: ignore[misc]
+                    j, [a], generate=False, reference=reference, called=c
+                ),
+            )
+            if evidence is not None:
+                hops.append((hop, measure.read_accuracy(evidence)))
+        return hops
+
     def run(self) -> Report:
         """Do everything, and write the report."""
         self.prepare()
         self.adapt()
+        self.steps = Steps(self.recipe, self.stages, self.graph, self.base, self.model)
         reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
         hops = self._hops_before(reference)
         scored = {"reference": measure.read_accuracy(reference)}
         tasks: list[TaskScore] = []
         if self.task_works:
             tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
-        hops.append((self._reference_hop(), scored["reference"]))
+        hops.append((self.trained.hop(self.recipe), scored["reference"]))
         shipped: dict[str, Artifact] = {}
         for name, candidate in self.recipe.candidates.items():
-            artifact = self.build(name, candidate)
-            if artifact is None:
+            made = self.build(name, candidate)
+            if made is None:
                 continue
-            shipped[name] = artifact
+            hops += self._hops_of_steps(name, candidate, made, reference)
+            shipped[name] = artifact = made[-1] if made else self.model
             _link(self.stages.folder / "candidates" / name, artifact.path)
             if why_not_run(candidate) is not None:
                 continue
@@ -219,7 +204,7 @@ class Pipeline:
             )
             if evidence is not None:
                 scored[name] = measure.read_accuracy(evidence)
-                hops.append((f"{name}: {_hop(candidate)}", scored[name]))
+                hops.append((f"{name}: {last_hop(candidate)}", scored[name]))
             if self.task_works:
                 found = self.stages.attempt(
                     name,
@@ -250,32 +235,14 @@ class Pipeline:
         return replace(job, size_bytes=self.base.size_bytes + artifact.size_bytes)
 
     def _hops_before(self, reference: Artifact) -> list[tuple[str, Accuracy]]:
-        """Score what comes before the reference, in the dtype of training: the base, the adapter on its base, what
-        preference training began with."""
-        subjects: list[tuple[str, str, Artifact]] = []
-        if self.model is not self.base:
-            subjects.append(("base", "base", self.base))
-        if self.adapter is not None and self.recipe.adapt is not None and merges(self.recipe.adapt):
-            four_bit = self.recipe.adapt.four_bit
-            subjects.append(("adapter on the nf4 base" if four_bit else "adapter on the base", "adapter", self.adapter))
-        if self.adapter is not None and self.preferred is not None:
-            subjects.append(("adapted", "adapted", self.adapted))
+        """Score what comes before the reference, in the dtype of training."""
         hops = []
-        for hop, name, artifact in subjects:
+        for hop, name, artifact in self.trained.before(self.recipe):
             parents = [self.base, artifact] if name == "adapter" else [artifact]
             job = self._job(name, artifact, dtype=str(compute_dtype("cpu")).removeprefix("torch."))
             found = self.score(job, parents, generate=False, reference=reference)
             hops.append((hop, measure.read_accuracy(found)))
         return hops
-
-    def _reference_hop(self) -> str:
-        if self.preferred is not None:
-            return "preferred"
-        if self.adapter is None or self.recipe.adapt is None:
-            return "base"
-        if merges(self.recipe.adapt):
-            return "merged"
-        return "trained" if self.recipe.adapt.method == "full" else "adapter kept apart"
 
     def _time(self, shipped: dict[str, Artifact]) -> list[Latency | Failure]:
         bench = self.recipe.bench
@@ -316,7 +283,7 @@ class Pipeline:
             if self.model is not self.base
             else list(scored.values()),
             latency=list(latencies.values()),
-            seams=[*self._tried_merges(), *(seam(hop, found) for hop, found in hops)],
+            seams=[*self.trained.tried_merges(), *(seam(hop, found) for hop, found in hops)],
             verdicts=self._verdicts(shipped, scored, tasks, latencies, failures),
             failures=failures,
             artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},
@@ -326,7 +293,7 @@ class Pipeline:
             },
             warnings=self._warnings(scored, latencies),
             stages=self.stages.done,
-            training=self._training(),
+            training=self.trained.notes(self.stages.folder),
             texts=[
                 RowText(prompt=row.messages[-2][1] if row.messages else "", gold=scored_row.target_text)
                 for row, scored_row in zip(workload.heldout_rows(self.recipe.data), self.rows, strict=True)
@@ -335,26 +302,6 @@ class Pipeline:
         )
         write_report(report, self.stages.folder)
         return report
-
-    def _tried_merges(self) -> list[Seam]:
-        """What `merge: auto` measured, on rows of its own: lines of the ledger that stand aside."""
-        tried: list[dict[str, Any]] = self.adapted.manifest.notes.get("merge", [])
-        return [
-            Seam.model_validate(entry | {"hop": f"on rows set aside: {entry['hop']}", "engine": "torch", "aside": True})
-            for entry in tried
-        ]
-
-    def _training(self) -> dict[str, Any] | None:
-        """The curves and facts of both trainings."""
-        notes = dict(self.adapter.manifest.notes) if self.adapter is not None else {}
-        if self.adapter is not None:
-            speed = read_speed(self.stages.folder / "tensorboard" / sft.SPEED, self.adapter.identity)
-            notes |= {"tokens_per_s": speed} if speed else {}
-        if "merged_into" in self.adapted.manifest.notes:
-            notes["merged_into"] = self.adapted.manifest.notes["merged_into"]
-        if self.preferred is not None:
-            notes["preference"] = self.preferred.manifest.notes
-        return notes or None
 
     def _verdicts(
         self,
@@ -401,11 +348,6 @@ class Pipeline:
         if (score := summary(scored["reference"])["exact_match"]) is not None and score < 0.1:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
         return said
-
-
-def _hop(candidate: Candidate) -> str:
-    parts = [compress_name(candidate)] if candidate.compress else []
-    return ", ".join([*parts, *([export_name(candidate)] if candidate.export else [])]) or "16-bit"
 
 
 def _link(link: Path, target: Path) -> None:

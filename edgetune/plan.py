@@ -9,7 +9,7 @@ from typing import Any
 from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
-from edgetune.compress import quantize
+from edgetune.compress import chain
 from edgetune.data.checks import refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.errors import EdgetuneError, RecipeError
@@ -56,7 +56,8 @@ def preflight(recipe: Recipe) -> Preflight:
         heldout = workload.heldout_rows(recipe.data)
         held = recipe.data.heldout or recipe.data.sources[0].path  # a split is taken out of the training rows
         refuse_leaks(asked, heldout, Path(recipe.prefer.train), Path(held))
-    for part in (recipe.adapt, recipe.prefer):
+    distilled = [step.distill for candidate in recipe.candidates.values() for step in candidate.compress]
+    for part in (recipe.adapt, recipe.prefer, *distilled):
         for logger in part.report_to if part is not None else ():
             if logger != "tensorboard":
                 require(logger)
@@ -65,26 +66,28 @@ def preflight(recipe: Recipe) -> Preflight:
 
 
 def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
-    """Refuse a chain of compression and export that this architecture or format cannot take."""
-    step = candidate.compress[0].method if candidate.compress else None
-    if step is not None:
-        quantize.check(step, model_config)
+    """Refuse a chain of compression and export that this architecture or format cannot take.
+
+    The exporter is asked about the config that the chain will make.
+    """
+    planned = chain.check(candidate, model_config)
     if candidate.export is None:
         return
     if candidate.export.gguf is not None:
         from edgetune.export import gguf
 
-        gguf.check(candidate.export.gguf, model_config)
+        gguf.check(candidate.export.gguf, planned)
+        gguf.check_rows(candidate.export.gguf, planned, chain.chosen_sizes(candidate))
         require("llama_cpp")
     if candidate.export.onnx is not None:
         from edgetune.export import onnx
 
-        onnx.check(candidate.export.onnx, model_config, step)
+        onnx.check(candidate.export.onnx, planned, candidate.quantizer)
         require("onnxruntime_genai")
     if candidate.export.tensorrt is not None:
         from edgetune.export import tensorrt
 
-        tensorrt.check(candidate.export.tensorrt, model_config, step)
+        tensorrt.check(candidate.export.tensorrt, planned, candidate.quantizer)
         for backend in ("onnx", "onnxruntime", candidate.export.tensorrt.library.replace("-", "_")):
             require(backend)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
-from edgetune.recipe_training import Adapt, Prefer
+from edgetune.recipe_training import Adapt, Prefer, Training
 
 NewTokens = Annotated[int, Field(ge=2)]
 
@@ -45,9 +46,55 @@ class Gptq(Rtn):
     calibration: Calibration = Calibration()
 
 
+class Prune(Closed):
+    """Fewer blocks (ShortGPT, arXiv:2403.03853) and narrower ones (Minitron, arXiv:2407.14679), in plain shapes."""
+
+    layers: Count | None = Field(None, description="decoder blocks that stay")
+    intermediate_size: Count | None = Field(None, description="feed-forward neurons of each block that stay")
+    kv_heads: Count | None = Field(None, description="key/value heads of each block that stay, with their query heads")
+    hidden_size: Count | None = Field(None, description="channels of the residual stream that stay")
+    search: Literal["influence", "kl"] = Field(
+        "influence", description="which blocks go: those that turn their input least, or one by one what costs least KL"
+    )
+    search_samples: Count = Field(8, description="kl: calibration samples that it is measured on")
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _something(self) -> Prune:
+        if all(size is None for size in (self.layers, self.intermediate_size, self.kv_heads, self.hidden_size)):
+            raise ValueError("prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size")
+        if self.search == "kl" and self.layers is None:
+            raise ValueError("search: kl chooses among blocks; give layers, or leave search out")
+        return self
+
+
+class Distill(Training):
+    """A student learns what the adapted model says of every token (arXiv:1503.02531), all its weights trained."""
+
+    student: str | None = Field(
+        None,
+        description="what the step before made if absent; base, or a model of the same tokenizer, as `base` names one",
+    )
+    divergence: Literal["forward", "reverse"] = Field(
+        "forward", description="KL(teacher || student), or KL(student || teacher) as in MiniLLM (arXiv:2306.08543)"
+    )
+    skew: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of one distribution mixed into the other (DistiLLM, arXiv:2402.03898)"
+    )
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    label_weight: Share = Field(0.1, description="share of the cross-entropy on the labels; the rest is divergence")
+    hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="weight of the loss between last hidden states; above 0 the teacher runs in every step"
+    )
+    top_k: Count = Field(32, description="teacher probabilities kept for each token; all others are one sum")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
+
+
 class CompressStep(Closed):
     """One step of a candidate's chain: exactly one key."""
 
+    prune: Prune | None = None
+    distill: Distill | None = None
     rtn: Rtn | None = None
     gptq: Gptq | None = None
 
@@ -56,8 +103,17 @@ class CompressStep(Closed):
         return exactly_one(self)
 
     @property
-    def method(self) -> Rtn | Gptq:
-        return self.gptq or self.rtn  # type: ignore[return-value]
+    def method(self) -> Prune | Distill | Rtn | Gptq:
+        return self.prune or self.distill or self.gptq or self.rtn  # type: ignore[return-value]
+
+    @property
+    def key(self) -> str:
+        return next(name for name in CompressStep.model_fields if getattr(self, name) is not None)
+
+    @property
+    def quantizer(self) -> Rtn | Gptq | None:
+        """The method where it makes integers, which no other step can read."""
+        return None if isinstance(self.method, Prune | Distill) else self.method
 
 
 class GgufExport(Closed):
@@ -109,7 +165,7 @@ class Export(Closed):
 class Candidate(Closed):
     """A chain of compress steps and an export target; without export the checkpoint itself is judged in torch."""
 
-    compress: list[CompressStep] = Field(default=[], max_length=1)
+    compress: list[CompressStep] = []
     export: Export | None = None
     runtime: Runtime | None = Field(None, description="engine and settings; those of the format where absent")
 
@@ -128,6 +184,26 @@ class Candidate(Closed):
             known = [engine for engine, fits in runs.items() if fits]
             raise ValueError(f"{self.runtime.engine} does not run this format; known to: {', '.join(known) or 'none'}")
         return self
+
+    @model_validator(mode="after")
+    def _order(self) -> Candidate:
+        """Integers come last, and a student is another model than its teacher."""
+        for before, step in pairwise(self.compress):
+            if before.quantizer is not None:
+                advice = "leave one out" if step.quantizer is not None else f"put {step.key} before {before.key}"
+                raise ValueError(f"{step.key} after {before.key}: integers can only be exported; {advice}")
+        for index, step in enumerate(self.compress):
+            if step.distill is not None and (index == 0) != (step.distill.student is not None):
+                if index == 0:
+                    raise ValueError("distill as the first step has its teacher as student; prune before, or name one")
+                made = self.compress[index - 1].key
+                raise ValueError(f"distill with student {step.distill.student!r} drops what {made} made; leave it out")
+        return self
+
+    @property
+    def quantizer(self) -> Rtn | Gptq | None:
+        """The last step's method where it makes integers."""
+        return self.compress[-1].quantizer if self.compress else None
 
 
 class Bench(Closed):
@@ -224,6 +300,19 @@ class Recipe(Closed):
     def _budget_names_what_is_measured(self) -> Recipe:
         budget = self.budgets.accuracy
         check_budgeted(self.tasks, budget.task if budget else None, budget.metric if budget else None)
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_are_adapted(self) -> Recipe:
+        for name, candidate in self.candidates.items():
+            if (
+                self.adapt is None
+                and self.prefer is None
+                and any(step.distill and step.distill.student == "base" for step in candidate.compress)
+            ):
+                raise ValueError(
+                    f"candidates.{name}: without adapt or prefer the base is the teacher; name another student"
+                )
         return self
 
     @field_validator("candidates")

@@ -1,10 +1,11 @@
-"""The parts of a recipe that train: `adapt` (supervised), `prefer` (preference, reward). Imports nothing heavy."""
+"""The parts of a recipe that train: `adapt` (supervised), `prefer` (preference, reward), and what `distill` shares with
+`adapt`. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
@@ -31,21 +32,42 @@ def _unset(value: Any) -> bool:
     return not value
 
 
-class Adapt(Closed):
+class Training(Closed):
+    """What every training on labelled rows is told: adapting and distilling run the same trainer."""
+
+    learning_rate: Positive = 1e-3
+    epochs: Positive = 1
+    max_steps: Count | None = None
+    batch_size: Count = Field(16, description="rows an optimizer step")
+    micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
+    warmup_ratio: Share = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    eval_steps: Count = Field(50, description="optimizer steps between held-out losses and checkpoints")
+    eval_rows: Count = Field(64, description="training rows set aside for early stopping")
+    patience: Count = Field(3, description="held-out losses without progress before training stops")
+    best_by: Literal["loss", "exact_match"] = Field(
+        "loss", exclude_if=lambda value: value == "loss",
+        description="what early stopping and the choice of the best checkpoint look at, on the rows set aside",
+    )  # fmt: skip
+    report_to: list[Logger] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        _refuse_uneven_batches(self.batch_size, self.micro_batch_size)
+        return self
+
+
+class Adapt(Training):
     """Supervised fine-tuning: LoRA (arXiv:2106.09685) and its kin, IA3, a prefix, or all weights; docs/adapt.md."""
 
     method: Method = "qlora"
     r: Count = 16
     alpha: Count = 32
     dropout: Share = 0.0
-    learning_rate: Positive = 1e-3
     loraplus_lr_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         1.0, description="learning rate of LoRA's B over that of its A (arXiv:2402.12354); 1 is plain LoRA"
     )
-    epochs: Positive = 1
-    max_steps: Count | None = None
-    batch_size: Count = Field(16, description="rows an optimizer step")
-    micro_batch_size: Count | None = Field(None, description="rows at once; batch_size where absent")
     keep_dense: bool = Field(
         False, description="base in NF4: keep dequantized weights; faster, as large as the 16-bit base"
     )
@@ -61,22 +83,11 @@ class Adapt(Closed):
         0.0, exclude_if=_unset,
         description="pull to the base: l2 / 2 times the squared length of the update is added to the loss",
     )  # fmt: skip
-    warmup_ratio: Share = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    eval_steps: Count = Field(50, description="optimizer steps between held-out losses and checkpoints")
-    eval_rows: Count = Field(64, description="training rows set aside for early stopping")
-    patience: Count = Field(3, description="held-out losses without progress before training stops")
-    best_by: Literal["loss", "exact_match"] = Field(
-        "loss", exclude_if=lambda value: value == "loss",
-        description="what early stopping and the choice of the best checkpoint look at, on the rows set aside",
-    )  # fmt: skip
     merge: Literal["base16", "base4", "auto", "separate"] | None = Field(
         None, exclude_if=_unset,
         description="into the 16-bit base (where absent), into the base after its 4-bit round trip, whichever of both "
         "diverges less from the adapter on the 4-bit base, or not at all",
     )  # fmt: skip
-    report_to: list[Logger] = ["tensorboard"]
 
     @property
     def four_bit(self) -> bool:
@@ -91,7 +102,6 @@ class Adapt(Closed):
     @model_validator(mode="after")
     def _fits_its_method(self) -> Adapt:
         _refuse_unread(self, ADAPT_READS, self.method)
-        _refuse_uneven_batches(self.batch_size, self.micro_batch_size)
         if self.keep_dense and not self.four_bit:
             raise ValueError(f"keep_dense keeps what 4 bits were turned into; method {self.method} holds a 16-bit base")
         if self.merge in ("base4", "auto") and not self.four_bit:

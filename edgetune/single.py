@@ -19,6 +19,8 @@ from edgetune.progress import reporting
 from edgetune.recipe import Calibration, CompressStep, Export, Gptq, Rtn, parse_as
 from edgetune.runtime.engine import why_not_run
 
+QUANTIZERS = ("rtn", "gptq")  # what one step can do alone; pruning and distilling belong to a recipe
+
 
 def open_model(model: str, store: Store, console: Console) -> Artifact:
     """Give a model artifact: the folder of one, or any base as a recipe names it, made into one."""
@@ -38,12 +40,14 @@ def compress_config(
     method: str, *, bits: int, group_size: int, sym: bool, n_samples: int, general_share: float
 ) -> Rtn | Gptq:
     """Check the flags of `compress` as a recipe's keys are checked. Raises RecipeError."""
-    if method not in CompressStep.model_fields:
-        raise UsageError(f"method {method!r} is not known; use {' or '.join(CompressStep.model_fields)}")
+    if method not in QUANTIZERS:
+        raise UsageError(f"method {method!r} is not known; use {' or '.join(QUANTIZERS)}")
     settings: dict[str, object] = {"bits": bits, "group_size": group_size, "sym": sym}
     if method == "gptq":
         settings["calibration"] = {"n_samples": n_samples, "general_share": general_share}
-    return parse_as(CompressStep, {method: settings}, "compress").method
+    config = parse_as(CompressStep, {method: settings}, "compress").quantizer
+    assert config is not None, "a quantizer's key gives a quantizer"
+    return config
 
 
 def compress(

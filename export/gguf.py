@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_child import n_cpus, run_child
-from edgetune.export.gguf_types import PLAIN, choose_types
+from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import read_vocabulary
 from edgetune.export.gguf_write import (
@@ -41,6 +41,26 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
     backends.require("gguf")
     if config.type not in PLAIN:
         backends.require("llama_cpp")
+
+
+def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Collection[str]) -> None:
+    """Refuse a width that a recipe chose and the type has no blocks for; one that came with the model falls back.
+
+    `chosen` are keys of `prune`. Raises UnsupportedError naming the key.
+    """
+    if config.type in PLAIN:
+        return
+    n_heads, hidden = int(model_config["num_attention_heads"]), int(model_config["hidden_size"])
+    head = int(model_config.get("head_dim") or hidden // n_heads)
+    widths = {
+        "hidden_size": hidden, "intermediate_size": int(model_config["intermediate_size"]), "kv_heads": n_heads * head,
+    }  # fmt: skip
+    for key, width in widths.items():
+        if key in chosen and width % BLOCK["Q8_0"]:
+            raise UnsupportedError(
+                f"prune.{key} leaves rows of {width}, {config.type} packs weights by {BLOCK['Q8_0']}; "
+                "choose a multiple, or export F16"
+            )
 
 
 def planned_identity(config: GgufExport, source_identity: str, calibration_digest: str | None) -> str:

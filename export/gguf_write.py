@@ -43,12 +43,13 @@ class Architecture:
     name: str
     permute_rope: bool  # rotates neighbouring pairs where Transformers rotates halves
     extra: Mapping[str, str]  # module names beside _BLOCK
+    square: bool = False  # loads only where all query heads together are as wide as the hidden size
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", True, {}),
     "MistralForCausalLM": Architecture("llama", True, {}),
-    "Qwen2ForCausalLM": Architecture("qwen2", False, {}),
+    "Qwen2ForCausalLM": Architecture("qwen2", False, {}, square=True),
     "Qwen3ForCausalLM": Architecture(
         "qwen3", False, {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
     ),
@@ -77,12 +78,23 @@ def architecture(model_config: Mapping[str, Any]) -> Architecture:
             f"sliding_window={model_config['sliding_window']} is not applied by llama.cpp for {named}; "
             "set max_position_embeddings to the window, or export to ONNX"
         )
+    hidden, queries = int(model_config.get("hidden_size") or 0), _query_width(model_config)
+    if ARCHITECTURES[named].square and queries != hidden:
+        raise UnsupportedError(
+            f"{named} with queries of {queries} and hidden_size={hidden} is not loaded by llama.cpp; "
+            "make them equal, or export to ONNX"
+        )
     kind = rope(model_config)[1]
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedError(
             f"rope type {kind!r} cannot be exported to GGUF here; supported: default, linear, llama3"
         )
     return ARCHITECTURES[named]
+
+
+def _query_width(model_config: Mapping[str, Any]) -> int:
+    n_heads, hidden = int(model_config.get("num_attention_heads") or 1), int(model_config.get("hidden_size") or 0)
+    return n_heads * int(model_config.get("head_dim") or hidden // n_heads)
 
 
 def rope(model_config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]]:

@@ -88,3 +88,22 @@ def test_the_speed_of_the_machine_is_measured() -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(2, "5 s"), (52, "55 s"), (61, "2 min"), (6000, "1.7 h")])
 def test_predictions_are_said_roughly(seconds: float, said: str) -> None:
     assert estimate.spoken(seconds) == said
+
+
+def student(prune: dict[str, object], distill: dict[str, object]) -> Estimator:
+    raw = json.loads(json.dumps(RESULT["recipe"]))
+    raw["candidates"] = {"s": {"compress": [{"prune": prune}, {"distill": distill}], "export": {"gguf": {}}}}
+    return estimator(parse_recipe(raw))
+
+
+def test_what_a_student_costs_follows_its_size_and_how_it_is_taught() -> None:
+    small, large = student({"layers": 5}, {}), student({"layers": 25}, {})
+    for stage in ("s: distill forward", "s: importance matrix", "s: gguf Q4_K_M", "s: accuracy", "latency"):
+        assert small.cost(stage).seconds < large.cost(stage).seconds, stage
+    assert small.cost("s: distill forward").memory_mib < large.cost("s: distill forward").memory_mib
+    assert small.cost("s: prune 5 layers: accuracy").seconds < small.cost("base: accuracy").seconds
+    coached = student({"layers": 5}, {"hidden_weight": 1.0})
+    assert coached.cost("s: distill forward").seconds > small.cost("s: distill forward").seconds
+    searched = student({"layers": 5, "search": "kl"}, {})
+    assert searched.cost("s: prune 5 layers").seconds > 5 * small.cost("s: prune 5 layers").seconds
+    assert searched.cost("s: teacher's distributions") == large.cost("s: teacher's distributions")

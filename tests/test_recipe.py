@@ -111,11 +111,39 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two methods in a step": (
         raw(candidates={"a": {"compress": [{"rtn": {}, "gptq": {}}]}}),
-        r"compress\.0: give exactly one of rtn, gptq; found \['rtn', 'gptq'\]$",
+        r"compress\.0: give exactly one of prune, distill, rtn, gptq; found \['rtn', 'gptq'\]$",
     ),
     "two steps": (
         raw(candidates={"a": {"compress": [{"rtn": {}}, {"rtn": {}}]}}),
-        r"candidates\.a\.compress: .*at most 1",
+        r"candidates\.a: rtn after rtn: integers can only be exported; leave one out$",
+    ),
+    "distill after gptq": (
+        raw(candidates={"a": {"compress": [{"prune": {"layers": 2}}, {"gptq": {}}, {"distill": {}}]}}),
+        r"candidates\.a: distill after gptq: integers can only be exported; put distill before gptq$",
+    ),
+    "gptq before prune": (
+        raw(candidates={"a": {"compress": [{"gptq": {}}, {"prune": {"layers": 2}}]}}),
+        r"candidates\.a: prune after gptq: integers can only be exported; put prune before gptq$",
+    ),
+    "a teacher that is its own student": (
+        raw(candidates={"a": {"compress": [{"distill": {}}]}}),
+        r"candidates\.a: distill as the first step has its teacher as student; prune before, or name one$",
+    ),
+    "a pruned model that nothing reads": (
+        raw(candidates={"a": {"compress": [{"prune": {"layers": 2}}, {"distill": {"student": "base"}}]}}),
+        r"candidates\.a: distill with student 'base' drops what prune made; leave it out$",
+    ),
+    "a base that teaches itself": (
+        raw(adapt=None, candidates={"a": {"compress": [{"distill": {"student": "base"}}]}}),
+        r"candidates\.a: without adapt or prefer the base is the teacher; name another student$",
+    ),
+    "nothing to prune": (
+        raw(candidates={"a": {"compress": [{"prune": {}}]}}),
+        r"compress\.0\.prune: prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size$",
+    ),
+    "a search for no block": (
+        raw(candidates={"a": {"compress": [{"prune": {"kv_heads": 1, "search": "kl"}}]}}),
+        r"compress\.0\.prune: search: kl chooses among blocks; give layers, or leave search out$",
     ),
     "no candidate": (raw(candidates={}), r"candidates: .*at least 1 item"),
     "candidate with a slash": (
@@ -279,11 +307,20 @@ def test_what_yesterday_s_recipes_wrote_is_what_they_write_today() -> None:
     """Identities are digests of these keys: a key that is unset must not show."""
     recipe = parse_recipe(raw(adapt={"r": 8}))
     assert recipe.adapt is not None
-    assert list(recipe.adapt.model_dump()) == [
+    assert set(recipe.adapt.model_dump()) == {
         "method", "r", "alpha", "dropout", "learning_rate", "loraplus_lr_ratio", "epochs", "max_steps", "batch_size",
         "micro_batch_size", "keep_dense", "warmup_ratio", "weight_decay", "max_grad_norm", "eval_steps", "eval_rows",
         "patience", "report_to",
-    ]  # fmt: skip
+    }  # fmt: skip
+
+
+def test_a_base_may_be_the_student_of_what_preference_training_made_of_it() -> None:
+    prefer = {"method": "dpo", "train": "pairs.jsonl"}
+    step = {"distill": {"student": "base"}}
+    recipe = parse_recipe(raw(adapt=None, prefer=prefer, candidates={"a": {"compress": [step]}}))
+    distill = recipe.candidates["a"].compress[0].distill
+    assert distill is not None
+    assert "best_by" not in distill.model_dump()
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:

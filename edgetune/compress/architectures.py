@@ -32,7 +32,7 @@ def check_architecture(model_config: dict[str, Any]) -> None:
     found = model_config.get("model_type")
     if found not in SUPPORTED:
         named = ", ".join(model_config.get("architectures") or []) or f"model_type {found!r}"
-        raise UnsupportedError(f"{named} cannot be quantized here; supported: {', '.join(sorted(SUPPORTED.values()))}")
+        raise UnsupportedError(f"{named} cannot be compressed here; supported: {', '.join(sorted(SUPPORTED.values()))}")
 
 
 def linear_shapes(model_config: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError,
 from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
+HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
 Solve = Callable[[Tensor, Tensor | None], tuple[Quantized, tuple[str, ...]]]  # weight [R, C], H [C, C] -> what was made
 
 
@@ -135,23 +136,83 @@ def second_moments(
 
     rows [N, T] are token ids. llama.cpp calls this an importance matrix (in_sum2 / counts).
     """
+    sums: dict[str, Tensor] = {}
+
+    def see(index: int, name: str, X: Tensor) -> None:
+        squares = X.float().square().sum((0, 1), dtype=torch.float64)  # [C]
+        key = f"{index}.{name}"
+        sums[key] = sums[key] + squares if key in sums else squares
+
+    observe(model, rows, see, device=device, progress=progress)
+    moments: dict[str, Tensor] = {}
+    for index in range(len(model.model.layers)):
+        for group in SHARED_INPUTS:
+            mean = (sums[f"{index}.{group[0]}"] / rows.size).float().cpu()
+            moments |= {f"model.layers.{index}.{name}": mean for name in group}
+    return moments
+
+
+@torch.no_grad()
+def observe(
+    model: Any,
+    rows: NDArray[np.int64],
+    see: Callable[[int, str, Tensor], None],
+    see_block: Callable[[int, Tensor, Tensor], None] | None = None,
+    *,
+    device: str = "cpu",
+    progress: Report = silent,
+) -> None:
+    """Run the float model once, block by block, and show what passes; the model is left as it was.
+
+    `see(block, name, X)` gets the inputs [B, T, C] of the first layer of each group in SHARED_INPUTS, and
+    `see_block(block, before, after)` the residual stream. Raises StageError naming the row that is not finite.
+    """
     blocks, dtype = decoder_blocks(model), compute_dtype(device)
     batches = _enter(model, rows, device, dtype)
-    moments: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
         original = dict(block.state_dict())
         block.to(device=device, dtype=dtype)
-        sums: dict[str, Tensor] = {}
         for batch in batches:
-            with _watch(block, index, batch, partial(_add_squares, sums)):
-                batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
-        for group in SHARED_INPUTS:
-            mean = (sums[group[0]] / rows.size).float().cpu()
-            moments |= {f"model.layers.{index}.{name}": mean for name in group}
+            with _watch(block, index, batch, partial(see, index)):
+                after = block(batch.hidden, **batch.block_kwargs[index])
+            if see_block is not None:
+                see_block(index, batch.hidden, after)
+            batch.hidden = after
         block.to("cpu")
         block.load_state_dict(original, assign=True)
         progress(index + 1, len(blocks), f"model.layers.{index}")
-    return moments
+
+
+class Blocks:
+    """The float model in pieces that can be left out: embedded rows, single blocks, and the logits at the end.
+
+    The model is moved to `device` and its compute dtype, and stays there.
+    """
+
+    def __init__(self, model: Any, rows: NDArray[np.int64], *, device: str = "cpu") -> None:
+        dtype = compute_dtype(device)
+        self._blocks = decoder_blocks(model)
+        self._batches = _enter(model, rows, device, dtype)
+        self._model = model.to(device=device, dtype=dtype)
+
+    @property
+    def embedded(self) -> list[Tensor]:
+        """Hidden states [B, T, C] of each batch before the first block."""
+        return [batch.hidden for batch in self._batches]
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Send the hidden states of all batches through one block."""
+        block = self._blocks[index]
+        return [block(x, **batch.block_kwargs[index]) for x, batch in zip(hidden, self._batches, strict=True)]
+
+    @torch.no_grad()
+    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Give float32 logits [N, V] of all positions, HEAD_POSITIONS at a time."""
+        head = self._model.get_output_embeddings()
+        for x in hidden:
+            for part in self._model.model.norm(x).flatten(0, 1).split(HEAD_POSITIONS):
+                yield head(part).float()
 
 
 def _enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype) -> list[_Batch]:
@@ -254,11 +315,6 @@ def _watch(block: nn.Module, index: int, batch: _Batch, see: Callable[[str, Tens
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _add_squares(sums: dict[str, Tensor], name: str, X: Tensor) -> None:
-    squares = X.float().square().sum((0, 1), dtype=torch.float64)  # [C]
-    sums[name] = sums[name] + squares if name in sums else squares
 
 
 def _check_finite(X: Tensor, first_row: int, what: str) -> None:

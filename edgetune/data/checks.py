@@ -49,7 +49,7 @@ def refuse_untaught(rows: Sequence[Rendered], stop_ids: Sequence[int], path: Pat
         )
 
 
-def apart(train: Sequence[Rendered], evaluate: Sequence[Rendered]) -> list[Rendered]:
-    """Leave out the training rows that are also evaluated: copies that a mixture or the data itself repeats."""
-    seen = {row.ids for row in evaluate}
-    return [row for row in train if row.ids not in seen]
+def apart(rows: Sequence[Rendered], train: Sequence[int], evaluate: Sequence[int]) -> list[int]:
+    """Leave out the places of rows that are also evaluated: copies that a mixture or the data itself repeats."""
+    seen = {rows[place].ids for place in evaluate}
+    return [place for place in train if rows[place].ids not in seen]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -16,6 +17,18 @@ from edgetune.adapt.base import load_base
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import FusedLora
 from edgetune.adapt.pull import Pull
+from edgetune.adapt.trainer import (
+    IGNORE,
+    CompletionTrainer,
+    LabelledHead,
+    Rows,
+    Split,
+    exact_rows,
+    make_trainer,
+    pack,
+    pad,
+    set_aside,
+)
 from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
@@ -50,6 +63,13 @@ def train(source: Artifact, out: Path, rows: list[Rendered], config: Adapt, **kw
     return sft.run(config, source, out, rows=rows, golden=Golden.read(source.path), **kwargs)
 
 
+def make_plain(config: Adapt, model: nn.Module, head: LabelledHead, rows: list[Rendered]) -> CompletionTrainer:
+    return make_trainer(
+        CompletionTrainer, config, model, head, Split.of(config, rows, 0), methods.make_optimizer(config, model),
+        work=Path("unused"), device="cpu", seed=0, progress=lambda *_: None, log_folder=None,
+    )  # fmt: skip
+
+
 class Dies(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         if state.global_step == 5:
@@ -67,8 +87,8 @@ def test_a_method_learns_and_a_killed_run_goes_on_to_the_same_bytes(
     assert whole.manifest.kind == ("model" if config.method == "full" else "adapter")
     make = sft.make_trainer
 
-    def dying(*args: Any) -> Any:
-        trainer = make(*args)
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        trainer = make(*args, **kwargs)
         trainer.add_callback(Dies())
         return trainer
 
@@ -114,8 +134,8 @@ def test_our_layers_give_pefts_loss_and_gradient_or_step_aside(
         fused = ours and method != "dora"
         assert any(isinstance(module, FusedLora) for module in model.modules()) == fused
         assert (FusedDecoder.of(methods.causal_of(model)) is not None) == fused
-        trainer = sft.make_trainer(config, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
-        loss = trainer.compute_loss(model, sft.pack([sft.Rows(rows)[i] for i in (0, 13, 5)]))
+        trainer = make_plain(config, model, head, rows)
+        loss = trainer.compute_loss(model, pack([Rows(rows)[i] for i in (0, 13, 5)]))
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((loss.detach(), gradients))
@@ -129,8 +149,8 @@ def test_loss_is_cross_entropy_of_the_labelled_positions_whatever_is_trained(
 ) -> None:
     model, head = sft.attach(Adapt(method=method, **SMALL), tiny_model.path, "cpu")
     config = Adapt(method=method, **SMALL)
-    trainer = sft.make_trainer(config, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
-    batch = trainer.data_collator([sft.Rows(rows)[i] for i in (0, 13, 5)])
+    trainer = make_plain(config, model, head, rows)
+    batch = trainer.data_collator([Rows(rows)[i] for i in (0, 13, 5)])
     assert ("lengths" in batch) == (method != "prefix")
     logits, gold = [], []
     for i in (0, 13, 5):
@@ -206,7 +226,7 @@ def test_exact_match_of_the_rows_set_aside_is_counted_and_can_choose(
     config = Adapt(r=4, best_by="exact_match", **SMALL | {"max_steps": 20, "eval_steps": 5, "eval_rows": 4})
     made = train(tiny_model, tmp_path / "adapter", rows, config)
     curve = made.manifest.notes["heldout_exact_match"]
-    aside, _ = sft.set_aside(config, rows, 0)
+    aside = [rows[place] for place in set_aside(config, rows, 0)[0]]
     engine = TorchEngine.load(tiny_model.path, n_ctx=64, n_threads=1, adapter=str(made.path), quantize_base=True)
     logits = engine.score_rows([TokenRow(row.ids, row.start) for row in aside])
     exact = [bool((found.argmax(1) == row.ids[row.start :]).all()) for row, found in zip(aside, logits, strict=True)]
@@ -214,15 +234,15 @@ def test_exact_match_of_the_rows_set_aside_is_counted_and_can_choose(
 
 
 def test_both_batches_count_the_same_exact_rows(rows: list[Rendered]) -> None:
-    few = [sft.Rows(rows)[i] for i in (0, 13, 5)]
-    for collate in (sft.pack, sft.pad):
+    few = [Rows(rows)[i] for i in (0, 13, 5)]
+    for collate in (pack, pad):
         batch = collate(few)
-        keep = batch["labels"][:, 1:] != sft.IGNORE
+        keep = batch["labels"][:, 1:] != IGNORE
         wrong = torch.zeros(int(keep.sum()), dtype=torch.bool)
-        assert sft.exact_rows(wrong, batch, keep) == (3, 3)
+        assert exact_rows(wrong, batch, keep) == (3, 3)
         wrong[0] = True  # the first label of the first row
         wrong[-1] = True
-        assert sft.exact_rows(wrong, batch, keep) == (1, 3)
+        assert exact_rows(wrong, batch, keep) == (1, 3)
 
 
 def test_the_round_trip_gives_the_weights_that_training_saw(tiny_model: Artifact) -> None:
@@ -243,7 +263,7 @@ def test_the_merge_that_diverges_less_is_chosen_and_the_table_is_kept(
 ) -> None:
     config = Adapt(r=4, **SMALL)
     adapter = train(tiny_model, tmp_path / "adapter", rows, config)
-    aside, _ = sft.set_aside(config, rows, 0)
+    aside = [rows[place] for place in set_aside(config, rows, 0)[0]]
     made = merge.run(tiny_model, adapter, tmp_path / "auto", "auto", aside)
     assert made.identity == merge.planned_identity(tiny_model.identity, adapter.identity, "auto", aside)
     table = {entry["hop"]: entry for entry in made.manifest.notes["merge"]}

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from edgetune.adapt import methods, sft
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import FusedLora
+from edgetune.adapt.trainer import IGNORE, CompletionTrainer, Rows, Split, make_trainer, pack, pad
 from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
@@ -51,10 +52,10 @@ def test_loss_falls_and_the_adapter_names_no_path(tiny_model: Artifact, rows: li
 
 def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows: list[Rendered]) -> None:
     model, head = sft.attach(CONFIG.model_copy(update={"method": "lora"}), tiny_model.path, "cpu")
-    batch = sft.pad([sft.Rows(rows)[i] for i in (0, 13)])
+    batch = pad([Rows(rows)[i] for i in (0, 13)])
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        keep = batch["labels"][:, 1:] != sft.IGNORE
+        keep = batch["labels"][:, 1:] != IGNORE
         with head.only(keep):
             few = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = functional.cross_entropy(every[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="mean")
@@ -70,18 +71,21 @@ def test_packed_and_fused_give_the_loss_and_gradient_of_padded_rows(
 ) -> None:
     config = CONFIG.model_copy(update={"method": method, "keep_dense": keep_dense})
     found = []
-    for collate, fused in ((sft.pad, False), (partial(sft.pack, share_prefix=False), False), (sft.pack, False),
-                           (sft.pack, True), (partial(sft.pack, share_prefix=False), True)):  # fmt: skip
+    for collate, fused in ((pad, False), (partial(pack, share_prefix=False), False), (pack, False),
+                           (pack, True), (partial(pack, share_prefix=False), True)):  # fmt: skip
         torch.manual_seed(0)
         model, head = sft.attach(config, tiny_model.path, "cpu")
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # zero at first, which would hide the gradient of A
-        trainer = sft.make_trainer(config, model, head, rows, rows, Path("unused"), "cpu", 0, lambda *_: None, None)
+        trainer = make_trainer(
+            CompletionTrainer, config, model, head, Split.of(config, rows, 0), methods.make_optimizer(config, model),
+            work=Path("unused"), device="cpu", seed=0, progress=lambda *_: None, log_folder=None,
+        )  # fmt: skip
         assert trainer._fused is not None
         if not fused:
             trainer._fused = None
-        batch = collate([sft.Rows(rows)[i] for i in (0, 13, 5)])
+        batch = collate([Rows(rows)[i] for i in (0, 13, 5)])
         loss = trainer.compute_loss(model, batch)
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

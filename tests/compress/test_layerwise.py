@@ -238,7 +238,9 @@ def test_check_refuses_before_any_work(tiny_model: Artifact, tmp_path: Path) -> 
         UnsupportedError, match=r"group_size=128 .* in_features=64 of model\.layers\.0\.self_attn\.q_proj"
     ):
         check(Rtn(group_size=128), config)
-    with pytest.raises(UnsupportedError, match="GPT2LMHeadModel cannot be quantized here; supported: LlamaForCausalLM"):
+    with pytest.raises(
+        UnsupportedError, match="GPT2LMHeadModel cannot be compressed here; supported: LlamaForCausalLM"
+    ):
         check(GPTQ, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     with pytest.raises(UnsupportedError, match="divide out_features=80"):
         check(Rtn(bits=3, group_size=-1), config | {"head_dim": 20, "num_key_value_heads": 2})

@@ -142,4 +142,4 @@ def test_rows_that_teach_nothing_or_no_end(tmp_path: Path) -> None:
 
 def test_copies_of_watched_rows_are_not_trained_on() -> None:
     first, second = (Rendered((n,), (True,), 0, "", n) for n in (1, 2))
-    assert apart([first, second, second], [first]) == [second, second]
+    assert apart([first, first, second, second], [1, 2, 3], [0]) == [2, 3]

@@ -1,0 +1,205 @@
+"""The stage that prunes a model. Torch is loaded when it runs, not before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.artifact import Artifact, draft, identity, require_space, write_text
+from edgetune.compress.prune.shapes import check, head_size, heads, pruned_config
+from edgetune.data.golden import Golden
+from edgetune.progress import Report, silent
+from edgetune.recipe import Prune
+from edgetune.sources import copy_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgetune.compress.prune.cut import Keep
+    from edgetune.data.calibration import CalibrationSet
+
+STAGE = "compress.prune/1"
+SEARCH_TOP_K = 64  # buckets in which the search compares distributions
+
+
+def planned_identity(config: Prune, source_identity: str, calibration_digest: str) -> str:
+    """Give the identity of the model that `run` would make."""
+    return identity(STAGE, _config(config), [source_identity], {"calibration": calibration_digest})
+
+
+def run(
+    config: Prune,
+    source: Artifact,
+    out: Path,
+    *,
+    calibration: CalibrationSet,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Report = silent,
+) -> Artifact:
+    """Prune a `model` artifact into a smaller one, in shapes that stock Transformers loads.
+
+    Blocks are chosen first, widths then within those that stay, all from one pass over the calibration rows. A search
+    that was killed goes on after the last block that it took out. Raises UnsupportedError before any work.
+    """
+    from edgetune.compress.checkpoint import read_config
+    from edgetune.compress.layerwise import load_model
+
+    model_config = read_config(source.path)
+    check(config, model_config)
+    require_space(out.parent, source.size_bytes)
+    with draft(
+        out, kind="model", stage=STAGE, config=_config(config), parents=[source],
+        sources={"calibration": calibration.digest}, versions=_versions(),
+    ) as pending:  # fmt: skip
+        model = load_model(source)
+        before = sum(p.numel() for p in model.parameters())
+        state = dict(model.state_dict())  # as stored, whatever the walk casts
+        stats = measure(model, calibration.ids, model_config, device=device, progress=progress)
+        pending.notes["block_influence"] = [float(f"{value:.4g}") for value in stats.influence]
+        kept = list(range(len(stats.influence)))
+        if config.layers is not None and config.search == "kl":
+            removed = _search(config, model, calibration.ids, pending.work / "search.json", device, progress)
+            kept = [index for index in kept if index not in {block for block, _ in removed}]
+            pending.notes["search"] = [[block, float(f"{loss:.4g}")] for block, loss in removed]
+        elif config.layers is not None:
+            from edgetune.compress.prune.depth import most_influential
+
+            kept = most_influential(stats.influence, config.layers)
+        keep = choose(config, stats, kept, model_config)
+        made = build(config, state, keep, model_config, model)
+        made.save_pretrained(pending.path)
+        copy_tokenizer(source.path, pending.path)
+        Golden.read(source.path).write(pending.path)
+        pending.seed, pending.calibration = seed, calibration.digest
+        pending.notes |= {
+            "kept_layers": kept,
+            "parameters": sum(p.numel() for p in made.parameters()),
+            "parameters_before": before,
+        }
+    return pending.artifact
+
+
+class Statistics:
+    """What one pass over the calibration rows tells of a model's parts."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.influence = [0.0] * n_layers  # mean over tokens
+        self.neurons: dict[int, Tensor] = {}  # block -> energy [I]
+        self.heads: dict[int, Tensor] = {}  # block -> energy [H]
+        self.inputs: dict[tuple[int, str], Tensor] = {}  # block, layer behind a norm -> energy [C]
+
+
+def measure(
+    model: Any, rows: NDArray[np.int64], model_config: dict[str, Any], *, device: str, progress: Report
+) -> Statistics:
+    """Look at the float model once. rows [N, T] are token ids."""
+    from edgetune.compress.layerwise import observe
+    from edgetune.compress.prune.depth import block_influence
+    from edgetune.compress.prune.width import feature_energy, head_energy
+
+    stats, D = Statistics(len(model.model.layers)), head_size(model_config)
+
+    def see(index: int, name: str, X: Tensor) -> None:
+        if name == "mlp.down_proj":
+            stats.neurons[index] = stats.neurons.get(index, 0) + feature_energy(X).cpu()
+        elif name == "self_attn.o_proj":
+            stats.heads[index] = stats.heads.get(index, 0) + head_energy(X, D).cpu()
+        else:
+            stats.inputs[index, name] = stats.inputs.get((index, name), 0) + feature_energy(X).cpu()
+
+    def see_block(index: int, before: Tensor, after: Tensor) -> None:
+        stats.influence[index] += block_influence(before, after) / rows.size
+
+    observe(model, rows, see, see_block, device=device, progress=progress)
+    return stats
+
+
+def choose(config: Prune, stats: Statistics, kept: list[int], model_config: dict[str, Any]) -> Keep:
+    """Name what stays of the blocks that stay."""
+    from edgetune.compress.prune.cut import Keep
+    from edgetune.compress.prune.width import channel_energy, group_energy, most_important
+
+    neurons = groups = hidden = None
+    if config.intermediate_size is not None:
+        neurons = {index: most_important(stats.neurons[index], config.intermediate_size) for index in kept}
+    if config.kv_heads is not None:
+        n_kv = heads(model_config)[1]
+        groups = {index: most_important(group_energy(stats.heads[index], n_kv), config.kv_heads) for index in kept}
+    if config.hidden_size is not None:
+        seen = [energy for (index, _), energy in stats.inputs.items() if index in kept]
+        hidden = most_important(channel_energy(seen), config.hidden_size)
+    return Keep(kept, neurons, groups, hidden)
+
+
+def build(config: Prune, state: dict[str, Tensor], keep: Keep, model_config: dict[str, Any], model: Any) -> Any:
+    """Give the pruned model of the class and dtype of the whole one."""
+    from transformers import AutoConfig
+
+    from edgetune.compress.prune.cut import cut
+
+    n_heads, n_kv = heads(model_config)
+    tensors = cut(state, keep, head_size=head_size(model_config), queries_per_group=n_heads // n_kv)
+    made_config = AutoConfig.for_model(**pruned_config(config, model_config, keep.layers))
+    made = type(model)(made_config).to(next(iter(state.values())).dtype)
+    made.load_state_dict(tensors)
+    made.tie_weights()
+    return made
+
+
+def _search(
+    config: Prune, model: Any, rows: NDArray[np.int64], file: Path, device: str, progress: Report
+) -> list[tuple[int, float]]:
+    """Take out blocks one by one, each removal kept in `file`: (block, mean KL to the whole model)."""
+    from edgetune.compress.divergence import bucket_log_probs, summed_kl, top_tokens
+    from edgetune.compress.layerwise import Blocks
+    from edgetune.compress.prune.depth import greedy
+
+    assert config.layers is not None, "a search is for blocks"
+    picked = np.linspace(0, len(rows) - 1, min(config.search_samples, len(rows))).round().astype(int)
+    blocks = Blocks(model, rows[picked], device=device)
+    n, n_tokens = len(model.model.layers), rows[picked].size
+    whole = blocks.embedded
+    for index in range(n):
+        whole = blocks.run(index, whole)
+    reference = []
+    for logits in blocks.logits(whole):
+        ids = top_tokens(logits, SEARCH_TOP_K)
+        reference.append((ids, bucket_log_probs(logits, ids)))
+
+    def without(kept: list[int]) -> list[float]:
+        losses, hidden = [], blocks.embedded
+        for place, index in enumerate(kept):
+            left = hidden
+            for later in kept[place + 1 :]:
+                left = blocks.run(later, left)
+            parts = zip(reference, blocks.logits(left), strict=True)
+            losses.append(sum(summed_kl(log_p, logits, ids) for (ids, log_p), logits in parts) / n_tokens)
+            hidden = blocks.run(index, hidden)
+        return losses
+
+    removed = [(int(block), float(loss)) for block, loss in _read(file)]
+    for taken in greedy(n, config.layers, without, removed):
+        removed.append(taken)
+        write_text(file, json.dumps(removed))
+        progress(len(removed), n - config.layers, "blocks taken out")
+    return removed
+
+
+def _read(file: Path) -> Iterator[tuple[int, float]]:
+    if file.is_file():
+        yield from json.loads(file.read_bytes())
+
+
+def _config(config: Prune) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("edgetune", "torch", "transformers")}

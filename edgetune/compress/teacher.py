@@ -1,0 +1,104 @@
+"""The stage that writes down what a teacher says: its likeliest tokens at each labelled position, and the rest as one.
+
+The file is a pack (`teacher_pack.py`) made at the temperature of the distillation. Every student of the same teacher,
+rows, temperature and `top_k` reads the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from edgetune.artifact import Artifact, draft, identity
+from edgetune.compress.teacher_pack import PackBuilder, TeacherPack, join
+from edgetune.data.checks import refuse_untaught
+from edgetune.data.golden import Golden
+from edgetune.data.render import Rendered, rows_digest
+from edgetune.devices import has_fast_bfloat16
+from edgetune.errors import ArtifactError
+from edgetune.progress import Report, silent
+from edgetune.recipe import Distill
+from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.engines.torch_engine import TorchEngine
+
+STAGE = "compress.teacher/1"
+FILE = "teacher.npz"
+CHUNK_ROWS = 64  # rows that a kill can cost
+
+
+def planned_identity(config: Distill, teacher_identity: str, rows: str) -> str:
+    """Give the identity of the evidence that `run` would make for rows of that digest."""
+    return identity(STAGE, _config(config), [teacher_identity], {"rows": rows})
+
+
+def run(
+    config: Distill,
+    teacher: Artifact,
+    out: Path,
+    *,
+    rows: Sequence[Rendered],
+    device: str = "cpu",
+    progress: Report = silent,
+) -> Artifact:
+    """Write `teacher.npz`: one entry for each labelled position of each row. Goes on after its last chunk of rows."""
+    refuse_untaught(rows, Golden.read(teacher.path).stop_ids)
+    sources = {"rows": rows_digest(rows)}
+    with draft(
+        out, kind="evidence", stage=STAGE, config=_config(config), parents=[teacher], sources=sources
+    ) as pending:
+        starts = range(0, len(rows), CHUNK_ROWS)
+        files = [pending.work / f"{start}.npz" for start in starts]
+        packs = [_finished(file, teacher.digest) for file in files]
+        if None in packs:
+            dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+            engine = TorchEngine.load(
+                teacher.path, n_ctx=max(len(row.ids) for row in rows), n_threads=torch.get_num_threads(), dtype=dtype,
+                device=device,
+            )  # fmt: skip
+            try:
+                for index, start in enumerate(starts):
+                    if packs[index] is None:
+                        packs[index] = _write(
+                            files[index], engine, rows[start : start + CHUNK_ROWS], config, teacher.digest
+                        )
+                    progress(min(start + CHUNK_ROWS, len(rows)), len(rows), "rows")
+            finally:
+                engine.close()
+        whole = join([pack for pack in packs if pack is not None], sources["rows"])
+        whole.save(pending.path / FILE)
+        pending.notes = {"positions": len(whole.tail), "mean_tail_mass": float(f"{whole.mean_tail_mass:.3g}")}
+    return pending.artifact
+
+
+def read(evidence: Artifact) -> TeacherPack:
+    """Read what the teacher says. Raises ArtifactError where the file is damaged."""
+    return TeacherPack.read(evidence.path / FILE)
+
+
+def _write(file: Path, engine: TorchEngine, rows: Sequence[Rendered], config: Distill, subject: str) -> TeacherPack:
+    """Score one chunk of rows and keep it, whole or not at all."""
+    builder = PackBuilder()
+    # What comes after the last label is not read; the first label is at 1 or later, as nothing predicts a first token.
+    spans = [(max(1, row.labels.index(True)), len(row.ids)) for row in rows]
+    tokens = [TokenRow(row.ids, start) for row, (start, _) in zip(rows, spans, strict=True)]
+    for row, (start, end), logits in zip(rows, spans, engine.score_rows(tokens), strict=True):
+        builder.add(logits[list(row.labels[start:end])] / config.temperature, config.top_k)
+    pack = builder.build(f"rows from {rows[0].line}", subject)
+    beside = file.with_suffix(".part")
+    pack.save(beside)
+    beside.replace(file)
+    return pack
+
+
+def _finished(file: Path, subject: str) -> TeacherPack | None:
+    try:
+        pack = TeacherPack.read(file)
+    except ArtifactError:
+        return None  # not there yet, or cut by a kill
+    return pack if pack.subject == subject else None
+
+
+def _config(config: Distill) -> dict[str, object]:
+    return {"temperature": config.temperature, "top_k": config.top_k}

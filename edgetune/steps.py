@@ -1,0 +1,87 @@
+"""Runs the compress steps of a candidate, each a stage of its own: prune, distill, quantize."""
+
+from __future__ import annotations
+
+from edgetune import sources
+from edgetune.artifact import Artifact
+from edgetune.compress import distill, quantize, teacher
+from edgetune.compress.chain import step_names
+from edgetune.compress.prune import stage as pruning
+from edgetune.graph import STUDENT, TEACHER, Graph
+from edgetune.recipe import Candidate, CompressStep, Distill, Prune, Recipe
+from edgetune.stages import Stages
+from edgetune.trained import LOGS
+
+
+class Steps:
+    """The chains of one recipe. Every chain begins at `model`, which is also every student's teacher."""
+
+    def __init__(self, recipe: Recipe, stages: Stages, graph: Graph, base: Artifact, model: Artifact) -> None:
+        self.recipe, self.stages, self.graph, self.base, self.model = recipe, stages, graph, base, model
+
+    def run(self, name: str, candidate: Candidate) -> list[Artifact] | None:
+        """Give what each step of a candidate made, in order; None where one failed, which is noted."""
+        made: list[Artifact] = []
+        planned = zip(candidate.compress, step_names(candidate), self.graph.steps(candidate), strict=True)
+        for step, called, identity in planned:
+            source, label = made[-1] if made else self.model, f"{name}: {called}"
+            found = self.stages.attempt(
+                name,
+                label,
+                lambda s=step, a=source, w=label, i=identity: self._step(name, w, s, a, i),  # type: ignore[misc]
+            )
+            if found is None:
+                return None
+            made.append(found)
+        return made
+
+    def _step(self, name: str, label: str, step: CompressStep, source: Artifact, identity: str) -> Artifact:
+        recipe, method = self.recipe, step.method
+        if isinstance(method, Distill):
+            return self._distill(name, label, method, source, identity)
+        config = getattr(method, "calibration", None)
+        rows = self.graph.calibration(config) if config is not None else None
+        if isinstance(method, Prune):
+            assert rows is not None, "pruning is always calibrated"
+            pruned, shown = method, rows
+            return self.stages.run(
+                label,
+                identity,
+                lambda out, progress: pruning.run(
+                    pruned, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress
+                ),
+            )
+        quantizer = method
+        return self.stages.run(
+            label,
+            identity,
+            lambda out, progress: quantize.run(
+                quantizer, source, out, calibration=rows, device=recipe.device, seed=recipe.seed, progress=progress
+            ),
+        )
+
+    def _distill(self, name: str, label: str, config: Distill, source: Artifact, identity: str) -> Artifact:
+        recipe, rows = self.recipe, self.graph.work.train
+        student = self._student(name, config) if config.student is not None else source
+        said = self.stages.run(
+            f"{name}: {TEACHER}",
+            self.graph.said(config),
+            lambda out, progress: teacher.run(
+                config, self.model, out, rows=rows, device=recipe.device, progress=progress
+            ),
+        )
+        return self.stages.run(
+            label,
+            identity,
+            lambda out, progress: distill.run(
+                config, student, self.model, said, out, rows=rows, device=recipe.device, seed=recipe.seed,
+                progress=progress, log_folder=self.stages.folder / LOGS / name,
+            ),
+        )  # fmt: skip
+
+    def _student(self, name: str, config: Distill) -> Artifact:
+        """Give the student that the recipe names, as a model artifact."""
+        if config.student in (None, "base"):
+            return self.base
+        found = self.graph.student_source(config.student)
+        return self.stages.run(f"{name}: {STUDENT}", found.identity, lambda out, _: sources.run(found, out))

@@ -1,0 +1,110 @@
+"""Trains what a recipe trains, each a stage of its own: adapt and merge, then prefer and merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune.adapt import merge, preference, sft
+from edgetune.adapt.callbacks import read_speed
+from edgetune.artifact import Artifact
+from edgetune.graph import Graph, merges
+from edgetune.recipe import Recipe
+from edgetune.runtime.evidence import Seam
+from edgetune.stages import Stages
+from edgetune.workload import Workload
+
+LOGS = "tensorboard"  # in the folder of the run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model that candidates are made from, which is also the reference, and what led to it."""
+
+    base: Artifact
+    adapter: Artifact | None  # what `adapt` trained, before it is merged
+    adapted: Artifact  # what `prefer` begins with
+    preferred: Artifact | None  # the adapter that `prefer` trained
+    model: Artifact
+
+    def before(self, recipe: Recipe) -> list[tuple[str, str, Artifact]]:
+        """List what comes before the model as (hop, name, artifact): the base, the adapter on its base, what preference
+        training began with."""
+        subjects: list[tuple[str, str, Artifact]] = []
+        if self.model is not self.base:
+            subjects.append(("base", "base", self.base))
+        if self.adapter is not None and recipe.adapt is not None and merges(recipe.adapt):
+            four_bit = recipe.adapt.four_bit
+            subjects.append(("adapter on the nf4 base" if four_bit else "adapter on the base", "adapter", self.adapter))
+        if self.adapter is not None and self.preferred is not None:
+            subjects.append(("adapted", "adapted", self.adapted))
+        return subjects
+
+    def hop(self, recipe: Recipe) -> str:
+        """Name the hop to the model itself."""
+        if self.preferred is not None:
+            return "preferred"
+        if self.adapter is None or recipe.adapt is None:
+            return "base"
+        if merges(recipe.adapt):
+            return "merged"
+        return "trained" if recipe.adapt.method == "full" else "adapter kept apart"
+
+    def tried_merges(self) -> list[Seam]:
+        """What `merge: auto` measured, on rows of its own: lines of the ledger that stand aside."""
+        tried: list[dict[str, Any]] = self.adapted.manifest.notes.get("merge", [])
+        return [
+            Seam.model_validate(entry | {"hop": f"on rows set aside: {entry['hop']}", "engine": "torch", "aside": True})
+            for entry in tried
+        ]
+
+    def notes(self, folder: Path) -> dict[str, Any] | None:
+        """The curves and facts of both trainings; tokens/s are read from the folder of the run."""
+        notes = dict(self.adapter.manifest.notes) if self.adapter is not None else {}
+        if self.adapter is not None:
+            speed = read_speed(folder / LOGS / sft.SPEED, self.adapter.identity)
+            notes |= {"tokens_per_s": speed} if speed else {}
+        if "merged_into" in self.adapted.manifest.notes:
+            notes["merged_into"] = self.adapted.manifest.notes["merged_into"]
+        if self.preferred is not None:
+            notes["preference"] = self.preferred.manifest.notes
+        return notes or None
+
+
+def train(recipe: Recipe, stages: Stages, graph: Graph, work: Workload, base: Artifact) -> Trained:
+    """Train and merge, then prefer and merge; without either in the recipe the base is the model."""
+    logs = stages.folder / LOGS
+    adapter: Artifact | None = None
+    adapted = base
+    if recipe.adapt is not None and graph.adapter is not None:
+        config = recipe.adapt
+        adapted = adapter = trained = stages.run(
+            "adapt",
+            graph.adapter,
+            lambda out, progress: sft.run(
+                config, base, out, rows=work.train, golden=work.golden, mixture=work.mixture, device=recipe.device,
+                seed=recipe.seed, progress=progress, log_folder=logs,
+            ),
+        )  # fmt: skip
+        if merges(config):
+            adapted = stages.run(
+                "merge",
+                graph.adapted,
+                lambda out, _: merge.run(
+                    base, trained, out, config.merge, graph.set_aside if config.merge == "auto" else []
+                ),
+            )
+    if recipe.prefer is None or graph.preferred is None:
+        return Trained(base, adapter, adapted, None, adapted)
+    prefer = recipe.prefer
+    preferred = stages.run(
+        "prefer",
+        graph.preferred,
+        lambda out, progress: preference.run(
+            prefer, adapted, out, examples=graph.examples, device=recipe.device, seed=recipe.seed, progress=progress,
+            log_folder=logs / "prefer",
+        ),
+    )  # fmt: skip
+    model = stages.run("merge preferred", graph.model, lambda out, _: merge.run(adapted, preferred, out))
+    return Trained(base, adapter, adapted, preferred, model)

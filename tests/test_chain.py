@@ -1,0 +1,173 @@
+"""Chains of compress steps: identities, names, refusals before work, and a whole run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from edgetune import pipeline, plan
+from edgetune.adapt import sft
+from edgetune.artifact import Artifact, Store
+from edgetune.compress import chain, quantize
+from edgetune.compress.architectures import linear_shapes
+from edgetune.data.render import Rendered
+from edgetune.errors import EdgetuneError, UnsupportedError
+from edgetune.graph import last_hop, scored_steps
+from edgetune.recipe import Candidate, Gptq, Rtn, load_recipe
+from edgetune.recipe_training import Adapt
+from edgetune.stages import Stages
+from edgetune.steps import Steps
+from tests.test_estimate import SMOLLM2
+from tests.test_pipeline import make_recipe, run
+
+CALIBRATION = {"n_samples": 4, "n_tokens": 32}
+PRUNE = {"layers": 1, "intermediate_size": 96, "kv_heads": 1, "calibration": CALIBRATION}
+DISTILL = {"batch_size": 8, "max_steps": 2, "eval_steps": 2, "eval_rows": 4}
+GPTQ = {"group_size": 32, "sym": False, "calibration": CALIBRATION}
+NAMES = ["prune 1 layers ffn 96 1 kv heads", "distill forward", "gptq int4 g32"]
+STUDENT: dict[str, Any] = {
+    "compress": [{"prune": PRUNE}, {"distill": DISTILL}, {"gptq": GPTQ}],
+    "export": {"onnx": {}},
+}
+
+
+def test_identities_of_recipes_without_a_chain_stay_as_they_were() -> None:
+    rows = [Rendered((1, 2, 3), (False, True, True), 1, "x", 1)]
+    assert sft.planned_identity(Adapt(), "b" * 64, rows, 0).startswith("7a342e0b60f173ad")
+    assert quantize.planned_identity(Gptq(), "m" * 64, "c" * 64).startswith("d7cc52c9ffcb32c7")
+    assert quantize.planned_identity(Rtn(bits=8), "m" * 64, None).startswith("2d7e10df60b0a1f6")
+
+
+def test_steps_and_hops_have_names() -> None:
+    candidate = Candidate.model_validate(STUDENT)
+    assert chain.step_names(candidate) == NAMES
+    assert scored_steps(candidate) == NAMES[:2]
+    assert last_hop(candidate) == "gptq int4 g32, onnx int4"
+    again = Candidate.model_validate({"compress": [*STUDENT["compress"][:2], *STUDENT["compress"][:2]]})
+    assert chain.step_names(again)[2:] == [f"{name} #2" for name in NAMES[:2]]
+    assert scored_steps(again) == chain.step_names(again)[:3]  # the last model is what ships, scored as such
+    assert last_hop(again) == "distill forward #2"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "says"),
+    [
+        ({"compress": [{"prune": {"layers": 2}}]}, r"candidates\.a: prune\.layers=2 removes nothing, the model has 2"),
+        (
+            {"compress": [{"prune": {"intermediate_size": 104}}, {"gptq": {"group_size": 32}}]},
+            r"candidates\.a: group_size=32 does not divide in_features=104 of model\.layers\.0\.mlp\.down_proj",
+        ),
+        (
+            {"compress": [{"prune": {"hidden_size": 40}}], "export": {"gguf": {"type": "Q8_0"}}},
+            r"candidates\.a: prune\.hidden_size leaves rows of 40, Q8_0 packs weights by 32; choose a multiple",
+        ),
+        (
+            {"compress": [{"prune": {"kv_heads": 1}}, {"prune": {"kv_heads": 1}}]},
+            r"candidates\.a: prune\.kv_heads=1 removes nothing, the model has 1",
+        ),
+        ({"compress": [{"prune": {"kv_heads": 1}}], "export": {"onnx": {}}}, r"candidates\.a: onnx precision int4"),
+        ({"compress": [{"distill": {"student": "./nowhere"}}]}, r"candidates\.a: base './nowhere': no such folder"),
+    ],
+)
+def test_what_a_chain_cannot_do_is_refused_before_work(
+    candidate: dict[str, Any], says: str, tmp_path: Path, tiny_model_wide: Artifact
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, candidates={"a": candidate})
+    with pytest.raises(EdgetuneError, match=says):
+        run(recipe, tmp_path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_student_of_another_vocabulary_is_refused(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_model_wide.path.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 600}))
+    candidate = Candidate.model_validate({"compress": [{"distill": {"student": str(other)}}]})
+    with pytest.raises(UnsupportedError, match=r"has a vocabulary of 600, its teacher one of 512"):
+        chain.check(candidate, config)
+
+
+def test_the_recipe_of_the_repository_makes_a_student_of_28_million_parameters() -> None:
+    recipe = load_recipe(Path(__file__).resolve().parents[1] / "recipes" / "student.yaml")
+    for name in ("student-f16", "student-q4", "student-int4"):
+        made = chain.check(recipe.candidates[name], SMOLLM2)
+        n_linear = sum(R * C for R, C in linear_shapes(made).values())
+        n_norms = (2 * made["num_hidden_layers"] + 1) * made["hidden_size"]
+        assert n_linear + n_norms + made["hidden_size"] * made["vocab_size"] == 26_745_088
+    assert len({chain.so_far(recipe.candidates[name], 2) for name in recipe.candidates if name != "gguf-q4"}) == 1
+
+
+def test_llama_cpp_loads_no_qwen2_whose_queries_are_narrower_than_its_hidden_size() -> None:
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 160,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    }  # fmt: skip
+    export = {"gguf": {"type": "F32"}}
+    alike = {"compress": [{"prune": {"kv_heads": 1, "hidden_size": 32}}], "export": export}
+    plan.check_candidate(Candidate.model_validate(alike), config)
+    apart = {"compress": [{"prune": {"kv_heads": 1}}], "export": export}
+    with pytest.raises(UnsupportedError, match="Qwen2ForCausalLM with queries of 32 and hidden_size=64 is not loaded"):
+        plan.check_candidate(Candidate.model_validate(apart), config)
+
+
+def test_steps_are_made_once_and_a_student_may_be_another_model(
+    tmp_path: Path, tiny_model_wide: Artifact, tiny_model: Artifact
+) -> None:
+    sharing = {"compress": STUDENT["compress"][:2]}
+    other = {"compress": [{"distill": {**DISTILL, "student": str(tiny_model.path)}}]}
+    candidates = {"student": {"compress": STUDENT["compress"]}, "sharing": sharing, "other": other}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
+    line = pipeline.Pipeline(recipe, plan.preflight(recipe), Stages(store, tmp_path / "run", said))
+    base = line.prepare()
+    steps = Steps(recipe, line.stages, line.graph, base, line.adapt())
+    made = {name: steps.run(name, candidate) for name, candidate in recipe.candidates.items()}
+    assert not line.stages.failures
+    found = {name: [artifact.identity for artifact in artifacts or []] for name, artifacts in made.items()}
+    assert found == {name: line.graph.steps(candidate) for name, candidate in recipe.candidates.items()}
+    assert found["sharing"] == found["student"][:2]
+    pruned, distilled, integers = made["student"] or []
+    assert [one.manifest.kind for one in (pruned, distilled, integers)] == ["model", "model", "gptq"]
+    assert pruned.manifest.notes["parameters"] == distilled.manifest.notes["parameters"]
+    assert pruned.manifest.notes["parameters"] < pruned.manifest.notes["parameters_before"]
+    student, teacher, words = (store.get(parent) for parent in distilled.manifest.parents)
+    assert student is not None
+    assert teacher is not None
+    assert words is not None
+    assert (student.identity, teacher.identity) == (pruned.identity, base.identity)
+    assert words.manifest.stage == "compress.teacher/1"
+    ran = [stage["name"] for stage in line.stages.done if not stage["done_before"]]
+    assert ran == [
+        "base", *(f"student: {name}" for name in NAMES[:1]), "student: teacher's distributions",
+        *(f"student: {name}" for name in NAMES[1:]), "other: student", "other: distill forward",
+    ]  # fmt: skip
+    assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
+
+
+@pytest.mark.slow
+def test_a_chain_from_base_to_report(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    export = {"gguf": {"type": "Q4_0", "calibration": CALIBRATION}}
+    candidates = {"student": {"compress": STUDENT["compress"], "export": export}}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    report, _ = run(recipe, tmp_path)
+    assert not report.failures, report.failures
+    hops = [*(f"student: {name}" for name in NAMES[:2]), f"student: {NAMES[2]}, gguf Q4_0"]
+    assert [seam.hop for seam in report.seams] == ["base", *hops]
+    store, made = Store(tmp_path / "store"), {stage["name"]: stage["identity"] for stage in report.stages}
+    weighed = store.get(made["student: importance matrix"])
+    assert weighed is not None
+    assert list(weighed.manifest.parents) == [made["student: distill forward"]]
+    planned = plan.plan(recipe, store)
+    assert {stage.name for stage in planned} == set(made)
+    assert all(stage.done is not False for stage in planned)
+    assert all(stage.cost.seconds > 0 and stage.cost.memory_mib > 0 for stage in planned)
+    unmade = plan.plan(recipe, Store(tmp_path / "empty"))
+    assert [stage.name for stage in unmade] == [stage.name for stage in planned]
