@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgetune.devices import compute_dtype
+from edgetune.nf4 import keep_layout, nf4_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,34 +19,17 @@ def load_base(folder: Path, device: str, *, four_bit: bool, dtype: torch.dtype |
 
     Without `dtype` it is what the device computes fast.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     dtype = dtype or compute_dtype(device)
-    quantization = None
-    if four_bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": torch.device(device)} if device != "cpu" else None,
-        quantization_config=quantization,
+        quantization_config=nf4_config(dtype) if four_bit else None,
         local_files_only=True,
     )
     model.requires_grad_(False)
     if four_bit:
         keep_layout(model)
     return model
-
-
-def keep_layout(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking weights for the CPU in an evaluation: dequantized they would be noise."""
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
+from edgetune.nf4 import keep_layout, nf4_config
 from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.quant_config import is_gptq
 from edgetune.runtime.engine import Logits, TokenRow, greedy
@@ -286,11 +287,12 @@ def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool)
     settings: dict[str, Any] = {}
     if quantize_base:
         settings["device_map"] = {"": device}
-        settings["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+        settings["quantization_config"] = nf4_config(dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **settings)
-    return model if quantize_base else model.to(device)
+    if not quantize_base:
+        return model.to(device)
+    keep_layout(model)
+    return model
 
 
 def _batches(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
