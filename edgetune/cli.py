@@ -332,7 +332,7 @@ from edgetune import cli_bench, cli_data  # noqa: E402, F401 - their verbs join 
 
 def main() -> None:
     """Run the command line: an expected error is one line, and its exit code."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin for long crawl where the machine is shared
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # threads that spin for long crawl where the machine is shared
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # progress lines arrive while the work goes on
     try:
