@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.chain import configs, so_far, step_names
@@ -21,8 +21,13 @@ from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, w
 from edgetune.recipe import Bench, Calibration, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_training import LORA, Adapt, Prefer
 
-# Share of the machine's float32 matrix product speed that a stage reaches on its own arithmetic.
-TRAINING, TORCH, CALIBRATING, SOLVING = 0.29, 0.3, 0.5, 0.15
+if TYPE_CHECKING:
+    import torch
+
+# Share of the machine's matrix product speed that a stage reaches on its own arithmetic: of the speed in the dtype that
+# training computes in where it trains or walks, else of float32's.
+TRAINING, TORCH, CALIBRATING, SOLVING = 0.5, 0.3, 0.5, 0.15
+BLOCK_S = 0.017  # of one pass forward and back through a block: small operations, however few the rows
 SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
 DECODING = {
     "torch": 1.5,
@@ -31,9 +36,9 @@ DECODING = {
     "tensorrt": 1.5,
 }  # times the bytes of the weights that pass for each token
 MEMORY_BYTES_PER_S = 8e9
-START_S, EXPORT_S_PER_GB, MIB = 12.0, 130.0, 1 << 20
+START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
 SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
-RUNTIME_MIB, TRAINER_MIB = 450.0, 900.0  # Python with torch and transformers; with what training imports
+RUNTIME_MIB, TRAINER_MIB = 450.0, 1400.0  # Python with torch and transformers; with what training imports
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,29 @@ class Sizes:
         return 2 * (self.linear + self.head)
 
 
-def matmul_gflops(seconds: float = 0.3) -> float:
-    """Measure this machine's float32 matrix product speed on all of torch's threads, in GFLOP/s."""
+@dataclass(frozen=True)
+class Speeds:
+    """Matrix products of a machine in GFLOP/s: in float32, and in the dtype that training computes in."""
+
+    float32: float
+    training: float
+
+    @classmethod
+    def measure(cls) -> Speeds:
+        """Measure this machine."""
+        import torch
+
+        from edgetune.devices import compute_dtype
+
+        float32, dtype = matmul_gflops(torch.float32), compute_dtype("cpu")
+        return cls(float32, float32 if dtype == torch.float32 else matmul_gflops(dtype))
+
+
+def matmul_gflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Measure this machine's matrix product speed on all of torch's threads, in GFLOP/s."""
     import torch
 
-    a, b = torch.randn(512, 768), torch.randn(768, 1024)
+    a, b = torch.randn(512, 768).to(dtype), torch.randn(768, 1024).to(dtype)
     torch.mm(a, b)
     times = []
     end = time.perf_counter() + seconds
@@ -115,13 +138,13 @@ class Counts:
 
 
 class Estimator:
-    """Predicts the stages of one recipe on a machine of `gflops`."""
+    """Predicts the stages of one recipe on a machine of these speeds."""
 
     def __init__(
-        self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, gflops: float,
+        self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, speeds: Speeds,
         tasks: Counts = Counts(0, 0, 0),
     ) -> None:  # fmt: skip
-        self.recipe, self.sizes, self.gflops = recipe, Sizes.of(config), gflops
+        self.recipe, self.sizes, self.speeds = recipe, Sizes.of(config), speeds
         self.train, self.heldout, self.tasks = train, heldout, tasks
         self._along = {  # a candidate's model before its first step and after each
             name: [Sizes.of(one) for one in configs(candidate, config)] for name, candidate in recipe.candidates.items()
@@ -132,7 +155,7 @@ class Estimator:
         subject, _, what = stage.partition(": ")
         recipe, sizes = self.recipe, self.sizes
         if stage == "base":
-            return Cost(START_S + 185 * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
+            return Cost(START_S + BASE_S_PER_GB * sizes.bytes_16 / 1e9, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
         if stage == "adapt":
             assert recipe.adapt is not None, "a recipe without adapt has no such stage"
             return self._training(recipe.adapt)
@@ -144,6 +167,8 @@ class Estimator:
         if stage == "latency":
             return self._latency(recipe.bench)
         along = self._along.get(subject, [sizes])
+        if what == "accuracy" and subject in ("base", "adapter", "adapted"):
+            return self._scoring(None, sizes, self.heldout, gflops=self.speeds.training)
         if what == "accuracy":
             return self._scoring(recipe.candidates.get(subject), along[-1], self.heldout)
         if what == "tasks":
@@ -155,7 +180,7 @@ class Estimator:
         if what == TEACHER:
             return self._teaching()
         if what == STUDENT:
-            return Cost(START_S + 185 * along[1].bytes_16 / 1e9, RUNTIME_MIB + 4 * along[1].bytes_16 / MIB)
+            return Cost(START_S + BASE_S_PER_GB * along[1].bytes_16 / 1e9, RUNTIME_MIB + 4 * along[1].bytes_16 / MIB)
         gguf = weighed_export(candidate)
         if what == IMPORTANCE and gguf is not None:
             return self._calibrating(gguf.calibration, along[-1], solves=False)
@@ -177,7 +202,10 @@ class Estimator:
         return self._calibrating(method.calibration, before, solves=True)
 
     def _seconds(self, flop: float, share: float) -> float:
-        return flop / (self.gflops * 1e9 * share)
+        return flop / (self.speeds.float32 * 1e9 * share)
+
+    def _training_seconds(self, flop: float, n_passes: float, sizes: Sizes) -> float:
+        return n_passes * sizes.n_layers * BLOCK_S + flop / (self.speeds.training * 1e9 * TRAINING)
 
     def _training(self, config: Adapt) -> Cost:
         sizes = self.sizes
@@ -193,7 +221,8 @@ class Estimator:
         dense = 4 if not config.four_bit or config.keep_dense else 0
         weights = sizes.linear * (dense + (0.6 if config.four_bit else 0)) + 4 * sizes.head + 16 * lora
         weights += 12 * (sizes.linear + sizes.head) if full else 0  # gradients and Adam's two moments
-        return Cost(START_S + self._seconds(flop, TRAINING), TRAINER_MIB + (weights + activations + logits) / MIB)
+        seconds = self._training_seconds(flop, passes * n_rows / rows, sizes)
+        return Cost(START_S + seconds, TRAINER_MIB + (weights + activations + logits) / MIB)
 
     def _preference(self, config: Prefer) -> Cost:
         """Rows are taken to be as long as training rows; a pair is two, and all but ORPO read each once more."""
@@ -238,19 +267,20 @@ class Estimator:
         logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
         weights = 16 * (sizes.linear + sizes.head)
         memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
-        return Cost(START_S + self._seconds(flop, TRAINING), memory)
+        return Cost(START_S + steps * sizes.n_layers * BLOCK_S + self._seconds(flop, TRAINING), memory)
 
-    def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts) -> Cost:
-        """Score rows once; a subject that is no candidate runs in torch."""
+    def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts, *, gflops: float | None = None) -> Cost:
+        """Score rows once, in float32 without `gflops`; a subject that is no candidate runs in torch."""
         kind = _kind(candidate)
         flop = 2 * (rows.n_tokens * sizes.linear + rows.n_labels * sizes.head)
         weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0, "tensorrt": 1.0}[kind] * sizes.bytes_16
-        return Cost(START_S + self._seconds(flop, SCORING.get(kind, TORCH)), RUNTIME_MIB + weights / MIB)
+        seconds = flop / ((gflops or self.speeds.float32) * 1e9 * SCORING.get(kind, TORCH))
+        return Cost(START_S + seconds, RUNTIME_MIB + weights / MIB)
 
     def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool) -> Cost:
         n_tokens = config.n_samples * config.n_tokens
         flop = 2.0 * n_tokens * sizes.linear * (2 if solves else 1)
-        seconds = START_S + self._seconds(flop, CALIBRATING)
+        seconds = START_S + flop / (self.speeds.training * 1e9 * CALIBRATING)
         if solves:  # Hessians of four inputs a layer, and a Cholesky solve of each
             widths = 3 * sizes.hidden**2 + sizes.intermediate**2
             cubes = 3 * sizes.hidden**3 + sizes.intermediate**3

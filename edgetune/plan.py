@@ -13,7 +13,7 @@ from edgetune.compress import chain
 from edgetune.data.checks import refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.errors import EdgetuneError, RecipeError
-from edgetune.estimate import Cost, Counts, Estimator, matmul_gflops, measured_stages
+from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
 from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
@@ -139,5 +139,5 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         stages = Graph(recipe, base.identity, work).stages()
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
-    estimator = Estimator(recipe, ready.model_config, train, heldout, matmul_gflops(), guess_counts(recipe.tasks))
+    estimator = Estimator(recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks))
     return [PlannedStage(name, done, estimator.cost(name)) for name, done in states]

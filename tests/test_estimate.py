@@ -9,25 +9,25 @@ import pytest
 
 from edgetune import estimate
 from edgetune.data.formats import read_rows
-from edgetune.estimate import Counts, Estimator
+from edgetune.estimate import Counts, Estimator, Speeds
 from edgetune.recipe import Recipe, parse_recipe
 
 REPO = Path(__file__).resolve().parents[1]
 RESULT = json.loads((REPO / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
-GFLOPS = 258  # float32 matrix products of the machine of the committed run
+SPEEDS = Speeds(float32=406, training=2670)  # of the machine of the committed run, idle
 SMOLLM2 = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
 }  # fmt: skip
 
 
-def estimator(recipe: Recipe, gflops: float = GFLOPS) -> Estimator:
+def estimator(recipe: Recipe, speeds: Speeds = SPEEDS) -> Estimator:
     data = recipe.data
     counts = [
         Counts.guess(read_rows(REPO / path, data.format, limit))
         for path, limit in ((data.train, data.train_rows), (data.heldout, data.heldout_rows))
     ]
-    return Estimator(recipe, SMOLLM2, *counts, gflops)
+    return Estimator(recipe, SMOLLM2, *counts, speeds)
 
 
 def test_the_committed_run_took_what_is_predicted() -> None:
@@ -78,11 +78,16 @@ def test_repeated_runs_sweeps_and_probes_take_longer() -> None:
 
 def test_a_slower_machine_takes_longer() -> None:
     recipe = parse_recipe(RESULT["recipe"])
-    assert estimator(recipe, GFLOPS / 4).cost("adapt").seconds > 3 * estimator(recipe).cost("adapt").seconds
+    slow = estimator(recipe, Speeds(SPEEDS.float32 / 4, SPEEDS.training / 4))
+    assert slow.cost("reference: accuracy").seconds > 2 * estimator(recipe).cost("reference: accuracy").seconds
+    without_bfloat16 = estimator(recipe, Speeds(SPEEDS.float32, SPEEDS.float32))
+    assert without_bfloat16.cost("adapt").seconds > 1.5 * estimator(recipe).cost("adapt").seconds
 
 
 def test_the_speed_of_the_machine_is_measured() -> None:
-    assert estimate.matmul_gflops(0.05) > 0.1
+    found = Speeds.measure()
+    assert found.float32 > 0.1
+    assert found.training > 0.1
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(2, "5 s"), (52, "55 s"), (61, "2 min"), (6000, "1.7 h")])
@@ -101,7 +106,7 @@ def test_what_a_student_costs_follows_its_size_and_how_it_is_taught() -> None:
     for stage in ("s: distill forward", "s: importance matrix", "s: gguf Q4_K_M", "s: accuracy", "latency"):
         assert small.cost(stage).seconds < large.cost(stage).seconds, stage
     assert small.cost("s: distill forward").memory_mib < large.cost("s: distill forward").memory_mib
-    assert small.cost("s: prune 5 layers: accuracy").seconds < small.cost("base: accuracy").seconds
+    assert small.cost("s: prune 5 layers: accuracy").seconds < small.cost("reference: accuracy").seconds
     coached = student({"layers": 5}, {"hidden_weight": 1.0})
     assert coached.cost("s: distill forward").seconds > small.cost("s: distill forward").seconds
     searched = student({"layers": 5, "search": "kl"}, {})
