@@ -191,7 +191,9 @@ def _accuracy_reason(budget: AccuracyBudget, found: NonInferiority, level: float
         return f"{said}, below the {limit}."
     if found.verdict == "do not ship":
         return f"{said}, above the {limit}."
-    needed = f"about {found.rows_needed} rows would decide" if found.rows_needed else "no number of rows would decide"
+    needed = "no number of rows would decide"
+    if found.rows_needed:
+        needed = f"about {float(f'{found.rows_needed:.2g}'):,.0f} rows would decide"
     return f"{said}, which does not tell on which side of the {limit} it is; {needed}."
 
 
