@@ -76,6 +76,7 @@ def init(
 @app.command()
 def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
+    _quiet()
     from rich.table import Table
 
     from edgetune import workload
@@ -87,7 +88,6 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     from edgetune.recipe import load_recipe
 
     console, loaded = _console(), load_recipe(recipe)
-    _quiet()
     stages = make_plan(loaded, Store(store))
     table = Table("Stage", "State", box=None, pad_edge=False)
     table.add_column("Time, about", justify="right")
@@ -116,6 +116,7 @@ def run(
     measure_again: Annotated[bool, typer.Option("--measure-again", help="time again what was timed before")] = False,
 ) -> None:
     """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
+    _quiet()
     from edgetune import pipeline
     from edgetune.artifact import Store
     from edgetune.recipe import load_recipe
@@ -125,7 +126,6 @@ def run(
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
     console = _console()
-    _quiet()
     report = pipeline.run(loaded, folder, Store(store), console, measure_again=measure_again)
     console.print(console_table(report))
     console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
@@ -135,6 +135,7 @@ def run(
 @app.command()
 def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
     """Fine-tune and merge only; prints the merged model's folder."""
+    _quiet()
     from edgetune.artifact import Store
     from edgetune.pipeline import Pipeline
     from edgetune.plan import preflight
@@ -145,7 +146,6 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
     ready = preflight(loaded)
-    _quiet()
     work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, _console()))
     work.prepare()
     typer.echo(work.adapt().path)
@@ -167,10 +167,10 @@ def compress(
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
     """Quantize a model into a checkpoint in the AutoGPTQ format."""
+    _quiet()
     from edgetune import single
     from edgetune.artifact import Store
 
-    _quiet()
     config = single.compress_config(
         method, bits=bits, group_size=group_size, sym=sym, n_samples=n_samples, general_share=general_share
     )
@@ -194,10 +194,10 @@ def export(
     max_length: Annotated[int | None, typer.Option(help="tensorrt: most tokens of context; 2048 if absent")] = None,
 ) -> None:
     """Write a GGUF file, an ONNX folder or a TensorRT engine, and hold it to its contract."""
+    _quiet()
     from edgetune import single
     from edgetune.artifact import Artifact
 
-    _quiet()
     config = single.export_config(format, type, precision, builder, compute_capability, max_length)
     typer.echo(single.export(config, Artifact.open(artifact), out, _console()).path)
 
@@ -211,9 +211,9 @@ def generate(
     threads: Threads = 2,
 ) -> None:
     """Answer one prompt with an artifact in its own runtime, greedily."""
+    _quiet()
     from edgetune import single
 
-    _quiet()
     typer.echo(single.generate(artifact, prompt, system, max_new_tokens, threads))
 
 
@@ -311,7 +311,7 @@ def _console() -> Console:
 
 
 def _quiet() -> None:
-    """Keep other libraries' progress bars and remarks out of ours."""
+    """Keep other libraries' progress bars and remarks out of ours; called before they are imported, when they look."""
     import logging
     import warnings
 

@@ -34,6 +34,7 @@ def bench(
     no_history: Annotated[bool, typer.Option("--no-history", help="do not remember this run")] = False,
 ) -> None:
     """Time files side by side, each in its own runtime, without a recipe; print them ranked and remember them."""
+    _quiet()
     from edgetune import bench as benching
     from edgetune.errors import UsageError
     from edgetune.recipe import Bench, parse_as
@@ -43,7 +44,6 @@ def bench(
     unknown = [name for name in engine or () if name not in ENGINES]
     if unknown:
         raise UsageError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
-    _quiet()
     raw = {
         "prompt_tokens": prompt_tokens or [32, 256], "new_tokens": new_tokens or [64], "repeats": repeats,
         "threads": threads, "runs": runs if runs > 1 else None, "sweep_threads": sweep_threads or None,

@@ -92,6 +92,7 @@ def _format(name: str | None) -> Format:
 
 def _template(base: str, store: Path) -> Template:
     """Read the tokenizer of a base, which is made into an artifact where the store has none."""
+    _quiet()
     from transformers import AutoTokenizer
 
     from edgetune.artifact import Store
@@ -99,7 +100,6 @@ def _template(base: str, store: Path) -> Template:
     from edgetune.data.golden import Golden
     from edgetune.single import open_model
 
-    _quiet()
     model = open_model(base, Store(store), _console())
     tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
     return Template(base, tokenizer, Golden.read(model.path).stop_ids)
