@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from edgetune.artifact import write_text
@@ -40,6 +41,25 @@ def last_sealed_checkpoint(work: Path) -> str | None:
         else:
             shutil.rmtree(folder)
     return str(max(whole)[1]) if whole else None
+
+
+def go_on(trainer: Trainer, work: Path) -> None:
+    """Train, from the last whole checkpoint where a kill left one; a training that had ended there is only read."""
+    checkpoint = last_sealed_checkpoint(work)
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
+    if state is None or not _had_ended(state):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    trainer.state = state  # the Trainer itself would take one step more
+    if trainer.args.load_best_model_at_end:
+        trainer._load_best_model()
+    else:
+        trainer._load_from_checkpoint(checkpoint)
+
+
+def _had_ended(state: TrainerState) -> bool:
+    control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+    return bool(state.global_step >= state.max_steps or control.get("should_training_stop"))
 
 
 class ProgressReport(TrainerCallback):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt import methods, rewards
 from edgetune.adapt.base import load_base
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, last_sealed_checkpoint, tensorboard
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, go_on, tensorboard
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.golden import Golden
@@ -107,7 +107,7 @@ def run(
         trainer = trl_trainers.make(
             config, base, lora, tokenizer, [(rendered[i], examples[i].label) for i in order], settings, callbacks
         )
-        trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
+        go_on(trainer, pending.work)
         methods.save_adapter(trainer.model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed

@@ -14,7 +14,7 @@ from torch import nn
 
 from edgetune.adapt import methods
 from edgetune.adapt.allocator import kept_memory
-from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog, last_sealed_checkpoint
+from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog, go_on
 from edgetune.adapt.pull import Pull
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
 from edgetune.artifact import Artifact, draft, identity
@@ -79,7 +79,7 @@ def run(
             made = planned_identity(config, source.identity, rows, seed)
             trainer.add_callback(SpeedLog(log_folder / SPEED, made, data.mean_tokens * config.batch_size))
         with kept_memory():
-            trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
+            go_on(trainer, pending.work)
         if full:
             model.to(torch.bfloat16).save_pretrained(pending.path)  # type: ignore[operator]
             copy_tokenizer(source.path, pending.path)

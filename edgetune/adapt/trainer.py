@@ -291,6 +291,7 @@ def make_trainer(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         metric_for_best_model=f"eval_{config.best_by}",
         greater_is_better=config.best_by == "exact_match",
         # Windows of the logged loss end at checkpoints: one that a kill cut could not be told again.

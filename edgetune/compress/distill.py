@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.allocator import kept_memory
-from edgetune.adapt.callbacks import last_sealed_checkpoint
+from edgetune.adapt.callbacks import go_on
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress import teacher as teaching
@@ -88,7 +88,7 @@ def run(
             distill=config, said=teaching.read(said), coach=coach,
         )  # fmt: skip
         with kept_memory():
-            trainer.train(resume_from_checkpoint=last_sealed_checkpoint(pending.work))
+            go_on(trainer, pending.work)
         if coach is not None:
             delattr(model, PROJECTION)
         model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,6 +135,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert steps == [5, 6]
     assert resumed.manifest.files == whole.manifest.files
     assert not work.exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 10.0, "patience": 1, "max_steps": 8}], ids=["end", "early"])
+def test_a_run_killed_after_its_last_step_takes_no_other(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    config = CONFIG.model_copy(update=changes)
+    whole = train(tiny_model, tmp_path / "whole", rows, config)
+    assert (whole.manifest.notes["steps"] < config.max_steps) == bool(changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "save_adapter", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_model, tmp_path / "cut", rows, config)
+    steps: list[int] = []
+    resumed = train(tiny_model, tmp_path / "cut", rows, config, progress=lambda done, total, label: steps.append(done))
+    assert steps == []
+    assert resumed.manifest == whole.manifest
 
 
 def test_rows_without_labels_are_refused(tiny_model: Artifact, tmp_path: Path) -> None:
