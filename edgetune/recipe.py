@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_quantize import GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer, Training
@@ -36,7 +37,7 @@ class Rtn(Closed):
     sym: bool = True
 
 
-class Gptq(Rtn):
+class Gptq(GptqOptions, Rtn):
     """GPTQ (arXiv:2210.17323)."""
 
     desc_act: bool = Field(True, description="quantize columns in the order of falling activation")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgetune.compress.gptaq import corrected
 from edgetune.compress.hessian import inverse_factor
 from edgetune.compress.scheme import Quantized, Scheme, check_group, encode, find_grid
 
@@ -34,13 +35,17 @@ def gptq_quantize(
     desc_act: bool = True,
     static_groups: bool = True,
     search: bool = False,
+    weighted: bool = False,
+    cross: Tensor | None = None,
+    correction: float = 0.0,
 ) -> GptqResult:
     """Quantize a weight so that its layer's output changes least.
 
     weight [R, C], hessian [C, C] = 2/N X^T X. Weights that share an input may be stacked on rows: rows do not
     see each other. `desc_act` visits columns in the order of falling diag(H). With `static_groups` the grids are
     found beforehand, in the columns' own order, and g_idx is plain; without, each grid is found when its group
-    is reached. `search` takes grids of least squared error instead of the range's.
+    is reached. `search` takes grids of least squared error instead of the range's; `weighted` weighs these errors by
+    diag(H). With `cross` [C, C] that share `correction` of GPTAQ's shift comes before all else.
     `block_size` changes speed, not the result. float64 weights are solved in float64.
     Raises UnsupportedError where groups do not fit; StageError where H or a scale is unusable.
     """
@@ -49,11 +54,19 @@ def gptq_quantize(
     n = scheme.group_columns(C)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W = weight.detach().to(dtype)
+    diagonal = hessian.diagonal()
     plain = torch.arange(C, device=W.device)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if desc_act else plain
+    order = diagonal.argsort(descending=True, stable=True) if desc_act else plain
     g_idx = plain // n
+    factor = inverse_factor(hessian[order][:, order], damp_percent)
+    Hinv = factor.upper.to(dtype)
+    if cross is not None:
+        target = corrected(W[:, order], cross[order][:, order].to(dtype), Hinv, correction)
+        W = torch.empty_like(W).index_copy_(1, order, target)
+    importance = diagonal.to(dtype) if weighted else None
     if static_groups:
-        scales, zeros = find_grid(W.reshape(R, C // n, n), scheme, search=search)
+        shaped = None if importance is None else importance.reshape(C // n, n)
+        scales, zeros = find_grid(W.reshape(R, C // n, n), scheme, search=search, importance=shaped)
         scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [G, R]
         group_of = g_idx[order].tolist()
     else:
@@ -62,8 +75,6 @@ def gptq_quantize(
         g_idx = torch.empty_like(g_idx).scatter_(0, order, g_idx)
     W = W.T[order].contiguous()  # [C, R], a copy
 
-    factor = inverse_factor(hessian[order][:, order], damp_percent)
-    Hinv = factor.upper.to(dtype)
     d = Hinv.diagonal().tolist()
     Q, loss = torch.empty_like(W), 0.0
     block = -(-block_size // n) * n if n < C else block_size  # a group never straddles two blocks
@@ -74,7 +85,8 @@ def gptq_quantize(
             g = group_of[i]
             if not static_groups and i % n == 0:
                 group = slice(i, i + n)
-                scales[g], zeros[g] = find_grid(W[group].T, scheme, search=search)
+                shaped = None if importance is None else importance[order[group]]
+                scales[g], zeros[g] = find_grid(W[group].T, scheme, search=search, importance=shaped)
             q = encode(W[i], scales[g], zeros[g], scheme.max_code)
             Q[i] = q
             err = (W[i] - q.sub_(zeros[g]).mul_(scales[g])).div_(d[i])

@@ -7,11 +7,9 @@ one Hessian and are solved stacked. Shapes: N rows, T tokens, B rows of a batch,
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
+from edgetune.compress.finished import LayerResult, read_block, write_block
 from edgetune.compress.hessian import Hessian, output_loss
 from edgetune.compress.scheme import Quantized
 from edgetune.devices import compute_dtype
@@ -33,16 +31,11 @@ from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
 HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
-Solve = Callable[[Tensor, Tensor | None], tuple[Quantized, tuple[str, ...]]]  # weight [R, C], H [C, C] -> what was made
+# weight [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked for -> what was made
+Solve = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """One quantized layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
-
-    quantized: Quantized
-    relative_error: float
-    fallbacks: tuple[str, ...]
+LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
 
 
 @dataclass
@@ -52,6 +45,9 @@ class _Batch:
     first_row: int
     hidden: Tensor  # [B, T, C]
     block_kwargs: list[dict[str, Any]]
+    unquantized: Tensor | None = None  # [B, T, C], the float model's, where both are followed
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # what the float block shows each group of layers
+    seen: dict[str, Tensor] = field(default_factory=dict)  # what the quantized one shows it
 
 
 class _CapturedError(Exception):
@@ -95,31 +91,41 @@ def quantize_blocks(
     key: str,
     device: str = "cpu",
     progress: Report = silent,
+    both: bool = False,
+    fast: bool = False,
 ) -> dict[str, LayerResult]:
     """Quantize every linear layer of every block; the model is left with the dequantized weights.
 
-    rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. Each finished block is
-    kept in `work` under `key`; a walk that is begun again puts those back and ends in the same bytes.
+    rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
+    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`. Each
+    finished block is kept in `work` under `key`; a walk that is begun again puts those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
     """
     blocks, dtype = decoder_blocks(model), compute_dtype(device)
     batches = None if rows is None else _enter(model, rows, device, dtype)
+    for batch in batches or []:
+        batch.unquantized = batch.hidden if both else None
     results: dict[str, LayerResult] = {}
     for index, block in enumerate(blocks):
         prefix = f"model.layers.{index}"
         original = dict(block.state_dict())
         block.to(device=device, dtype=dtype)
         file = work / f"{prefix}.safetensors"
-        done = _read_checkpoint(file, key, prefix)
+        done = read_block(file, key, prefix)
+        if batches is not None and both:
+            _follow(block, index, batches)
         if done is None:
-            done = _quantize_block(block, index, original, batches, solve, device)
-            _write_checkpoint(file, key, done)
+            done = _quantize_block(block, index, original, batches, solve, device, fast and dtype == torch.bfloat16)
+            write_block(file, key, done)
         for name, result in done.items():
             _put(block, name.removeprefix(f"{prefix}."), result.quantized)
-        if batches is not None and index + 1 < len(blocks):
-            for batch in batches:
-                batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
+        for batch in batches or []:
+            if index + 1 < len(blocks):
+                with _shortcuts(block, batch):
+                    batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
                 _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
+            batch.seen.clear()
+            batch.inputs.clear()
         weights = {f"{name.removeprefix(f'{prefix}.')}.weight": done[name].quantized.dequantize() for name in done}
         block.to("cpu")
         block.load_state_dict(original | {n: w.to(original[n].dtype) for n, w in weights.items()}, assign=True)
@@ -254,6 +260,7 @@ def _quantize_block(
     batches: list[_Batch] | None,
     solve: Solve,
     device: str,
+    fast: bool,
 ) -> dict[str, LayerResult]:
     done: dict[str, LayerResult] = {}
     for group in SHARED_INPUTS:
@@ -262,9 +269,11 @@ def _quantize_block(
         for name, weight in zip(names, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
                 raise StageError(f"{name} has a weight that is not finite; make the model again")
-        H = None if batches is None else _collect(block, index, group[0], batches, weights[0].shape[1], device)
+        H, cross = None, None
+        if batches is not None:
+            H, cross = _collect(block, index, group[0], batches, weights[0].shape[1], device, fast)
         try:
-            stacked, fallbacks = solve(torch.cat(weights), H)
+            stacked, fallbacks = solve(torch.cat(weights), H, cross)
         except EdgetuneError as error:
             raise type(error)(f"{' + '.join(names)}: {error}") from error
         start = 0
@@ -280,22 +289,63 @@ def _quantize_block(
     return done
 
 
-def _collect(block: nn.Module, index: int, name: str, batches: list[_Batch], in_features: int, device: str) -> Tensor:
-    """Give the Hessian of a layer's inputs; each forward ends where the layer is reached."""
-    hessian = Hessian(in_features, device=device)
-
-    def see(called: str, X: Tensor) -> None:
-        if called == name:
-            hessian.add(X)
-            raise _CapturedError
+def _collect(
+    block: nn.Module, index: int, name: str, batches: list[_Batch], in_features: int, device: str, fast: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Give the Hessian of a layer's inputs, and their cross moments; each forward ends where the layer is reached."""
+    hessian, cross = (Hessian(in_features, device=device, fast=fast) for _ in range(2))
 
     for batch in batches:
-        with _watch(block, index, batch, see):
+
+        def see(called: str, X: Tensor, batch: _Batch = batch) -> None:
+            if called != name:
+                return
+            hessian.add(X)
+            if name in batch.inputs:
+                cross.add(X, batch.inputs.pop(name) - X)
+            if name in LAST.values():
+                batch.seen[name] = X
+            raise _CapturedError
+
+        with _watch(block, index, batch, see), _shortcuts(block, batch):
             try:
                 block(batch.hidden, **batch.block_kwargs[index])
             except _CapturedError:
                 continue
-    return hessian.H
+    return hessian.H, cross.H if cross.n_inputs else None
+
+
+def _follow(block: nn.Module, index: int, batches: list[_Batch]) -> None:
+    """Send the float model's hidden states through the block, which still is float, and keep what its layers read."""
+    for batch in batches:
+        assert batch.unquantized is not None
+        with _watch(block, index, batch, batch.inputs.__setitem__):
+            batch.unquantized = block(batch.unquantized, **batch.block_kwargs[index])
+
+
+@contextmanager
+def _shortcuts(block: nn.Module, batch: _Batch) -> Iterator[None]:
+    """Spare what need not be computed again: a module whose last layer's input was seen is that layer alone."""
+    kept = {name: block.get_submodule(name) for name, last in LAST.items() if last in batch.seen}
+    for name in kept:
+        setattr(block, name, _Shortcut(block.get_submodule(LAST[name]), batch.seen[LAST[name]], name == "self_attn"))
+    try:
+        yield
+    finally:
+        for name, module in kept.items():
+            setattr(block, name, module)
+
+
+class _Shortcut(nn.Module):
+    """Stands in for attention, which gives its weights as well, or for the feed-forward part."""
+
+    def __init__(self, last: nn.Module, inputs: Tensor, attends: bool) -> None:
+        super().__init__()
+        self.last, self.inputs, self.attends = last, inputs, attends
+
+    def forward(self, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
+        made: Tensor = self.last(self.inputs)
+        return (made, None) if self.attends else made
 
 
 @contextmanager
@@ -328,35 +378,3 @@ def _put(block: nn.Module, name: str, quantized: Quantized) -> None:
     weight = block.get_submodule(name).weight
     assert isinstance(weight, nn.Parameter), name
     weight.data = quantized.dequantize(weight.dtype).to(weight.device)
-
-
-def _write_checkpoint(file: Path, key: str, done: dict[str, LayerResult]) -> None:
-    """Keep one finished block, whole or not at all."""
-    tensors = {f"{n}.{part}": t.contiguous() for n, r in done.items() for part, t in vars(r.quantized).items()}
-    layers = {n: {"relative_error": r.relative_error, "fallbacks": list(r.fallbacks)} for n, r in done.items()}
-    beside = file.with_suffix(".part")
-    save_file(tensors, beside, metadata={"edgetune": json.dumps({"key": key, "layers": layers})})
-    with beside.open("rb") as stream:
-        os.fsync(stream.fileno())
-    beside.replace(file)
-
-
-def _read_checkpoint(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | None:
-    """Give a finished block again, or None where there is none of this walk."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            about = json.loads((stored.metadata() or {}).get("edgetune", "{}"))
-            if about.get("key") != key:
-                return None
-            found = {
-                name: LayerResult(
-                    Quantized(*(stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)),
-                    float(entry["relative_error"]),
-                    tuple(entry["fallbacks"]),
-                )
-                for name, entry in about["layers"].items()
-            }
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None  # cut by a kill, or never written: the block is done again and gives the same bytes
-    expected = {f"{prefix}.{name}" for group in SHARED_INPUTS for name in group}
-    return found if set(found) == expected else None

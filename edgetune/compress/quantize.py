@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from edgetune.recipe import Gptq, Rtn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgetune.compress.layerwise import Solve
     from edgetune.compress.scheme import Quantized
     from edgetune.data.calibration import CalibrationSet
 
@@ -75,8 +75,10 @@ def run(
         model = load_model(source)
         key = planned_identity(config, source.identity, digest)
         results = quantize_blocks(
-            model, rows, _solver(config, scheme), work=pending.work, key=key, device=device, progress=progress
-        )
+            model, rows, _solver(config, scheme), work=pending.work, key=key, device=device, progress=progress,
+            both=isinstance(config, Gptq) and config.correction > 0,
+            fast=isinstance(config, Gptq) and config.hessian == "bfloat16",
+        )  # fmt: skip
         layers = {name: result.quantized for name, result in results.items()}
         how: dict[str, Any] = {"method": "rtn"}
         if isinstance(config, Gptq):
@@ -98,17 +100,18 @@ def run(
     return pending.artifact
 
 
-def _solver(config: Rtn | Gptq, scheme: Scheme) -> Callable[[Tensor, Tensor | None], tuple[Quantized, tuple[str, ...]]]:
+def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
 
-    def solve(weight: Tensor, hessian: Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+    def solve(weight: Tensor, hessian: Tensor | None, cross: Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
         if not isinstance(config, Gptq):
             return rtn_quantize(weight, scheme), ()
         assert hessian is not None
         result = gptq_quantize(
             weight, hessian, scheme, block_size=config.block_size, damp_percent=config.damp_percent,
             desc_act=config.desc_act, static_groups=config.static_groups, search=True,
+            weighted=config.grid == "weighted", cross=cross, correction=config.correction,
         )  # fmt: skip
         return result.quantized, result.fallbacks
 

@@ -78,20 +78,23 @@ def check_group(name: str, in_features: int, group_size: int) -> None:
     raise UnsupportedError(f"group_size={group_size} does not divide in_features={in_features} of {name}; use {advice}")
 
 
-def find_grid(weight: Tensor, scheme: Scheme, *, search: bool = False) -> tuple[Tensor, Tensor]:
+def find_grid(
+    weight: Tensor, scheme: Scheme, *, search: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Give scale and zero point of each group [..., n], by its range or, with `search`, by least squared error.
 
-    Returns scale and zero_point [...] in the dtype of `weight`; scales hold float16 values.
+    `importance` [..., n], which broadcasts, weighs the squares: with diag(H) they are those of the layer's output if
+    columns did not covary. Returns scale and zero_point [...] in the dtype of `weight`; scales hold float16 values.
     Raises StageError where a scale would not fit into float16.
     """
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
     best_scale, best_zero = _grid(low, high, scheme)
     if not search:
         return best_scale, best_zero
-    best = _error(weight, best_scale, best_zero, scheme)
+    best = _error(weight, best_scale, best_zero, scheme, importance)
     for factor in SEARCH:
         scale, zero = _grid(low * factor, high * factor, scheme)
-        error = _error(weight, scale, zero, scheme)
+        error = _error(weight, scale, zero, scheme, importance)
         better = error < best
         best = error.where(better, best)
         best_scale, best_zero = scale.where(better, best_scale), zero.where(better, best_zero)
@@ -120,7 +123,7 @@ def _grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return scale, zero.masked_fill(empty, middle)
 
 
-def _error(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+def _error(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, importance: Tensor | None) -> Tensor:
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     off = encode(weight, scale, zero, scheme.max_code).sub_(zero).mul_(scale).sub_(weight).square_()
-    return off.sum(-1)
+    return (off if importance is None else off.mul_(importance)).sum(-1)

@@ -44,7 +44,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(torch.from_numpy(ROWS.ids[:4])).logits
 
 
-def rounding(weight: torch.Tensor, _: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+def rounding(weight: torch.Tensor, *_: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
     return rtn_quantize(weight, Scheme(4, 32)), ()
 
 
@@ -105,8 +105,11 @@ def test_hessians_are_of_what_the_quantized_layers_before_give(
     monkeypatch.setattr(layerwise, "BATCH_TOKENS", 64)  # 4 rows at once
     seen: list[torch.Tensor] = []
 
-    def solve(weight: torch.Tensor, hessian: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+    def solve(
+        weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None
+    ) -> tuple[Quantized, tuple[str, ...]]:
         assert hessian is not None
+        assert cross is None
         seen.append(hessian.clone())
         return rounding(weight, hessian)
 
@@ -165,7 +168,7 @@ def test_a_walk_that_was_stopped_ends_in_the_same_bytes(
     kept[1].write_bytes(kept[1].read_bytes()[:-100])  # cut by the kill: done again
     solved = []
     collect = Hessian.add
-    monkeypatch.setattr(Hessian, "add", lambda self, X: (solved.append(1), collect(self, X))[1])
+    monkeypatch.setattr(Hessian, "add", lambda self, *X: (solved.append(1), collect(self, *X))[1])
     made = run(config, source, tmp_path / "cut", calibration=ROWS)
     assert made.digest == whole.digest
     assert len(solved) == (8 if rows is not None else 0)  # two blocks of four Hessians, not three
@@ -174,7 +177,7 @@ def test_a_walk_that_was_stopped_ends_in_the_same_bytes(
 def test_work_of_another_walk_is_not_taken(tiny_model: Artifact, tmp_path: Path) -> None:
     first = quantize_blocks(load_model(tiny_model), None, rounding, work=tmp_path, key="one")
 
-    def coarse(weight: torch.Tensor, _: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+    def coarse(weight: torch.Tensor, *_: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
         return rtn_quantize(weight, Scheme(2, 32)), ()
 
     again = quantize_blocks(load_model(tiny_model), None, coarse, work=tmp_path, key="one")
