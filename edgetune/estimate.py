@@ -186,7 +186,11 @@ class Estimator:
             return self._calibrating(gguf.calibration, along[-1], solves=False)
         if what.startswith(("gguf", "onnx", "tensorrt")):
             n_bytes = along[-1].bytes_16
-            return Cost(START_S + EXPORT_S_PER_GB * n_bytes / 1e9, RUNTIME_MIB + 4 * n_bytes / MIB)
+            seconds = START_S + EXPORT_S_PER_GB * n_bytes / 1e9
+            asked = candidate.export.gguf if candidate.export else None
+            if asked is not None and asked.gptq:
+                seconds += self._calibrating(asked.calibration, along[-1], solves=True).seconds
+            return Cost(seconds, RUNTIME_MIB + 4 * n_bytes / MIB)
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 

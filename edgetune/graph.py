@@ -91,6 +91,13 @@ class Graph:
             return None
         return moments.planned_identity(self.floats(candidate), self.calibration(gguf.calibration).digest)
 
+    def gguf_rows(self, candidate: Candidate) -> CalibrationSet | None:
+        """Give the calibration rows that a GGUF export reads, by itself or through its importance matrix."""
+        gguf = candidate.export.gguf if candidate.export else None
+        if gguf is None or not (gguf.gptq or weighed_export(candidate)):
+            return None
+        return self.calibration(gguf.calibration)
+
     def floats(self, candidate: Candidate) -> str:
         """Identity of the last model in a candidate's chain whose weights are not integers."""
         steps = self.steps(candidate)
@@ -145,7 +152,8 @@ class Graph:
             from edgetune.export import gguf
 
             config = candidate.export.gguf
-            digest = self.calibration(config.calibration).digest if self.moments(candidate) else None
+            rows = self.gguf_rows(candidate)
+            digest = rows.digest if rows is not None else None
             return gguf.planned_identity(config, source, digest)
         if candidate.export.tensorrt is not None:
             from edgetune.export import tensorrt
@@ -220,7 +228,7 @@ def export_name(candidate: Candidate) -> str:
     if candidate.export is None:
         return "checkpoint"
     if candidate.export.gguf is not None:
-        return f"gguf {candidate.export.gguf.type}"
+        return f"gguf {candidate.export.gguf.type}{' gptq' if candidate.export.gguf.gptq else ''}"
     if candidate.export.tensorrt is not None:
         return f"tensorrt {candidate.export.tensorrt.precision}"
     assert candidate.export.onnx is not None, "an export has exactly one key"

@@ -95,25 +95,24 @@ class Pipeline:
         from edgetune.export import gguf
 
         assert export.gguf is not None, "an export has exactly one key"
-        to_gguf, importance, digest = export.gguf, None, None
-        weighed = self.graph.moments(candidate)
+        to_gguf, importance, device = export.gguf, None, self.recipe.device
+        weighed, rows = self.graph.moments(candidate), self.graph.gguf_rows(candidate)
         if weighed is not None:
-            rows = self.graph.calibration(to_gguf.calibration)
+            assert rows is not None, "what is weighed is calibrated"
             floats = chain[-2] if candidate.quantizer is not None else source
             found = self.stages.run(
                 f"{name}: {IMPORTANCE}",
                 weighed,
-                lambda out, progress: moments.run(
-                    floats, out, calibration=rows, device=self.recipe.device, progress=progress
-                ),
+                lambda out, progress: moments.run(floats, out, calibration=rows, device=device, progress=progress),
             )
-            importance, digest = moments.read(found), rows.digest
+            importance = moments.read(found)
+        calibrated: dict[str, Any] = {"calibration_digest": rows.digest} if rows is not None else {}
+        if rows is not None and to_gguf.gptq:
+            calibrated |= {"rows": rows.ids, "device": device}
         return self.stages.run(
             label,
             made,
-            lambda out, progress: gguf.run(
-                to_gguf, source, out, moments=importance, calibration_digest=digest, progress=progress
-            ),
+            lambda out, progress: gguf.run(to_gguf, source, out, moments=importance, progress=progress, **calibrated),
         )
 
     def score(

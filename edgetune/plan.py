@@ -12,7 +12,7 @@ from edgetune.backends import require
 from edgetune.compress import chain
 from edgetune.data.checks import refuse_leaks
 from edgetune.data.task_rows import read_examples
-from edgetune.errors import EdgetuneError, RecipeError
+from edgetune.errors import EdgetuneError, RecipeError, UnsupportedError
 from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
 from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
@@ -77,6 +77,8 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
         from edgetune.export import gguf
 
         gguf.check(candidate.export.gguf, planned)
+        if candidate.export.gguf.gptq and candidate.quantizer is not None:
+            raise UnsupportedError(gguf.TWICE)
         gguf.check_rows(candidate.export.gguf, planned, chain.chosen_sizes(candidate))
         require("llama_cpp")
     if candidate.export.onnx is not None:

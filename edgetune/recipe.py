@@ -122,6 +122,10 @@ class GgufExport(Closed):
 
     type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"] = "Q4_K_M"
     imatrix: bool = Field(True, description="weigh the rounding by the second moments of the calibration rows")
+    gptq: bool = Field(
+        False, exclude_if=lambda value: not value,
+        description="choose the codes by GPTQ, on the scales that llama.cpp found; as many bytes, less lost",
+    )  # fmt: skip
     calibration: Calibration = Calibration()
 
 

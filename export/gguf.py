@@ -16,6 +16,7 @@ from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_child import n_cpus, run_child
+from edgetune.export.gguf_codes import choose_codes
 from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import read_vocabulary
@@ -33,6 +34,7 @@ from edgetune.recipe import GgufExport
 
 STAGE = "export.gguf/1"
 FILE = "model.gguf"
+TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 
 
 def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
@@ -41,6 +43,25 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
     backends.require("gguf")
     if config.type not in PLAIN:
         backends.require("llama_cpp")
+    if not config.gptq:
+        return
+    if config.type in (*PLAIN, "Q8_0"):
+        raise UnsupportedError(
+            f"gguf type {config.type} leaves GPTQ nothing to choose; drop gptq, or take Q6_K or less"
+        )
+    for key, width in _widths(model_config).items():
+        if width % BLOCK["Q8_0"]:
+            raise UnsupportedError(
+                f"gptq: true needs rows in multiples of {BLOCK['Q8_0']}, {key} gives rows of {width}; drop gptq"
+            )
+
+
+def _widths(model_config: Mapping[str, Any]) -> dict[str, int]:
+    """Columns of a block's matrices, by what decides them."""
+    n_heads, hidden = int(model_config["num_attention_heads"]), int(model_config["hidden_size"])
+    head = int(model_config.get("head_dim") or hidden // n_heads)
+    inner = int(model_config["intermediate_size"])
+    return {"hidden_size": hidden, "intermediate_size": inner, "kv_heads": n_heads * head}
 
 
 def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Collection[str]) -> None:
@@ -50,12 +71,7 @@ def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Coll
     """
     if config.type in PLAIN:
         return
-    n_heads, hidden = int(model_config["num_attention_heads"]), int(model_config["hidden_size"])
-    head = int(model_config.get("head_dim") or hidden // n_heads)
-    widths = {
-        "hidden_size": hidden, "intermediate_size": int(model_config["intermediate_size"]), "kv_heads": n_heads * head,
-    }  # fmt: skip
-    for key, width in widths.items():
+    for key, width in _widths(model_config).items():
         if key in chosen and width % BLOCK["Q8_0"]:
             raise UnsupportedError(
                 f"prune.{key} leaves rows of {width}, {config.type} packs weights by {BLOCK['Q8_0']}; "
@@ -70,17 +86,22 @@ def planned_identity(config: GgufExport, source_identity: str, calibration_diges
 
 def run(
     config: GgufExport, source: Artifact, out: Path, *, moments: Mapping[str, NDArray[Any]] | None,
-    calibration_digest: str | None, progress: Report = silent,
+    calibration_digest: str | None = None, rows: NDArray[np.int64] | None = None, device: str = "cpu",
+    progress: Report = silent,
 ) -> Artifact:  # fmt: skip
     """Write `model.gguf` and hold it to the golden conversations of its source.
 
     `source` is a `model` or `gptq` artifact. `moments` maps module names ("model.layers.0.self_attn.q_proj") to the
-    mean squared inputs [C] of the calibration rows whose digest is given; None quantizes without them.
+    mean squared inputs [C] of the calibration rows whose digest is given; None quantizes without them. `rows` [N, T]
+    are these rows, which GPTQ reads.
     Raises UnsupportedError, StageError where llama.cpp fails, ContractError where the file is not the same model.
     """
-    assert (moments is None) == (calibration_digest is None), "moments and their digest come together"
+    assert (moments is None and rows is None) == (calibration_digest is None), "they come with their digest"
+    assert (rows is not None) == config.gptq, "GPTQ reads rows, nothing else does"
     model_config = read_config(source.path)
     check(config, model_config)
+    if config.gptq and source.manifest.kind != "model":
+        raise UnsupportedError(TWICE)
     weights = _weights(source, model_config)
     vocabulary = read_vocabulary(source.path, int(model_config["vocab_size"]))
     golden = Golden.read(source.path)
@@ -105,6 +126,12 @@ def run(
                 weighed = _quantize(config, pending.work, file, types, moments, model_config)
                 pending.notes["importance"] = f"{weighed} of {sum(t != 'F32' for t in types.values())} matrices"
                 (pending.work / FILE).unlink()
+            if rows is not None:
+                pending.notes |= choose_codes(
+                    file, source, weights, model_config, rows, work=pending.work, device=device, progress=progress,
+                    key=planned_identity(config, source.identity, calibration_digest),
+                )  # fmt: skip
+                pending.fallbacks += pending.notes.pop("gptq_fallbacks")
             progress(0, 1, "verify")
             pending.notes |= verify(
                 file, config.type, types, weights, model_config, golden, vocabulary.stop_ids, pending.work

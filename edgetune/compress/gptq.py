@@ -6,6 +6,7 @@ the paper is contiguous memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,26 +76,74 @@ def gptq_quantize(
         g_idx = torch.empty_like(g_idx).scatter_(0, order, g_idx)
     W = W.T[order].contiguous()  # [C, R], a copy
 
+    block = -(-block_size // n) * n if n < C else block_size  # a group never straddles two blocks
+
+    def at(i: int) -> tuple[Tensor, Tensor]:
+        g = group_of[i]
+        if not static_groups and i % n == 0:
+            group = slice(i, i + n)
+            shaped = None if importance is None else importance[order[group]]
+            scales[g], zeros[g] = find_grid(W[group].T, scheme, search=search, importance=shaped)
+        q = encode(W[i], scales[g], zeros[g], scheme.max_code)
+        return q, (q - zeros[g]).mul_(scales[g])
+
+    Q, loss = descend(W, Hinv, at, block)
+    codes = torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous()
+    quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
+    return GptqResult(quantized, loss, factor.fallbacks)
+
+
+def gptq_codes(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    max_code: int,
+    *,
+    damp_percent: float = 0.01,
+    block_size: int = 128,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Choose codes on a grid that is given, `w ~ scale * code - minimum`, so that a layer's output changes least.
+
+    weight [R, C], hessian [C, C], scale and minimum [R, G]; a scale of 0 gives code 0. Columns are visited in the order
+    of falling diag(H). Returns codes [R, C] uint8 and what fell back. Raises StageError where H is unusable.
+    """
+    C = weight.shape[1]
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    group = (order // (C // scale.shape[1])).tolist()
+    scales, minima = scale.T.to(dtype).contiguous(), minimum.T.to(dtype).contiguous()  # [G, R]
+    inverse = torch.where(scales == 0, 0, 1 / scales)
+    factor = inverse_factor(hessian[order][:, order], damp_percent)
+    W = weight.detach().to(dtype).T[order].contiguous()  # [C, R], a copy
+
+    def at(i: int) -> tuple[Tensor, Tensor]:
+        g = group[i]
+        q = (W[i] + minima[g]).mul_(inverse[g]).round_().clamp_(0, max_code)
+        return q, (q * scales[g]).sub_(minima[g])
+
+    Q, _ = descend(W, factor.upper.to(dtype), at, block_size)
+    return torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous(), factor.fallbacks
+
+
+def descend(
+    W: Tensor, Hinv: Tensor, at: Callable[[int], tuple[Tensor, Tensor]], block_size: int
+) -> tuple[Tensor, float]:
+    """Round the rows of W [C, R] one after the other, each error made up for by the rows that follow; W is used up.
+
+    Hinv [C, C] is the upper factor of the inverse Hessian; `at(i)` gives codes [R] of W[i] as it then is, and what they
+    stand for. Returns codes [C, R] and the loss.
+    """
     d = Hinv.diagonal().tolist()
     Q, loss = torch.empty_like(W), 0.0
-    block = -(-block_size // n) * n if n < C else block_size  # a group never straddles two blocks
-    for i1 in range(0, C, block):
-        i2 = min(i1 + block, C)
+    for i1 in range(0, len(W), block_size):
+        i2 = min(i1 + block_size, len(W))
         Err = torch.empty_like(W[i1:i2])
         for i in range(i1, i2):
-            g = group_of[i]
-            if not static_groups and i % n == 0:
-                group = slice(i, i + n)
-                shaped = None if importance is None else importance[order[group]]
-                scales[g], zeros[g] = find_grid(W[group].T, scheme, search=search, importance=shaped)
-            q = encode(W[i], scales[g], zeros[g], scheme.max_code)
-            Q[i] = q
-            err = (W[i] - q.sub_(zeros[g]).mul_(scales[g])).div_(d[i])
+            Q[i], value = at(i)
+            err = (W[i] - value).div_(d[i])
             W[i + 1 : i2].addr_(Hinv[i, i + 1 : i2], err, alpha=-1)
             Err[i - i1] = err
         W[i2:].addmm_(Hinv[i1:i2, i2:].T, Err, alpha=-1)
         loss += float(Err.square().sum(dtype=torch.float64))  # W - Q = Err U, so |Err|^2 is the loss
-
-    codes = torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous()
-    quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
-    return GptqResult(quantized, loss, factor.fallbacks)
+    return Q, loss

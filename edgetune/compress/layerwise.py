@@ -31,8 +31,9 @@ from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
 HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
-# weight [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked for -> what was made
-Solve = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
+# names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
+# for -> what was made
+Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
 
 
 LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
@@ -273,7 +274,7 @@ def _quantize_block(
         if batches is not None:
             H, cross = _collect(block, index, group[0], batches, weights[0].shape[1], device, fast)
         try:
-            stacked, fallbacks = solve(torch.cat(weights), H, cross)
+            stacked, fallbacks = solve(names, torch.cat(weights), H, cross)
         except EdgetuneError as error:
             raise type(error)(f"{' + '.join(names)}: {error}") from error
         start = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,9 @@ def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
 
-    def solve(weight: Tensor, hessian: Tensor | None, cross: Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+    def solve(
+        _: Sequence[str], weight: Tensor, hessian: Tensor | None, cross: Tensor | None
+    ) -> tuple[Quantized, tuple[str, ...]]:
         if not isinstance(config, Gptq):
             return rtn_quantize(weight, scheme), ()
         assert hessian is not None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgetune.compress.gptq import gptq_quantize
+from edgetune.compress.gptq import gptq_codes, gptq_quantize
 from edgetune.compress.hessian import Hessian, inverse_factor, output_loss
 from edgetune.compress.rtn import rtn_quantize
 from edgetune.compress.scheme import Scheme, check_group, find_grid
@@ -55,6 +55,18 @@ def test_gptq_gives_the_codes_of_the_oracle(
         assert np.array_equal(found.zero_point.double().numpy(), expected.zero_point)
         assert np.array_equal(found.dequantize(torch.float64).numpy(), expected.dequantized)
         assert made.fallbacks == ("1 of 64 input columns were never active: rounded to nearest",)
+
+
+def test_codes_on_a_grid_that_is_given_are_those_of_the_same_grid() -> None:
+    W, H = problem(3)
+    made = gptq_quantize(W, H, Scheme(4, 16, False)).quantized
+    scale = made.scales.double()
+    for block_size in (8, 128):
+        codes, said = gptq_codes(W, H, scale, scale * made.zero_point, 15, block_size=block_size)
+        assert torch.equal(codes, made.q)
+        assert said == ()
+    scale[:, 0] = 0
+    assert not gptq_codes(W, H, scale, scale * made.zero_point, 15)[0][:, :16].any()
 
 
 def test_float32_agrees_with_float64_but_for_ties() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(torch.from_numpy(ROWS.ids[:4])).logits
 
 
-def rounding(weight: torch.Tensor, *_: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+def rounding(_: object, weight: torch.Tensor, *__: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
     return rtn_quantize(weight, Scheme(4, 32)), ()
 
 
@@ -106,12 +107,12 @@ def test_hessians_are_of_what_the_quantized_layers_before_give(
     seen: list[torch.Tensor] = []
 
     def solve(
-        weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None
+        names: Sequence[str], weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None
     ) -> tuple[Quantized, tuple[str, ...]]:
         assert hessian is not None
         assert cross is None
         seen.append(hessian.clone())
-        return rounding(weight, hessian)
+        return rounding(names, weight, hessian)
 
     model = load_model(tiny_model)
     quantize_blocks(model, ROWS.ids, solve, work=tmp_path, key="k")
@@ -177,7 +178,7 @@ def test_a_walk_that_was_stopped_ends_in_the_same_bytes(
 def test_work_of_another_walk_is_not_taken(tiny_model: Artifact, tmp_path: Path) -> None:
     first = quantize_blocks(load_model(tiny_model), None, rounding, work=tmp_path, key="one")
 
-    def coarse(weight: torch.Tensor, *_: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+    def coarse(_: object, weight: torch.Tensor, *__: torch.Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
         return rtn_quantize(weight, Scheme(2, 32)), ()
 
     again = quantize_blocks(load_model(tiny_model), None, coarse, work=tmp_path, key="one")
