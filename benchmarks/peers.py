@@ -2,7 +2,7 @@
 
 `llama-bench` comes from the source distribution of the llama-cpp-python that is bound, compiled with the switches that
 `scripts/install.py` chose for this machine, so that it is the very engine that edgetune runs. A compile that was
-stopped goes on where it was.
+stopped goes on where it was. gptqmodel gets an environment of its own beside ours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,15 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from install import cmake_flags  # noqa: E402
 
+GPTQMODEL = [
+    "gptqmodel==7.7.0",
+    "defuser==0.0.28",
+    "device-smi==0.5.7",
+    "logbar==0.4.15",
+    "pypcre==0.6.4",
+    "tokenicer==0.0.14",
+    "torchao==0.18.0",
+]
 LLAMA_OPTIONS = ["-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DGGML_CCACHE=OFF"]
 
 
@@ -48,6 +58,25 @@ def llama_bench(jobs: int = 2) -> Path:
     _run(["cmake", "--build", folder / "build", "--target", "llama-bench", "-j", str(jobs)])
     (folder / "done").write_text(version + "\n", encoding="utf-8")
     return made
+
+
+def gptqmodel() -> Path:
+    """Give the Python of an environment with gptqmodel, made where it is not there.
+
+    It reads torch and transformers from the environment that runs this, so both sides compute with the same ones;
+    gptqmodel asks for a later torch, but runs on this one. What it needs beside them is its own.
+    """
+    versions = f"{GPTQMODEL[0].rpartition('=')[2]}-torch-{metadata.version('torch')}"
+    folder = cache() / f"gptqmodel-{versions}"
+    python = folder / "bin" / "python"
+    if (folder / "done").is_file() and python.is_file():
+        return python
+    _run([sys.executable, "-m", "venv", "--clear", folder])
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    _run([python, "-m", "pip", "install", "-q", "--no-deps", *GPTQMODEL])
+    (folder / "done").write_text(versions + "\n", encoding="utf-8")
+    return python
 
 
 def llama_source(version: str) -> Path:
@@ -88,3 +117,4 @@ def _run(command: list[str | Path]) -> None:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(llama_bench())
+    print(gptqmodel())

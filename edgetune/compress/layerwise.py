@@ -7,6 +7,7 @@ one Hessian and are solved stacked. Shapes: N rows, T tokens, B rows of a batch,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,8 +119,9 @@ def quantize_blocks(
         if done is None:
             done = _quantize_block(block, index, original, batches, solve, device, fast and dtype == torch.bfloat16)
             write_block(file, key, done)
-        for name, result in done.items():
-            _put(block, name.removeprefix(f"{prefix}."), result.quantized)
+        weights = {name.removeprefix(f"{prefix}."): result.quantized.dequantize() for name, result in done.items()}
+        for name, weight in weights.items():
+            _put(block, name, weight)
         for batch in batches or []:
             if index + 1 < len(blocks):
                 with _shortcuts(block, batch):
@@ -127,9 +129,9 @@ def quantize_blocks(
                 _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
             batch.seen.clear()
             batch.inputs.clear()
-        weights = {f"{name.removeprefix(f'{prefix}.')}.weight": done[name].quantized.dequantize() for name in done}
         block.to("cpu")
-        block.load_state_dict(original | {n: w.to(original[n].dtype) for n, w in weights.items()}, assign=True)
+        finished = {f"{name}.weight": weight.to(original[f"{name}.weight"].dtype) for name, weight in weights.items()}
+        block.load_state_dict(original | finished, assign=True)
         results |= done
         progress(index + 1, len(blocks), prefix)
     return results
@@ -281,12 +283,13 @@ def _quantize_block(
         for name, short, weight in zip(names, group, weights, strict=True):
             quantized = stacked.rows(start, start + len(weight))
             start += len(weight)
-            E = weight - quantized.dequantize()
+            made = quantized.dequantize()
+            E = weight - made
             loss, whole = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
                 output_loss(E, H), output_loss(weight, H)
             )  # fmt: skip
             done[name] = LayerResult(quantized.cpu(), float(f"{loss / whole if whole else 0.0:.3g}"), fallbacks)
-            _put(block, short, quantized)
+            _put(block, short, made)
     return done
 
 
@@ -369,13 +372,15 @@ def _watch(block: nn.Module, index: int, batch: _Batch, see: Callable[[str, Tens
 
 
 def _check_finite(X: Tensor, first_row: int, what: str) -> None:
+    if math.isfinite(float(X.sum(dtype=torch.float32))):  # far cheaper than a look at each value
+        return
     bad = ~torch.isfinite(X).flatten(1).all(1)  # [B]
     if bool(bad.any()):
         row = first_row + int(bad.nonzero()[0])
         raise StageError(f"calibration row {row} makes {what} not finite; check the model's weights or leave it out")
 
 
-def _put(block: nn.Module, name: str, quantized: Quantized) -> None:
+def _put(block: nn.Module, name: str, made: Tensor) -> None:
     weight = block.get_submodule(name).weight
     assert isinstance(weight, nn.Parameter), name
-    weight.data = quantized.dequantize(weight.dtype).to(weight.device)
+    weight.data = made.to(device=weight.device, dtype=weight.dtype)

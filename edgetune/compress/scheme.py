@@ -57,7 +57,8 @@ class Quantized:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Give the weight [R, C]; float32, which holds it exactly, where no dtype is named."""
         index = self.g_idx.long()
-        weight: Tensor = self.scales.float()[:, index] * (self.q.int() - self.zero_point[:, index])
+        codes = self.q.float().sub_(self.zero_point.float().index_select(1, index))
+        weight = codes.mul_(self.scales.float().index_select(1, index))
         return weight if dtype is None else weight.to(dtype)
 
     def rows(self, start: int, stop: int) -> Quantized:

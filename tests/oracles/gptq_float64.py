@@ -38,11 +38,40 @@ def grid(values: Array, bits: int, sym: bool) -> tuple[float, float]:
     return scale, float(np.clip(np.rint(-low / scale), 1, top))
 
 
+def searched_grid(
+    values: Array, importance: Array, factors: tuple[float, ...], bits: int, sym: bool
+) -> tuple[float, float]:
+    """The grid of least weighted squared error among those of the range times a factor, the range's own first."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    best, least = (1.0, 0.0), np.inf
+    for factor in (1.0, *factors):
+        ends = np.array([low * factor, high * factor])
+        scale, zero = grid(ends, bits, sym)
+        off = [scale * (min(max(np.rint(v / scale) + zero, 0), 2**bits - 1) - zero) - v for v in values]
+        error = sum(weight * e * e for weight, e in zip(importance, off, strict=True))
+        if error < least:
+            best, least = (scale, zero), error
+    return best
+
+
+def gptaq_target(weight: Array, floats: Array, seen: Array, damp: float, share: float) -> Array:
+    """The weight V [R, C] of least 2/N ||V seen - W floats||^2 + damp ||V - W||^2, a share of the way, by lstsq.
+
+    floats and seen [N, C]: what the float model and the quantized one show the layer.
+    """
+    root = np.sqrt(2 / len(seen))
+    design = np.vstack([root * seen, np.sqrt(damp) * np.eye(weight.shape[1])])
+    aims = np.vstack([root * floats @ weight.T, np.sqrt(damp) * weight.T])
+    nearest = np.linalg.lstsq(design, aims, rcond=None)[0].T
+    moved: Array = weight + share * (nearest - weight)
+    return moved
+
+
 def gptq(
     weight: Array, hessian: Array, *, bits: int, group_size: int, sym: bool,
-    damp_percent: float, desc_act: bool, static_groups: bool,
+    damp_percent: float, desc_act: bool, static_groups: bool, factors: tuple[float, ...] | None = None,
 ) -> Oracle:  # fmt: skip
-    """Quantize [R, C] by a Hessian [C, C]."""
+    """Quantize [R, C] by a Hessian [C, C]; with `factors` the grids are searched, weighted by its diagonal."""
     W, H = weight.astype(np.float64).copy(), hessian.astype(np.float64).copy()
     R, C = W.shape
     n = C if group_size == -1 else group_size
@@ -63,7 +92,12 @@ def gptq(
 
     def fit(g: int) -> None:
         for r in range(R):
-            scale[r, g], zero[r, g] = grid(W[r, g_idx == g], bits, sym)
+            values = W[r, g_idx == g]
+            if factors is None:
+                scale[r, g], zero[r, g] = grid(values, bits, sym)
+            else:
+                importance = np.diag(hessian)[g_idx == g]
+                scale[r, g], zero[r, g] = searched_grid(values, importance, factors, bits, sym)
 
     if static_groups:
         for g in range(C // n):
