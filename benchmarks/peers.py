@@ -1,8 +1,9 @@
 """Peers of the benchmarks, each pinned, made once in the user's cache and used again: `python benchmarks/peers.py`.
 
-`llama-bench` comes from the source distribution of the llama-cpp-python that is bound, compiled with the switches that
-`scripts/install.py` chose for this machine, so that it is the very engine that edgetune runs. A compile that was
-stopped goes on where it was. gptqmodel gets an environment of its own beside ours.
+`llama-bench`, `llama-imatrix` and `llama-quantize` come from the source distribution of the llama-cpp-python that is
+bound, compiled with the switches that `scripts/install.py` chose for this machine, so that they are of the very engine
+that edgetune runs. A compile that was stopped goes on where it was. gptqmodel gets an environment of its own beside
+ours.
 """
 
 from __future__ import annotations
@@ -42,21 +43,26 @@ def cache() -> Path:
 
 def llama_bench(jobs: int = 2) -> Path:
     """Give the llama-bench of the llama-cpp-python that is installed, compiling it where it is not there."""
+    return llama_tool("llama-bench", jobs)
+
+
+def llama_tool(name: str, jobs: int = 2) -> Path:
+    """Give a tool of the llama-cpp-python that is installed, compiling it where it is not there."""
     version = metadata.version("llama-cpp-python")
     flags = [*cmake_flags(), *LLAMA_OPTIONS]
     key = hashlib.sha256(repr([version, flags]).encode()).hexdigest()[:12]
-    folder = cache() / f"llama-bench-{version}-{key}"
-    made = folder / "build" / "bin" / "llama-bench"
-    if (folder / "done").is_file() and made.is_file():
+    folder = cache() / f"llama-bench-{version}-{key}"  # one build for all tools
+    made, done = folder / "build" / "bin" / name, folder / ("done" if name == "llama-bench" else f"done-{name}")
+    if done.is_file() and made.is_file():
         return made
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
-            sys.exit(f"{tool} is needed for llama-bench; on Debian: apt-get install cmake g++")
+            sys.exit(f"{tool} is needed for {name}; on Debian: apt-get install cmake g++")
     source = llama_source(version) / "vendor" / "llama.cpp"
     folder.mkdir(parents=True, exist_ok=True)
     _run(["cmake", "-S", source, "-B", folder / "build", "-DCMAKE_BUILD_TYPE=Release", *flags])
-    _run(["cmake", "--build", folder / "build", "--target", "llama-bench", "-j", str(jobs)])
-    (folder / "done").write_text(version + "\n", encoding="utf-8")
+    _run(["cmake", "--build", folder / "build", "--target", name, "-j", str(jobs)])
+    done.write_text(version + "\n", encoding="utf-8")
     return made
 
 
@@ -116,5 +122,6 @@ def _run(command: list[str | Path]) -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(llama_bench())
+    for tool in ("llama-bench", "llama-imatrix", "llama-quantize"):
+        print(llama_tool(tool))
     print(gptqmodel())

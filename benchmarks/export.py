@@ -1,0 +1,170 @@
+"""Our GGUF Q4_K_M against llama.cpp's own, with its own importance matrix and without: bytes and KL to the float model.
+
+    python benchmarks/export.py            # 48 calibration rows, 16 measured ones
+    python benchmarks/export.py --quick    # 8 and 4
+
+The model is SmolLM2 off the grid that its file came from (`folded.py`). Rows of 512 tokens: the first half of Python's
+language reference calibrates, of its second half the divergence is measured, in llama.cpp, from torch's float32.
+Stock: `llama-imatrix` and `llama-quantize` of the same llama.cpp (`peers.py`), on the float16 file of our writer.
+Ours: `type: Q4_K_M` as recipes name it, and the same with `gptq: true`. Ratios are those of the latter; all four files
+are read with the same threads. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+from folded import folded
+from numpy.typing import NDArray
+
+from edgetune.artifact import Artifact, write_text
+from edgetune.compress.layerwise import load_model, second_moments
+from edgetune.data.calibration import CalibrationSet
+from edgetune.data.general import general_text
+from edgetune.export import gguf
+from edgetune.recipe import GgufExport
+from edgetune.runtime.engines.llama_engine import LlamaEngine
+from edgetune.runtime.machine import describe
+
+RESULT = Path(__file__).resolve().parent / "results" / "export.json"
+TYPE, TOKENS = "Q4_K_M", 512
+PACKAGES = ("edgetune", "torch", "transformers", "gguf", "llama-cpp-python")
+
+
+def make_rows(model: Path, n_calibration: int, n_measured: int) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
+    """Give rows [N, T] that calibrate and that measure, and the former as text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+    def first(part: str, n: int) -> NDArray[np.int64]:
+        ids = np.asarray(tokenizer(general_text(None, part))["input_ids"], np.int64)
+        n = min(n, len(ids) // TOKENS)
+        return ids[: n * TOKENS].reshape(n, TOKENS)
+
+    calibration = first("calibrate", n_calibration)
+    return calibration, first("measure", n_measured), tokenizer.decode(calibration.reshape(-1).tolist())
+
+
+def stock(plain: Path, folder: Path, text: str | None, threads: int) -> Path:
+    """Quantize a float16 file as llama.cpp's manual says, with an importance matrix of the text where there is one."""
+    out = folder / f"stock{'' if text is None else '-imatrix'}.gguf"
+    options: list[Any] = []
+    if text is not None:
+        (folder / "calibration.txt").write_text(text, encoding="utf-8")
+        matrix = folder / "stock.imatrix.gguf"
+        _run([peers.llama_tool("llama-imatrix"), "-m", plain, "-f", folder / "calibration.txt", "-o", matrix,
+              "-c", TOKENS, "-t", threads, "-ngl", 0])  # fmt: skip
+        options = ["--imatrix", matrix]
+    _run([peers.llama_tool("llama-quantize"), *options, plain, out, TYPE, threads])
+    return out
+
+
+def ours(model: Artifact, folder: Path, rows: NDArray[np.int64], *, gptq: bool) -> Path:
+    """Export as a recipe does."""
+    calibration = CalibrationSet(rows)
+    moments = {name: found.numpy() for name, found in second_moments(load_model(model), rows).items()}
+    made = gguf.run(
+        GgufExport(type=TYPE, gptq=gptq), model, folder / f"ours-{gptq}", moments=moments,
+        calibration_digest=calibration.digest, rows=rows if gptq else None,
+    )  # fmt: skip
+    return made.path / gguf.FILE
+
+
+def divergence(
+    files: dict[str, Path], model: Artifact, rows: NDArray[np.int64], threads: int
+) -> dict[str, list[float]]:
+    """Give each file's KL to the float model, nats a token, the mean of each row."""
+    import torch
+
+    torch.set_num_threads(threads)
+    reference: Any = load_model(model).float()
+    engines = {name: LlamaEngine.load(file, n_ctx=TOKENS, n_threads=threads) for name, file in files.items()}
+    found: dict[str, list[float]] = {name: [] for name in files}
+    for row in rows:
+        with torch.no_grad():
+            wanted = reference(torch.from_numpy(row[None]), use_cache=False).logits[0].float().log_softmax(-1)
+        for name, engine in engines.items():
+            said = torch.from_numpy(engine.score(row.tolist())).log_softmax(-1)
+            found[name].append(float((wanted.exp() * (wanted - said)).sum(-1).mean()))
+        print(f"row {len(next(iter(found.values())))} of {len(rows)}", file=sys.stderr, flush=True)
+    for engine in engines.values():
+        engine.close()
+    return found
+
+
+def benchmark(n_calibration: int, n_measured: int, threads: int, out: Path) -> None:
+    """Make the four files, measure, write every row's figure."""
+    began, model = time.monotonic(), folded()
+    calibration, measured, text = make_rows(model.path, n_calibration, n_measured)
+    with tempfile.TemporaryDirectory(prefix="edgetune-export-") as temporary:
+        folder = Path(temporary)
+        plain = gguf.run(GgufExport(type="F16", imatrix=False), model, folder / "plain", moments=None).path / gguf.FILE
+        files = {
+            "stock": stock(plain, folder, None, threads),
+            "stock, imatrix": stock(plain, folder, text, threads),
+            "ours": ours(model, folder, calibration, gptq=False),
+            "ours, gptq": ours(model, folder, calibration, gptq=True),
+        }
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        rows = divergence(files, model, measured, threads)
+    kl = {name: float(np.mean(found)) for name, found in rows.items()}
+    for name in files:
+        print(f"{name:<16} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
+    totals = {
+        "gguf_kl_ratio": kl["ours, gptq"] / kl["stock, imatrix"],
+        "gguf_kl_ratio_without": kl["ours, gptq"] / kl["stock"],
+        "gguf_bytes_ratio": sizes["ours, gptq"] / sizes["stock, imatrix"],
+    }
+    found = {
+        "benchmark": "export",
+        "totals": totals,
+        "seconds": round(time.monotonic() - began, 1),
+        "type": TYPE,
+        "calibration_rows": len(calibration),
+        "tokens": TOKENS,
+        "threads": threads,
+        "model": {"folded copy, digest": model.digest},
+        "bytes": sizes,
+        "kl": rows,
+        "machine": describe().model_dump(mode="json"),
+        "load_average": os.getloadavg(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(found, indent=1) + "\n")
+    print(" ".join(f"{key}={value:.4f}" for key, value in totals.items()))
+
+
+def _run(command: list[Any]) -> None:
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", check=False)
+    if ended.returncode:
+        sys.exit(f"{Path(command[0]).name} failed: {ended.stderr.strip().splitlines()[-1:]}")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=48, help="calibration rows of 512 tokens")
+    parser.add_argument("--measured", type=int, default=16, help="rows of 512 tokens that measure")
+    parser.add_argument("--quick", action="store_true", help="8 calibration rows, 4 measured ones")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    counts = (8, 4) if given.quick else (given.rows, given.measured)
+    benchmark(*counts, given.threads, given.out)
+
+
+if __name__ == "__main__":
+    main()
