@@ -147,8 +147,8 @@ def benchmark(rounds: int, quick: bool, seed: int, out: Path) -> None:
                 side, grid = case.split()
                 place, sym = work / f"{number} {case}", grid == "sym"
                 if side == "gptqmodel":
-                    command = [python, Path(__file__).resolve().with_name("gptqmodel_peer.py"), model, work / "rows.json", place,
-                               BITS, GROUP_SIZE, sym]  # fmt: skip
+                    script = Path(__file__).resolve().with_name("gptqmodel_peer.py")
+                    command = [python, script, model, work / "rows.json", place, BITS, GROUP_SIZE, sym]
                     found = measured(command, work / "log", bare | PEER)
                 else:
                     command = [
