@@ -38,8 +38,8 @@ RESULT = ROOT / "benchmarks" / "results" / "gptq.json"
 BITS, GROUP_SIZE = 4, 64
 ROWS, TOKENS, SCORED_AT_ONCE = 16, 512, 4
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ours": {"grid": "weighted", "hessian": "bfloat16"},
-    "corrected": {"grid": "weighted", "hessian": "bfloat16", "correction": 0.5},
+    "ours": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16"},
+    "corrected": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16", "correction": 0.5},
 }
 SIDES = ("rtn", *SETTINGS, "gptqmodel")
 PEER = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}  # its advice for two cores; no long compile
@@ -112,8 +112,14 @@ def score(folder: Path, rows: Path) -> None:
 def measured(command: list[Any], log: Path, environment: dict[str, str]) -> dict[str, float]:
     """Run a process to its end; give its CPU-seconds and peak memory."""
     with log.open("wb") as stream:
-        process = subprocess.Popen(list(map(str, command)), stdout=stream, stderr=stream, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=stream, stderr=stream, env=environment, cwd=log.parent
+        )  # gptqmodel writes its own logs where it runs
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{command[0]} failed: {log.read_text(errors='replace').strip().splitlines()[-1:]}")
@@ -141,11 +147,20 @@ def benchmark(rounds: int, quick: bool, seed: int, out: Path) -> None:
                 side, grid = case.split()
                 place, sym = work / f"{number} {case}", grid == "sym"
                 if side == "gptqmodel":
-                    command = [python, Path(__file__).with_name("gptqmodel_peer.py"), model, work / "rows.json", place,
-                               BITS, GROUP_SIZE, sym]  # fmt: skip
+                    script = Path(__file__).resolve().with_name("gptqmodel_peer.py")
+                    command = [python, script, model, work / "rows.json", place, BITS, GROUP_SIZE, sym]
                     found = measured(command, work / "log", bare | PEER)
                 else:
-                    command = [sys.executable, __file__, "--child", side, model, work / "rows.json", place, sym]
+                    command = [
+                        sys.executable,
+                        Path(__file__).resolve(),
+                        "--child",
+                        side,
+                        model,
+                        work / "rows.json",
+                        place,
+                        sym,
+                    ]
                     found = measured(command, work / "log", dict(os.environ))
                 samples[case].append(found)
                 print(f"round {number + 1} {case}: {found['cpu_s']:.1f} CPU-s, {found['peak_mib']:.0f} MiB", flush=True)
