@@ -194,7 +194,7 @@ def seam(hop: str, accuracy: Accuracy) -> Seam:
     return Seam(
         hop=hop, engine=accuracy.subject.engine, n_rows=len(accuracy.rows), kl_per_token=figures["kl_per_token"],
         exact_match=figures["exact_match"] or 0.0, token_accuracy=figures["token_accuracy"] or 0.0,
-        nll_per_token=figures["nll_per_token"] or 0.0,
+        nll_per_token=figures["nll_per_token"] or 0.0, exact_rows="".join(str(int(row.exact)) for row in accuracy.rows),
     )  # fmt: skip
 
 

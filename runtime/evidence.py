@@ -255,6 +255,7 @@ class Seam(Record):
     nll_per_token: float
     kl_per_token: float | None
     aside: bool = False  # measured on other rows, and against another reference: not a step of the way
+    exact_rows: str | None = None  # "1" for each row that is exact and "0" for the others, in their order
 
 
 class Check(Record):
