@@ -120,6 +120,8 @@ ENGINES: dict[str, str] = {
     "onnxruntime-genai": "edgetune.runtime.engines.genai_engine:GenaiEngine",
 }
 
+ON_GPU = ("tensorrt",)  # engines that run on an NVIDIA GPU; all others run on the processor
+
 # artifact kind -> engine that ships it
 ENGINE_OF_KIND: dict[str, str] = {
     "model": "torch",

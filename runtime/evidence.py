@@ -156,12 +156,15 @@ class CpuState(Record):
 
 
 class Energy(Record):
-    """Joules of the processor packages over one generation, the machine's rest included."""
+    """Joules over one generation, of the processor packages and, of an engine on a GPU, of all GPUs; the machine's
+    rest included."""
 
     joules: float | None
     seconds: float
     n_tokens: int
     reason: str | None = None  # why there is no reading
+    gpu_joules: float | None = None
+    gpu_reason: str | None = None  # why there is none of the GPU that ran it
 
 
 class Roofline(Record):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -50,6 +52,63 @@ def test_sensors_read_what_the_kernel_tells(machine: Path, tmp_path: Path) -> No
     assert sensors.EnergyMeter(machine).why_not == "the RAPL counter may be read by root only"
     empty = sensors.cpu_state(tmp_path / "nowhere")
     assert (empty.mhz, empty.throttled) == (None, None)
+
+
+class NVMLError(Exception):
+    pass
+
+
+class FakeNvml(ModuleType):
+    """Two GPUs that have used 2 and 3 J, and 1 J each with every further reading."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__("pynvml")
+        self.fails, self.millijoules = fails, [2000, 3000]
+
+    def nvmlInit(self) -> None:  # noqa: N802 - its name
+        if self.fails == "init":
+            raise NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        if self.fails == "read" and self.millijoules[1] > 3000:
+            raise NVMLError("Not Supported")
+        self.millijoules[handle] += 1000
+        return self.millijoules[handle]
+
+
+def test_gpus_are_read_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    meter = sensors.GpuEnergyMeter()
+    assert (meter.joules(), meter.why_not) == (2.0, None)
+    for fails, said in (("init", "(Driver Not Loaded)"), ("read", "(Not Supported)")):
+        monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(fails))
+        meter = sensors.GpuEnergyMeter()
+        assert (meter.joules(), meter.why_not) == (None, f"NVML gives no reading {said}")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    meter = sensors.GpuEnergyMeter()
+    assert meter.joules() is None
+    assert meter.why_not is not None
+    assert "pip install 'edgetune[tensorrt]'" in meter.why_not
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_an_engine_on_a_gpu_has_the_energy_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.runtime.probes.ON_GPU", ("gpu",))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    bench = BENCH.model_copy(update={"probes": ["energy"]})
+    found = measure([fake_job("here"), fake_job("there", engine="gpu")], bench, PROMPTS)
+    energies = [one.probes.energy for one in found if isinstance(one, Latency) and one.probes is not None]
+    assert [e is not None and e.gpu_joules for e in energies] == [None, 2.0]
+    (said,) = [line for one in found[1:] if isinstance(one, Latency) for line in beside.probed(one) if "GPU" in line]
+    assert said.startswith("energy of the GPU: 0.250 J a token (")  # 4 + 4 tokens
 
 
 def test_files_are_dropped_from_the_page_cache(tmp_path: Path) -> None:

@@ -272,6 +272,7 @@ def test_a_hop_has_the_interval_of_its_change(report: Report, view: View, paths:
     assert (hop.change.low, hop.change.high) == pytest.approx((-100 * bounds.high, -100 * bounds.low))
     assert hop.exact.low < hop.exact.value < hop.exact.high  # type: ignore[operator]
     assert hop.change.source == "seams[6].exact_rows"
+    assert any("from hop to hop" in line for line in view.method)
     assert json.loads(paths["json"].read_text())["seams"][6]["exact_rows"] == report.seams[6].exact_rows
     assert f"{hop.change.text} ({hop.change.note})" in paths["md"].read_text()
     bars = re.findall(r'class="hop".*?</svg>|<svg[^>]*class="hop".*?</svg>', paths["html"].read_text())
