@@ -69,6 +69,20 @@ def test_the_recipe_is_whole(banking: ModuleType, tmp_path: Path, quick: bool) -
     assert (recipe.adapt is not None and recipe.adapt.max_steps) == (4 if quick else None)
 
 
+def test_the_last_line_is_of_pairs(banking: ModuleType) -> None:
+    report = sample_report(n_rows=40)
+    scored = [task.model_copy(update={"figures": task.figures | {"macro_f1": 0.5}}) for task in report.tasks]
+    stages = [stage | {"name": stage["name"].removesuffix(".sft")} for stage in report.stages]
+    found = [
+        dict(pair.split("=") for pair in banking.said(report.model_copy(update={"tasks": scored, "stages": s})).split())
+        for s in (stages, [stage | {"done_before": False} for stage in stages])
+    ]
+    assert found[0] == {key: value for key, value in found[1].items() if not key.endswith("_s")}
+    assert (found[1]["ships"], found[1]["macro_f1"], found[1]["adapt_s"]) == ("none", "0.500", "1284")
+    exact = {a.subject.name: sum(row.exact for row in a.rows) for a in report.accuracy}
+    assert float(found[1]["loss_student-q4"]) == pytest.approx(2.5 * (exact["reference"] - exact["student-q4"]))
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine: apt-get install chromium")
 def test_an_example_holds_page_picture_and_what_may_be_committed(
     banking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
