@@ -131,6 +131,15 @@ def stage_line(stage: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
+    """Give (subjects, what is to be known of them); what holds of several is said once."""
+    subjects: dict[str, list[str]] = {}
+    for subject, text in _notes(report, scores):
+        subjects.setdefault(text, []).append(subject)
+    for text, found in subjects.items():
+        yield ", ".join(dict.fromkeys(found)), text
+
+
+def _notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
     for failure in report.failures:
         yield failure.subject, f"{failure.stage} failed: {failure.reason}"
     for name, manifest in report.artifacts.items():

@@ -122,7 +122,7 @@ def _scatter(
         path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in best)
         parts.append(tag("polyline", points=path, class_="front"))
     marks = [_mark(p, x(p.x), y, _said(p, title, unit)) for p in points]
-    return tag("svg", _unread(parts), *marks, _unread(_labels(points, x, y)), viewbox=f"0 0 {width} {height}",
+    return tag("svg", _unread(parts), *marks, _unread(_labels(points, x, y, y_limit)), viewbox=f"0 0 {width} {height}",
                role="group", aria_label=label)  # fmt: skip
 
 
@@ -146,9 +146,11 @@ def _mark(p: Point, cx: float, y: Scale, said: str) -> Markup:
                aria_label=said)  # fmt: skip
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
-    """Name the points; a label that would run out of the picture or over another one moves."""
+def _labels(points: Sequence[Point], x: Scale, y: Scale, y_limit: float | None) -> list[Markup]:
+    """Name the points; a label that would run out of the picture or over another one or the budget's moves."""
     taken = [(x(p.x) - 8, x(p.x) + 8, y(p.y)) for p in points]
+    if y_limit is not None:
+        taken.append((x.end - 72, x.end, y(y_limit) - 9))
     for p in points:  # whiskers
         taken += [(x(p.x) - 3, x(p.x) + 3, float(at)) for at in np.arange(y(p.high), y(p.low), 8)]
     made = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -247,8 +248,8 @@ def _row(
 
 
 def _engine(subject: Subject) -> str:
-    """Name the engine once, as its version often does; build details in brackets stay in report.json."""
-    version = subject.engine_version.split(" (", 1)[0]
+    """Name the engine once, as its version often does; what it is built of and with stays in report.json."""
+    version = re.split(r" \(|, ", subject.engine_version)[0]
     return version if version.startswith(subject.engine) else f"{subject.engine} {version}"
 
 

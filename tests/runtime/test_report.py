@@ -365,6 +365,26 @@ def test_ticks_are_round_and_inside() -> None:
     assert plots.ticks(3, 3, 5) == [3]
 
 
+def test_no_name_lies_over_the_budget_s() -> None:
+    points = [plots.Point("reference", "", 270, 0, 0, 0), plots.Point("here", "ship", 268, 2.0, 1.2, 2.8)]
+    drawn = plots.scatter(points, title="Size", unit="MB", x_limit=None, y_limit=2)
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" (?:text-anchor="(\w+)")?[^>]*>(here|loss budget)<', drawn)
+    assert len(found) == 4  # wide and narrow
+    for budget, here in (found[:2], found[2:]):
+        assert (budget[3], here[3]) == ("loss budget", "here")
+        apart = abs(float(budget[1]) - float(here[1])) > 10
+        assert apart or (here[2] == "end" and float(here[0]) < float(budget[0]) - 66)
+
+
+def test_what_holds_of_several_is_noted_once(report: Report) -> None:
+    busy = report.latency[1].load.model_copy(update={"busy": True, "others_during": 0.4})
+    timed = [one.model_copy(update={"load": busy}) for one in report.latency]
+    notes = build_view(report.model_copy(update={"latency": timed, "warnings": ["a", "a", "b"]})).notes
+    said = "the machine was busy during latency: other processes held 40 % of it"
+    assert [subject for subject, text in notes if text == said] == ["reference, q4-gguf, q4-onnx, student-q4"]
+    assert [text for subject, text in notes if not subject] == ["a", "b"]
+
+
 def test_pareto_front_holds_what_nothing_beats() -> None:
     points = [
         plots.Point(str(i), "ship", x, y, y, y) for i, (x, y) in enumerate([(1, 5), (2, 3), (2, 4), (3, 3), (4, 1)])
