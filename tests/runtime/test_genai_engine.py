@@ -74,6 +74,7 @@ def test_score_rows_reads_what_rows_share_once_and_each_row_in_one_call(
 
 def test_greedy_is_the_librarys_own_generate(engine: GenaiEngine, folder: Path) -> None:
     model = genai.Model(str(folder))
+    plain = OnnxEngine.load(folder, n_ctx=64, n_threads=1)
     for seed in range(3):
         prompt = [int(i) for i in np.random.default_rng(seed).integers(3, 500, 12)]
         params = genai.GeneratorParams(model)
@@ -85,7 +86,9 @@ def test_greedy_is_the_librarys_own_generate(engine: GenaiEngine, folder: Path) 
         theirs = [int(i) for i in generator.get_sequence(0)][12:]
         ours = greedy(engine, prompt, engine.stop_ids, 20)
         assert ours[: len(theirs)] == theirs
+        assert greedy(plain, prompt, plain.stop_ids, 20) == ours
         assert ours[len(theirs) :] in ([], [*engine.stop_ids])  # the library leaves the stop token out
+    plain.close()
 
 
 def test_wrong_use_is_one_line(engine: GenaiEngine, folder: Path, tmp_path: Path) -> None:
