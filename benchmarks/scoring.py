@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from edgetune.sources import find as find_base
 RESULT = Path(__file__).resolve().parent / "results" / "scoring.json"
 N_TOKENS, N_TARGET, N_SHARED, SLICE = 100, 24, 50, 50
 N_CTX = N_TOKENS + 1
+TEXT_CHARACTERS = 250_000  # some 55,000 tokens
 TIMEOUT_S = 600
 ENGINES = {"llama": "llama.cpp", "onnx": "onnxruntime", "genai": "onnxruntime-genai"}
 Took = dict[str, float]
@@ -56,7 +58,7 @@ Took = dict[str, float]
 class Pair:
     """An engine on both sides, and what each slice of a set took."""
 
-    ours: Callable[[list[ScoredRow], Path, Path], Took]
+    ours: Callable[[list[ScoredRow], Path, Path | None], Took]
     bare: Callable[[list[ScoredRow], int], Took]
     samples: dict[str, dict[str, list[Took]]] = field(default_factory=dict)  # set -> side -> slices
 
@@ -66,7 +68,7 @@ class Pair:
         return statistics.median(a[unit] / b[unit] for a, b in zip(sides["ours"], sides["bare"], strict=True))
 
 
-def scored(worker: Worker, folder: Path, rows: list[ScoredRow], reference: Path | None) -> Took:
+def scored(worker: Worker, rows: list[ScoredRow], folder: Path, reference: Path | None) -> Took:
     """Score one slice in the child, as `accuracy.score` does, and give its time as the parent sees it."""
     process = psutil.Process(worker.pid)
     workload = workload_digest(rows)
@@ -104,7 +106,7 @@ def make_rows(ids: Sequence[int], n_rows: int, n_shared: int) -> list[ScoredRow]
 
 
 def run_slice(
-    pairs: dict[str, Pair], name: str, rows: list[ScoredRow], shared: int, packs: Path, rng: random.Random, keep: bool
+    pairs: dict[str, Pair], name: str, rows: list[ScoredRow], shared: int, packs: Path, rng: random.Random
 ) -> None:
     """Run every side of every engine once on one slice, in an order that is drawn."""
     order = [(pair, engine, side) for engine, pair in pairs.items() for side in ("ours", "bare")]
@@ -117,8 +119,7 @@ def run_slice(
                 pack = ReferencePack.read(reference)
                 replace(pack, workload=workload_digest(rows)).save(reference)
                 took = pair.ours(rows, Path(folder), reference)
-        if keep:
-            pair.samples.setdefault(name, {"ours": [], "bare": []})[side].append(took)
+        pair.samples.setdefault(name, {"ours": [], "bare": []})[side].append(took)
 
 
 def benchmark(file: Path, folder: Path, given: argparse.Namespace) -> None:
@@ -127,11 +128,14 @@ def benchmark(file: Path, folder: Path, given: argparse.Namespace) -> None:
     n_rows = 2 * SLICE if given.quick else given.rows
     paths = {"llama": file, "onnx": folder, "genai": folder}
     kinds = {"llama": "gguf", "onnx": "onnx", "genai": "onnx"}
+    sets = (("own", 0), ("shared", N_SHARED))
     meter = LoadMeter()
     with ExitStack() as stack:
         packs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         pairs: dict[str, Pair] = {}
         jobs: dict[str, Job] = {}
+        text = general_text(None, "measure")[:TEXT_CHARACTERS]
+        ids: list[int] = []
         for engine in given.engine or list(ENGINES):
             path = paths[engine]
             job = find(path).job(kinds[engine], ENGINES[engine], n_threads=given.threads)
@@ -141,24 +145,19 @@ def benchmark(file: Path, folder: Path, given: argparse.Namespace) -> None:
             peer = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             stack.callback(peer.wait)
             stack.callback(peer.kill)
-            pairs[engine] = Pair(
-                lambda rows, out, reference, worker=worker: scored(worker, out, rows, reference), bare(peer)
-            )  # type: ignore[misc]
-            jobs[engine] = job
-            if engine == next(iter(pairs)):
-                text = general_text(None, "measure")[:250_000]
-                ids = worker.call("tokenize", timeout_s=TIMEOUT_S, text=text)["ids"]
-            for name, shared in (("own", 0), ("shared", N_SHARED)):  # warms up, and gives the packs
+            pairs[engine], jobs[engine] = Pair(partial(scored, worker), bare(peer)), job
+            ids = ids or worker.call("tokenize", timeout_s=TIMEOUT_S, text=text)["ids"]
+            for name, shared in sets:  # warms up, and gives the packs
                 rows = make_rows(ids, SLICE, shared)
                 with tempfile.TemporaryDirectory() as out:
-                    scored(worker, Path(out), rows, None)
+                    pairs[engine].ours(rows, Path(out), None)
                     (Path(out) / "chunk-00000.npz").rename(packs / f"{engine}-{name}.npz")
                 pairs[engine].bare(rows, shared)
         rng = random.Random(given.seed)
-        for name, shared in (("own", 0), ("shared", N_SHARED)):
+        for name, shared in sets:
             rows = make_rows(ids, n_rows, shared)
             for at in range(0, n_rows, SLICE):
-                run_slice(pairs, name, rows[at : at + SLICE], shared, packs, rng, keep=True)
+                run_slice(pairs, name, rows[at : at + SLICE], shared, packs, rng)
                 print(f"{name}: {at + SLICE} of {n_rows} rows", file=sys.stderr, flush=True)
     totals: dict[str, float] = {}
     for engine, pair in pairs.items():
