@@ -16,7 +16,7 @@ import numpy as np
 from edgetune.backends import require
 from edgetune.backends import version as version_of
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, TokenRow, check_tokens, first_line
+from edgetune.runtime.engine import Logits, TokenRow, check_tokens, common_prefix, first_line
 from edgetune.runtime.engines.onnx_folder import FolderEngine, OnnxFolder
 
 
@@ -31,6 +31,7 @@ class GenaiEngine(FolderEngine):
         self._n_vocab = int(folder.genai["model"]["vocab_size"])
         self._generator: Any = None
         self._n_past = 0
+        self._reader: object = None  # whose prefix the generator holds
 
     @classmethod
     def load(cls, path: Path, *, n_ctx: int, n_threads: int) -> GenaiEngine:
@@ -64,12 +65,7 @@ class GenaiEngine(FolderEngine):
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
-        if self._generator is None:
-            params = self._lib.GeneratorParams(self._model)
-            params.set_search_options(max_length=self._n_ctx, do_sample=False)
-            self._generator = self._lib.Generator(self._model, params)
-        self._generator.rewind_to(0)
-        self._n_past = 0
+        self._forget(None)
         return self._append(ids)
 
     def decode(self, token: int) -> Logits:
@@ -78,14 +74,45 @@ class GenaiEngine(FolderEngine):
         return self._append([token])
 
     def score(self, ids: Sequence[int]) -> Logits:
-        """Give the logits of every position of one row, [T, V]: token by token, the library keeps the last only."""
-        return np.stack([self.prefill(ids[:1]), *(self.decode(token) for token in ids[1:])])
+        """Give the logits of every position of one row, [T, V]."""
+        self.prefill(ids)
+        return np.array(self._every_logits(len(ids)), np.float32)
 
     def score_rows(self, rows: Sequence[TokenRow]) -> Iterator[Logits]:
-        """Give, row by row in order, the logits that predict row.target, [N, V]."""
+        """Give, row by row in order, the logits that predict row.target, [N, V].
+
+        What all rows begin with is read once and stays in the generator; it goes back to it before each row.
+        """
+        if not rows:
+            return
+        n_shared = common_prefix(rows)
+        reader = object()
         for row in rows:
-            first = self.prefill(row.ids[: row.start])
-            yield np.stack([first, *(self.decode(token) for token in row.target[:-1])])
+            own = row.ids[n_shared:-1]
+            if self._reader is not reader:  # at first, and where the caller used the engine in between
+                self._forget(reader)
+                if n_shared:
+                    self._append(row.ids[:n_shared])
+            self._generator.rewind_to(n_shared)
+            self._n_past = n_shared
+            self._append(own)
+            yield np.array(self._every_logits(len(own))[row.start - 1 - n_shared :], np.float32)
+
+    def _forget(self, reader: object) -> None:
+        """Go back to an empty context; the generator is made when first asked for."""
+        if self._generator is None:
+            params = self._lib.GeneratorParams(self._model)
+            params.set_search_options(max_length=self._n_ctx, do_sample=False)
+            self._generator = self._lib.Generator(self._model, params)
+        self._generator.rewind_to(0)
+        self._n_past, self._reader = 0, reader
+
+    def _every_logits(self, n: int) -> Logits:
+        """Give the logits of all positions that the last call read, [T, V], valid until the next."""
+        logits: Logits = self._generator.get_output("logits")[0]
+        if len(logits) != n:
+            raise EngineError(f"onnxruntime-genai gave the logits of {len(logits)} positions for {n} tokens")
+        return logits
 
     def close(self) -> None:
         self._generator = self._model = None

@@ -10,7 +10,7 @@ import pytest
 
 from edgetune.recipe import Bench, Budgets
 from edgetune.runtime import roofline, sensors
-from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase
+from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase, Probes, SweepPoint
 from edgetune.runtime.latency import make_prompts, measure, noise_floor
 from edgetune.runtime.probes import crossover
 from edgetune.runtime.report import beside
@@ -178,6 +178,60 @@ def test_all_probes_of_all_candidates() -> None:
     ):
         assert part in lines
     assert "8: failed (fake died of SIGSEGV" in "\n".join(beside.probed(breaks))
+
+
+def swept(waits: dict[int, float], *, spread: float = 0.0, runs: tuple[float, ...] = (10.0,)) -> Latency:
+    """A candidate whose steps of so many rows take so many ms, and whose runs have these medians."""
+    points = [
+        SweepPoint(
+            n_threads=2, n_rows=n, prompt_tokens=4,
+            generations=[
+                Generation(ttft_ms=5, itl_ms=[wait * (1 + spread * way)] * 4, warmup=False) for way in (-1, 0, 1)
+            ],
+        )
+        for n, wait in waits.items()
+    ]  # fmt: skip
+    (one,) = measure_of(repeated(list(runs)))
+    return one.model_copy(update={"probes": Probes(sweep=points)})
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "said"),
+    [
+        ({1: 5, 4: 8, 8: 15, 16: 30}, {1: 10, 4: 11, 8: 15, 16: 24}, "no longer faster from 8 rows on"),
+        ({1: 5, 4: 8}, {1: 10, 4: 11}, "still faster at 4"),
+        ({1: 12, 4: 20}, {1: 10, 4: 11}, "faster at none of them"),
+        ({1: 10, 4: 8, 8: 16}, {1: 10, 4: 11, 8: 15}, "no longer faster from 8 rows on"),  # noise at one row
+    ],
+)
+def test_the_crossover_is_where_smaller_weights_stop_being_faster(
+    small: dict[int, float], large: dict[int, float], said: str
+) -> None:
+    (line,) = beside.crossed(swept(small), swept(large))
+    assert line.endswith("; " + said)
+
+
+def test_a_crossover_is_no_finer_than_spread_and_noise_floor() -> None:
+    small, large = {1: 9.0, 4: 20.0}, {1: 10.0, 4: 21.0}
+    assert "no longer faster from 4 rows on" in next(beside.crossed(swept(small, spread=0.06), swept(large)))
+    sides = swept(small, runs=(10.0, 10.2)), swept(large)  # the floor of two runs is wide
+    assert "faster at none of them" in next(beside.crossed(*sides))
+
+
+def test_a_longer_context_is_said_to_cost_more() -> None:
+    from tests.runtime.test_history import timings
+
+    (one, _) = timings(1.0).results
+    assert isinstance(one, Latency)
+    cases = [
+        LatencyCase(
+            prompt_tokens=n, new_tokens=5, steady=True,
+            generations=[Generation(ttft_ms=n, itl_ms=[wait] * 4, warmup=False)] * 3,
+        )
+        for n, wait in ((32, 10.0), (2048, 15.0))
+    ]  # fmt: skip
+    found = list(beside.probed(one.model_copy(update={"cases": cases, "probes": Probes(sweep=[])})))
+    assert "context: ITL p50 10.00 ms after 32 tokens, 15.00 ms after 2048: +50%" in found
 
 
 @pytest.mark.usefixtures("fakes_in_child")
