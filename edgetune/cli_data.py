@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from edgetune.cli import DEFAULT_STORE, StoreFolder, _console, _quiet, app
+from edgetune.cli import DEFAULT_STORE, StoreFolder, app
 from edgetune.errors import UsageError
+from edgetune.terminal import console, quiet
 
 if TYPE_CHECKING:
     from edgetune.data.check.examine import Input, Template
@@ -51,7 +52,7 @@ def check(
     template = _template(name, store) if name is not None else None
     tokens = max_length or (rows.max_length if rows is not None else MAX_LENGTH)
     found = examine(inputs, rows.check if rows is not None else DataCheck(), tokens, template)
-    print_summary(found, _console())
+    print_summary(found, console())
     for path, text in ((json, found.model_dump_json(indent=1) + "\n"), (html, render_page(found))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def _format(name: str | None) -> Format:
 
 def _template(base: str, store: Path) -> Template:
     """Read the tokenizer of a base, which is made into an artifact where the store has none."""
-    _quiet()
+    quiet()
     from transformers import AutoTokenizer
 
     from edgetune.artifact import Store
@@ -100,6 +101,6 @@ def _template(base: str, store: Path) -> Template:
     from edgetune.data.golden import Golden
     from edgetune.single import open_model
 
-    model = open_model(base, Store(store), _console())
+    model = open_model(base, Store(store), console())
     tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
     return Template(base, tokenizer, Golden.read(model.path).stop_ids)

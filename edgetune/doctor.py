@@ -42,6 +42,7 @@ PROBES: dict[str, str] = {
     "onnxruntime_genai": "import onnxruntime_genai as og; print(f'{og.__version__}')",
     "tensorrt_rtx": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt_rtx', ['8.6']))",
     "tensorrt": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt', []))",
+    "pynvml": "from edgetune.runtime.sensors import GpuEnergyMeter; print(GpuEnergyMeter().why_not or 'reads them')",
     "fastapi": "import fastapi, uvicorn; print(f'{fastapi.__version__}')",
     "sacrebleu": "import sacrebleu; print(sacrebleu.__version__)",
     "rouge_score": "from rouge_score.rouge_scorer import RougeScorer; RougeScorer(['rougeL']).score('a', 'a'); "

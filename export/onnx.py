@@ -140,7 +140,7 @@ def run(config: OnnxExport, source: Artifact, out: Path, *, progress: Progress |
         if pending.scheme is not None:
             pending.scheme |= {"head_bits": config.head_bits, "accuracy_level": config.accuracy_level}
         tell(2, 4, "contract")
-        from edgetune.runtime.engines.onnx_engine import load_tokenizer
+        from edgetune.runtime.engines.onnx_folder import load_tokenizer
 
         tokenizer = load_tokenizer(pending.path)
         facts = runtime_facts(pending.path, tokenizer)

@@ -26,7 +26,7 @@ from edgetune.runtime.engine import Engine, Logits, TokenRow
 from edgetune.runtime.evidence import Accuracy, RowScore, Seam, TextScore
 from edgetune.runtime.machine import LoadMeter
 from edgetune.runtime.metrics import micro_f1, parse_slots, slot_counts
-from edgetune.runtime.reference import Divergence, PackBuilder, ReferencePack, join
+from edgetune.runtime.reference import Divergence, PackBuilder, ReferencePack, Softmax, join
 from edgetune.runtime.worker import Job, Worker
 
 CHUNK = 64  # rows between two checkpoints
@@ -194,7 +194,7 @@ def seam(hop: str, accuracy: Accuracy) -> Seam:
     return Seam(
         hop=hop, engine=accuracy.subject.engine, n_rows=len(accuracy.rows), kl_per_token=figures["kl_per_token"],
         exact_match=figures["exact_match"] or 0.0, token_accuracy=figures["token_accuracy"] or 0.0,
-        nll_per_token=figures["nll_per_token"] or 0.0,
+        nll_per_token=figures["nll_per_token"] or 0.0, exact_rows="".join(str(int(row.exact)) for row in accuracy.rows),
     )  # fmt: skip
 
 
@@ -250,9 +250,10 @@ def _score_chunk(
 ) -> list[dict[str, Any]]:
     scored = []
     for i, logits in enumerate(engine.score_rows([row.tokens for row in rows])):
-        found = score_row(rows[i].tokens, logits, f"{engine.name}, row {first + i}")
+        softmax = Softmax.of(logits)
+        found = score_row(rows[i].tokens, logits, f"{engine.name}, row {first + i}", softmax)
         if pack is not None:
-            found |= _divergence(pack.compare(first + i, logits))
+            found |= _divergence(pack.compare(first + i, logits, softmax))
         if builder is not None:
             builder.add(logits)
         scored.append(found)
@@ -272,8 +273,8 @@ def _divergence(found: Divergence) -> dict[str, Any]:
     }
 
 
-def score_row(row: TokenRow, logits: Logits, where: str = "a row") -> dict[str, Any]:
-    """Compare the logits of a row's target, [N, V], with its gold tokens.
+def score_row(row: TokenRow, logits: Logits, where: str = "a row", softmax: Softmax | None = None) -> dict[str, Any]:
+    """Compare the logits of a row's target, [N, V], with its gold tokens. `softmax` is theirs, where there is one.
 
     Gives the fields of RowScore, and `argmax`, the tokens that greedy decoding would choose under the gold prefix.
     Raises EngineError where the logits are not finite or too few.
@@ -281,18 +282,18 @@ def score_row(row: TokenRow, logits: Logits, where: str = "a row") -> dict[str, 
     gold = np.array(row.target)
     if len(logits) != len(gold):
         raise EngineError(f"{where}: {len(logits)} positions of logits for {len(gold)} target tokens")
-    top = logits.max(1)
-    bad = np.flatnonzero(~np.isfinite(top) | ~np.isfinite(logits[np.arange(len(gold)), gold]))
+    chosen, top, exps = softmax or Softmax.of(logits)
+    told = logits[np.arange(len(gold)), gold]
+    bad = np.flatnonzero(~np.isfinite(top) | ~np.isfinite(told))
     if len(bad):
         raise EngineError(f"{where}: logits that are not finite at target position {bad[0]}")
-    chosen = logits.argmax(1)
-    total = np.log(np.exp(logits - top[:, None]).sum(1, dtype=np.float64)) + top
+    total = np.log(exps.sum(1, dtype=np.float64)) + top
     right = chosen == gold
     return {
         "exact": bool(right.all()),
         "n_tokens": len(gold),
         "n_correct": int(right.sum()),
-        "nll": float((total - logits[np.arange(len(gold)), gold]).sum()),
+        "nll": float((total - told).sum()),
         "argmax": chosen.tolist(),
     }
 

@@ -120,6 +120,8 @@ ENGINES: dict[str, str] = {
     "onnxruntime-genai": "edgetune.runtime.engines.genai_engine:GenaiEngine",
 }
 
+ON_GPU = ("tensorrt",)  # engines that run on an NVIDIA GPU; all others run on the processor
+
 # artifact kind -> engine that ships it
 ENGINE_OF_KIND: dict[str, str] = {
     "model": "torch",
@@ -162,6 +164,21 @@ def common_prefix(rows: Sequence[TokenRow]) -> int:
     low, high = min(row.ids for row in rows), max(row.ids for row in rows)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return min(same, min(row.start for row in rows) - 1)
+
+
+def check_tokens(engine: str, ids: Sequence[int], total: int, n_ctx: int, n_vocab: int, place: Path) -> None:
+    """Refuse tokens that make the context longer than `n_ctx` in all or that no vocabulary holds: EngineError."""
+    if total > n_ctx:
+        raise EngineError(f"{engine} was asked for {total} tokens of context, n_ctx is {n_ctx}; raise n_ctx")
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= n_vocab:
+        wrong = high if high >= n_vocab else low
+        raise EngineError(f"token id {wrong} is not in the vocabulary of {n_vocab}; use the tokenizer of {place}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign library said, on one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class OneByOne:

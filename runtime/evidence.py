@@ -156,12 +156,15 @@ class CpuState(Record):
 
 
 class Energy(Record):
-    """Joules of the processor packages over one generation, the machine's rest included."""
+    """Joules over one generation, of the processor packages and, of an engine on a GPU, of all GPUs; the machine's
+    rest included."""
 
     joules: float | None
     seconds: float
     n_tokens: int
     reason: str | None = None  # why there is no reading
+    gpu_joules: float | None = None
+    gpu_reason: str | None = None  # why there is none of the GPU that ran it
 
 
 class Roofline(Record):
@@ -255,6 +258,7 @@ class Seam(Record):
     nll_per_token: float
     kl_per_token: float | None
     aside: bool = False  # measured on other rows, and against another reference: not a step of the way
+    exact_rows: str | None = None  # "1" for each row that is exact and "0" for the others, in their order
 
 
 class Check(Record):

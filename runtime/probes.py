@@ -19,6 +19,7 @@ import numpy as np
 from edgetune.errors import EdgetuneError
 from edgetune.recipe import Bench
 from edgetune.runtime import roofline, sensors
+from edgetune.runtime.engine import ON_GPU
 from edgetune.runtime.evidence import (
     ColdStart,
     CpuState,
@@ -183,16 +184,19 @@ def _memory(job: Job, work: _Work) -> MemoryPhases:
 
 
 def _energy(job: Job, work: _Work) -> Energy:
-    n_tokens = len(work.ids) + len(work.fed)
-    meter = sensors.EnergyMeter()
-    if (why := meter.why_not) is not None:
+    n_tokens, on_gpu = len(work.ids) + len(work.fed), job.engine in ON_GPU
+    why = sensors.EnergyMeter().why_not
+    if why is not None and not on_gpu:
         return Energy(joules=None, seconds=0.0, n_tokens=n_tokens, reason=why)
     with Worker(job) as worker:
         worker.load(n_ctx=work.n_ctx, timeout_s=work.timeout_s)
         _rows(worker, 1, work, warmup=True)
-        meter, began = sensors.EnergyMeter(), time.monotonic()
+        meter, gpu, began = sensors.EnergyMeter(), sensors.GpuEnergyMeter() if on_gpu else None, time.monotonic()
         _rows(worker, 1, work, warmup=False)
-        return Energy(joules=meter.joules(), seconds=time.monotonic() - began, n_tokens=n_tokens)
+        return Energy(
+            joules=meter.joules(), seconds=time.monotonic() - began, n_tokens=n_tokens, reason=why,
+            gpu_joules=gpu.joules() if gpu is not None else None, gpu_reason=gpu.why_not if gpu is not None else None,
+        )  # fmt: skip
 
 
 def _roofline(job: Job, timed: Latency, work: _Work, bandwidth: float) -> Roofline:

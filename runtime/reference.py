@@ -25,6 +25,27 @@ LOG_STEP = 1 / 1024  # nats between two levels of a drawn token's log-probabilit
 Doubles = NDArray[np.float64]
 
 
+class Softmax(NamedTuple):
+    """What every figure of N positions begins with, computed once.
+
+    Exponentials are float32, sums of them float64: a whole vocabulary in float64 takes longer than the model that
+    gave it.
+    """
+
+    chosen: NDArray[np.int64]  # [N], the argmax; ties by lowest id
+    top: NDArray[np.float32]  # [N], its logit
+    exps: NDArray[np.float32]  # [N, V], exp(logits - top)
+
+    @classmethod
+    def of(cls, logits: Logits) -> Softmax:
+        """Compute it of logits, [N, V]. Where one is nan or infinite, so is `top`, which the caller looks at."""
+        chosen = logits.argmax(1)
+        top = logits[np.arange(len(logits)), chosen]
+        with np.errstate(invalid="ignore"):
+            exps = logits - top[:, None]
+        return cls(chosen, top, np.exp(exps, out=exps))
+
+
 class Divergence(NamedTuple):
     """A row against the reference, position by position."""
 
@@ -58,10 +79,11 @@ class ReferencePack:
     def n_rows(self) -> int:
         return len(self.lengths)
 
-    def compare(self, row: int, logits: Logits) -> Divergence:
+    def compare(self, row: int, logits: Logits, softmax: Softmax | None = None) -> Divergence:
         """Compare the logits of a row's target, [N, V], with the reference.
 
-        Raises UsageError where the row has another number of positions or the vocabulary differs.
+        `softmax` is theirs, where the caller has it; its exponentials are written over. Raises UsageError where the
+        row has another number of positions or the vocabulary differs.
         """
         first, n_positions = int(self.lengths[:row].sum()), int(self.lengths[row])
         if logits.shape != (n_positions, self.n_vocab):
@@ -80,7 +102,8 @@ class ReferencePack:
         p, p_tail = p / whole[at], p_tail / whole
 
         drawn = self.drawn[part].astype(np.int64)
-        log_q, log_q_drawn, log_q_tail = _log_masses(logits, at, ids, drawn)
+        softmax = softmax or Softmax.of(logits)
+        log_q, log_q_drawn, log_q_tail = _log_masses(logits, softmax, at, ids, drawn)
         with np.errstate(divide="ignore", invalid="ignore"):
             kl = np.zeros(n_positions)
             kl += np.bincount(at, np.where(p > 0, p * (np.log(p) - log_q), 0.0), n_positions)
@@ -88,7 +111,7 @@ class ReferencePack:
             inside = (np.expm1(log_r) - log_r).mean(1)
             kl += np.where(p_tail > 0, p_tail * (np.log(p_tail) - log_q_tail + inside), 0.0)
         likeliest = ids[np.cumsum(counts) - counts]
-        return Divergence(kl, logits.argmax(1) == likeliest)
+        return Divergence(kl, softmax.chosen == likeliest)
 
     def save(self, path: Path) -> None:
         """Write the pack as one compressed npz file."""
@@ -181,14 +204,13 @@ def join(packs: Sequence[ReferencePack], workload: str) -> ReferencePack:
 
 
 def _log_masses(
-    logits: Logits, at: NDArray[np.int64], ids: NDArray[np.int64], drawn: NDArray[np.int64]
+    logits: Logits, softmax: Softmax, at: NDArray[np.int64], ids: NDArray[np.int64], drawn: NDArray[np.int64]
 ) -> tuple[Doubles, Doubles, Doubles]:
     """Give log-probabilities of kept tokens, [sum of K], of drawn ones, [N, S], and of all but the kept, [N].
 
-    Exponentials are float32, sums float64: a whole vocabulary in float64 takes longer than the model that gave it.
+    The exponentials of `softmax` are written over.
     """
-    top = logits.max(1, keepdims=True)
-    exps = np.exp(logits - top)
+    top, exps = softmax.top[:, None], softmax.exps
     kept = np.bincount(at, exps[at, ids].astype(np.float64), len(logits))
     exps[at, ids] = 0.0
     rest = exps.sum(1, dtype=np.float64)

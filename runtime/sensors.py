@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgetune.backends import require
+from edgetune.errors import MissingBackendError
 from edgetune.runtime.evidence import CpuState
 
 ROOT = Path("/")
@@ -58,6 +60,34 @@ class EnergyMeter:
     def _read(self) -> list[float] | None:
         found = [_number(zone / "energy_uj") for zone in self._zones]
         return [value for value in found if value is not None] if found and None not in found else None
+
+
+class GpuEnergyMeter:
+    """Joules of all NVIDIA GPUs, by the counters of NVML (Volta and later); `why_not` says why there is no reading."""
+
+    def __init__(self) -> None:
+        self.why_not: str | None = None
+        self._before = self._read()
+
+    def joules(self) -> float | None:
+        """Give what was used since the meter was made."""
+        after = self._read()
+        return None if self._before is None or after is None else after - self._before
+
+    def _read(self) -> float | None:
+        """Joules since the driver was loaded."""
+        try:
+            nvml = require("pynvml")
+        except MissingBackendError as error:
+            self.why_not = str(error)
+            return None
+        try:
+            nvml.nvmlInit()
+            gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            return sum(float(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) for gpu in gpus) / 1e3
+        except nvml.NVMLError as error:
+            self.why_not = f"NVML gives no reading ({error})"
+            return None
 
 
 def drop_from_page_cache(files: Sequence[Path]) -> float | None:

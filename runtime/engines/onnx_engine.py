@@ -6,7 +6,6 @@ Shapes: T tokens, N target positions, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +17,12 @@ from numpy.typing import NDArray
 from edgetune.backends import require
 from edgetune.backends import version as version_of
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, OneByOne, TokenRow, common_prefix
+from edgetune.runtime.engine import Logits, TokenRow, check_tokens, first_line
+from edgetune.runtime.engines.kept_prefix import KeptPrefix
 from edgetune.runtime.engines.onnx_cache import GrowingCache, SharedCache, bind
+from edgetune.runtime.engines.onnx_folder import FolderEngine, OnnxFolder
 
 CHUNK = 128  # tokens of one run: bounds the logits buffer; throughput is flat from 32 on
-GENAI_CONFIG = "genai_config.json"
-
-# Which fields of an ONNX protobuf message hold which messages, as far as a tensor or a node can hide in them.
-_NESTED: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node", 11: "attribute"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-}
 
 
 @dataclass
@@ -46,25 +35,23 @@ class _Rows:
     n_past: int = 0
 
 
-class OnnxEngine(OneByOne):
+class OnnxEngine(KeptPrefix, FolderEngine):
     """One session with a key/value cache of `n_ctx` positions."""
 
     name = "onnxruntime"
 
-    def __init__(self, session: Any, folder: Path, genai: dict[str, Any], *, n_ctx: int, shared: bool) -> None:
-        self._session, self._folder, self._genai, self._n_ctx = session, folder, genai, n_ctx
+    def __init__(self, session: Any, folder: OnnxFolder, *, n_ctx: int) -> None:
+        self._session, self._folder, self._n_ctx = session, folder, n_ctx
         outputs = {o.name: o for o in session.get_outputs()}
         self._n_vocab = int(outputs["logits"].shape[-1])
         self._logits = np.empty((CHUNK, self._n_vocab), np.float32)
         self._mask = np.ones(n_ctx, np.int64)
         self._positions = np.arange(n_ctx, dtype=np.int64)
         self._has_positions = any(i.name == "position_ids" for i in session.get_inputs())
-        self._n_past = 0
-        self._reader: object = None  # whose tokens the cache holds
-        self._tokenizer: Any = None
-        self._shared, self._head_size = shared, int(genai["model"]["decoder"]["head_size"])
+        self._n_past, self._reader = 0, None
+        self._shared, self._head_size = folder.shares_cache, int(folder.decoder["head_size"])
         self._binding: Any = session.io_binding()
-        kind: type[SharedCache | GrowingCache] = SharedCache if shared else GrowingCache
+        kind: type[SharedCache | GrowingCache] = SharedCache if self._shared else GrowingCache
         self._cache: SharedCache | GrowingCache | None = kind(session, self._binding, self._head_size, n_ctx)
         self._rows: _Rows | None = None
 
@@ -76,12 +63,7 @@ class OnnxEngine(OneByOne):
         keeps no shared cache, and where the runtime refuses it. Raises MissingBackendError without onnxruntime.
         """
         ort = require("onnxruntime")
-        genai = read_genai_config(path)
-        graph = path / str(genai["model"]["decoder"].get("filename", "model.onnx"))
-        shared = check_graph(graph)
-        longest = int(genai["model"].get("context_length", n_ctx))
-        if n_ctx > longest:
-            raise EngineError(f"n_ctx={n_ctx} is longer than the {longest} positions of {path}; lower n_ctx")
+        folder = OnnxFolder.open(path, n_ctx=n_ctx)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
         options.log_severity_level = 3
@@ -89,10 +71,10 @@ class OnnxEngine(OneByOne):
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # never between runs
         try:
-            session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-            return cls(session, path, genai, n_ctx=n_ctx, shared=shared)
+            session = ort.InferenceSession(str(folder.graph), options, providers=["CPUExecutionProvider"])
+            return cls(session, folder, n_ctx=n_ctx)
         except Exception as error:  # what onnxruntime raises shares no other base
-            raise EngineError(f"onnxruntime cannot load {graph}: {_first_line(error)}") from error
+            raise EngineError(f"onnxruntime cannot load {folder.graph}: {first_line(error)}") from error
 
     @property
     def version(self) -> str:
@@ -103,17 +85,8 @@ class OnnxEngine(OneByOne):
         return self._n_vocab
 
     @property
-    def weight_bytes(self) -> int:
-        return graph_bytes(self._folder, self._genai)
-
-    @property
     def kv_bytes_per_token(self) -> float:
         return float(self._kept.bytes_per_token)
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """The tokens that end an answer, as `genai_config.json` names them."""
-        return stop_ids(self._genai)
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Forget all context, read `ids`, and give the logits of the last position, [V]."""
@@ -133,7 +106,7 @@ class OnnxEngine(OneByOne):
         Raises EngineError for a graph whose cache is not shared.
         """
         if not self._shared:
-            raise EngineError(f"{self._folder} copies its cache at each step and reads one row at a time")
+            raise EngineError(f"{self._folder.path} copies its cache at each step and reads one row at a time")
         if self._rows is None or self._rows.n_rows != len(rows):
             binding = self._session.io_binding()
             cache = SharedCache(self._session, binding, self._head_size, self._n_ctx, n_rows=len(rows))
@@ -171,18 +144,7 @@ class OnnxEngine(OneByOne):
         What all rows begin with is read once and stays in the cache; each row is then written over the one before.
         Rows are not batched: the runtime reads 32 tokens as fast, each, as 256.
         """
-        if not rows:
-            return
-        n_shared = common_prefix(rows)
-        reader = object()
-        for row in rows:
-            if self._reader is not reader:  # at first, and where the caller used the engine in between
-                self._forget(reader)
-                for _ in self._read(row.ids[:n_shared]):
-                    pass
-                self._kept.keep()
-            self._n_past = n_shared
-            self._kept.rewind()
+        for row, n_shared in self._behind_prefix(rows):
             out = np.empty((len(row.target), self._n_vocab), np.float32)
             at = n_shared - (row.start - 1)  # the position start - 1 predicts the first target
             for part in self._read(row.ids[n_shared:-1]):
@@ -191,30 +153,17 @@ class OnnxEngine(OneByOne):
                 at += len(part)
             yield out
 
-    def tokenize(self, text: str) -> list[int]:
-        """Turn rendered text into ids with onnxruntime-genai's tokenizer: special tokens parsed, no BOS added."""
-        return [int(token) for token in self._own_tokenizer().encode(text)]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self._own_tokenizer().decode(np.array(ids, np.int32)))
-
-    def _own_tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._folder)
-            self._tokenizer.update_options(add_special_tokens="false")
-        return self._tokenizer
-
     def close(self) -> None:
-        self._binding = self._session = self._tokenizer = self._cache = self._rows = None
+        self._binding = self._session = self._cache = self._rows = None
 
     @property
     def _kept(self) -> SharedCache | GrowingCache:
         assert self._cache is not None, "the engine is closed"
         return self._cache
 
-    def _forget(self, reader: object) -> None:
-        self._n_past, self._reader = 0, reader
-        self._kept.clear()
+    def _skip(self, ids: Sequence[int]) -> None:
+        for _ in self._read(ids):
+            pass
 
     def _read(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Append tokens chunk by chunk; each chunk's logits are valid until the next."""
@@ -238,16 +187,7 @@ class OnnxEngine(OneByOne):
     def _step(self, binding: Any, tokens: NDArray[np.int64], n_past: int, logits: Logits) -> None:
         """Run the graph on tokens [B, T] after `n_past` others, into `logits` [B, T, V]."""
         B, total = len(tokens), n_past + tokens.shape[1]
-        if total > self._n_ctx:
-            raise EngineError(
-                f"onnxruntime was asked for {total} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx"
-            )
-        low, high = int(tokens.min()), int(tokens.max())
-        if high >= self._n_vocab or low < 0:
-            wrong = high if high >= self._n_vocab else low
-            raise EngineError(
-                f"token id {wrong} is not in the vocabulary of {self._n_vocab}; use the tokenizer of {self._folder}"
-            )
+        check_tokens(self.name, tokens.ravel().tolist(), total, self._n_ctx, self._n_vocab, self._folder.path)
         mask, positions = self._mask[None, :total], self._positions[None, n_past:total]
         if B > 1:
             mask, positions = (np.ascontiguousarray(np.broadcast_to(a, (B, a.shape[1]))) for a in (mask, positions))
@@ -259,114 +199,4 @@ class OnnxEngine(OneByOne):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # what onnxruntime raises shares no other base
-            raise EngineError(f"onnxruntime failed after {n_past} tokens: {_first_line(error)}") from error
-
-
-def read_genai_config(folder: Path) -> dict[str, Any]:
-    """Read `genai_config.json` of an artifact folder. Raises EngineError where it is missing or lacks what is read."""
-    try:
-        genai: dict[str, Any] = json.loads((folder / GENAI_CONFIG).read_bytes())
-        int(genai["model"]["decoder"]["head_size"])
-        stop_ids(genai)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{folder / GENAI_CONFIG} cannot be read: {_first_line(error)}; export again") from error
-    return genai
-
-
-def graph_bytes(folder: Path, genai: dict[str, Any]) -> int:
-    """Give the bytes of a folder's graph and its data files, which hold the weights."""
-    graph = folder / str(genai["model"]["decoder"].get("filename", "model.onnx"))
-    return sum(file.stat().st_size for file in folder.glob(f"{graph.name}*"))
-
-
-def stop_ids(genai: dict[str, Any]) -> frozenset[int]:
-    """Give the end tokens of a `genai_config.json`, which names one or lists several."""
-    found = genai["model"]["eos_token_id"]
-    return frozenset(found) if isinstance(found, list) else frozenset([int(found)])
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer that onnxruntime-genai uses for a folder, without the model. Raises EngineError."""
-    genai = require("onnxruntime_genai")
-    try:
-        return genai.Tokenizer(genai.Config(str(folder)))
-    except Exception as error:  # what onnxruntime-genai raises shares no other base
-        raise EngineError(f"onnxruntime-genai cannot load the tokenizer of {folder}: {_first_line(error)}") from error
-
-
-def check_graph(graph: Path) -> bool:
-    """Refuse a graph that is cut, that reads outside its folder, or whose data file is too short.
-
-    Gives whether its cache is shared by input and output (GroupQueryAttention) or grows by copying (Attention).
-    Reads the protobuf itself: the onnx package would add its memory to what is measured. Raises EngineError.
-    """
-    operators: set[bytes] = set()
-    folder = graph.parent.resolve()
-    try:
-        for entry in _external_data(memoryview(graph.read_bytes()), "model", operators):
-            location = entry.get(b"location", b"").decode()
-            file = folder / location
-            if not location or Path(location).is_absolute() or file.resolve().parent != folder:
-                raise EngineError(f"{graph} reads the file {location!r}, which is not in its folder; export again")
-            offset, length = int(entry.get(b"offset", b"0")), int(entry.get(b"length", b"0"))
-            size = file.stat().st_size if file.is_file() else -1
-            if offset < 0 or length < 0 or offset + length > size:
-                raise EngineError(
-                    f"{graph} reads {offset + length} bytes of {location}, which has {size}; export again"
-                )
-    except (OSError, ValueError, IndexError) as error:
-        raise EngineError(f"{graph} is damaged: {_first_line(error)}; export again") from error
-    if not operators & {b"GroupQueryAttention", b"Attention"}:
-        raise EngineError(f"{graph} has no GroupQueryAttention or Attention, so no known cache; export with edgetune")
-    return b"GroupQueryAttention" in operators
-
-
-def _external_data(message: memoryview, kind: str, operators: set[bytes]) -> Iterator[dict[bytes, bytes]]:
-    """Walk a protobuf message; give each tensor's external_data entries and collect node operators."""
-    entries: dict[bytes, bytes] = {}
-    for number, value in _fields(message):
-        inner = _NESTED.get(kind, {}).get(number)
-        if inner is not None:
-            yield from _external_data(value, inner, operators)
-        elif kind == "node" and number == 4:
-            operators.add(bytes(value))
-        elif kind == "tensor" and number == 13:
-            pair = {n: bytes(v) for n, v in _fields(value)}
-            entries[pair[1]] = pair.get(2, b"")
-    if entries:
-        yield entries
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Give number and bytes of each length-delimited field. Raises ValueError where the message is cut."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        wire = key & 7
-        if wire == 0:
-            _, at = _varint(message, at)
-            continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"it holds the unknown wire type {wire}")
-        size = {1: 8, 5: 4}.get(wire, 0)
-        if wire == 2:
-            size, at = _varint(message, at)
-        if at + size > len(message):
-            raise ValueError("it ends in the middle of a field")
-        if wire == 2:
-            yield key >> 3, message[at : at + size]
-        at += size
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]  # IndexError where the message is cut
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise EngineError(f"onnxruntime failed after {n_past} tokens: {first_line(error)}") from error

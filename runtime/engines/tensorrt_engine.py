@@ -18,8 +18,9 @@ import numpy as np
 
 from edgetune.backends import require
 from edgetune.errors import EngineError
-from edgetune.runtime.engine import Logits, OneByOne, TokenRow, common_prefix
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow, check_tokens, first_line
 from edgetune.runtime.engines.growing_cache import Slots
+from edgetune.runtime.engines.kept_prefix import KeptPrefix
 
 ENGINE, SETTINGS = "model.engine", "tensorrt.json"
 PREFILL, DECODE = 0, 1  # optimization profiles
@@ -76,7 +77,7 @@ class EngineFiles:
         except EngineError:
             raise
         except Exception as error:  # what tokenizers raises has no other base
-            raise EngineError(f"{folder} cannot be read as a TensorRT artifact: {_first_line(error)}") from error
+            raise EngineError(f"{folder} cannot be read as a TensorRT artifact: {first_line(error)}") from error
         return cls(folder, settings, tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
@@ -90,7 +91,7 @@ class EngineFiles:
         return str(json.loads((self.folder / "tokenizer_config.json").read_bytes()).get("chat_template") or "")
 
 
-class TensorrtEngine(OneByOne):
+class TensorrtEngine(KeptPrefix, OneByOne):
     """One execution context with a key/value cache of `n_ctx` positions."""
 
     name = "tensorrt"
@@ -103,8 +104,7 @@ class TensorrtEngine(OneByOne):
         self._files, self._device, self._n_ctx = files, device, n_ctx
         self._settings, self._slots = files.settings, Slots()
         self._profile: int | None = None
-        self._n_past = 0
-        self._reader: object = None  # whose tokens the cache holds
+        self._n_past, self._reader = 0, None
 
     @classmethod
     def load(cls, path: Path, *, n_ctx: int, n_threads: int) -> TensorrtEngine:
@@ -147,18 +147,7 @@ class TensorrtEngine(OneByOne):
 
     def score_rows(self, rows: Sequence[TokenRow]) -> Iterator[Logits]:
         """Give, row by row in order, the logits that predict row.target. What all rows begin with is read once."""
-        if not rows:
-            return
-        n_shared = common_prefix(rows)
-        reader = object()
-        for row in rows:
-            if self._reader is not reader:  # at first, and where the caller used the engine in between
-                self._forget(reader)
-                for _ in self._read(row.ids[:n_shared], last_only=True) if n_shared else ():
-                    pass
-                self._slots.keep()
-            self._slots.rewind()
-            self._n_past = n_shared
+        for row, n_shared in self._behind_prefix(rows):
             found = np.concatenate(list(self._read(row.ids[n_shared:-1])))
             yield found[row.start - 1 - n_shared :]
 
@@ -172,9 +161,13 @@ class TensorrtEngine(OneByOne):
     def close(self) -> None:
         self._device.close()
 
-    def _forget(self, reader: object) -> None:
-        self._n_past, self._reader = 0, reader
-        self._slots.clear()
+    @property
+    def _kept(self) -> Slots:
+        return self._slots
+
+    def _skip(self, ids: Sequence[int]) -> None:
+        for _ in self._read(ids, last_only=True):
+            pass
 
     def _read(self, ids: Sequence[int], *, last_only: bool = False) -> Iterator[Logits]:
         """Append tokens chunk by chunk and give each chunk's logits, or its last token's: fewer bytes off the GPU."""
@@ -187,12 +180,7 @@ class TensorrtEngine(OneByOne):
     def _run(self, ids: Sequence[int], *, last_only: bool = False) -> Logits:
         """Append up to a chunk of tokens and give their logits, [T, V], or those of the last, [1, V]."""
         past, total = self._n_past, self._n_past + len(ids)
-        if total > self._n_ctx:
-            raise EngineError(f"tensorrt was asked for {total} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx")
-        wrong = next((token for token in ids if not 0 <= token < self.n_vocab), None)
-        if wrong is not None:
-            raise EngineError(f"token id {wrong} is not in the vocabulary of {self.n_vocab}; "
-                              f"use the tokenizer of {self._files.folder}")  # fmt: skip
+        check_tokens(self.name, ids, total, self._n_ctx, self.n_vocab, self._files.folder)
         profile = DECODE if len(ids) == 1 and past else PREFILL
         if profile != self._profile:
             self._device.use_profile(profile)
@@ -273,7 +261,3 @@ class TrtDevice:
         self._context = self._engine = self._runtime = None
         self._cache.clear()
         self._held = []
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -21,7 +21,7 @@ from edgetune.errors import EngineError, UsageError
 from edgetune.nf4 import keep_layout, nf4_config
 from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
 from edgetune.quant_config import is_gptq
-from edgetune.runtime.engine import Logits, TokenRow, greedy
+from edgetune.runtime.engine import Logits, TokenRow, check_tokens, first_line, greedy
 
 BATCH_TOKENS = 2048  # padded tokens of one forward pass
 HEAD_POSITIONS = 256  # positions of one pass through the output head, to bound the float32 logits
@@ -84,7 +84,7 @@ class TorchEngine:
                 model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError, RuntimeError) as error:
             torch.set_num_threads(before)
-            raise EngineError(f"torch cannot load {path}: {_first_line(error)}") from error
+            raise EngineError(f"torch cannot load {path}: {first_line(error)}") from error
         model.eval()
         return cls(model, path, n_ctx=n_ctx, device=device, n_threads_before=before, compiled=compiled)
 
@@ -249,16 +249,10 @@ class TorchEngine:
         return array
 
     def _check(self, n_tokens: int, *rows: Sequence[int]) -> None:
-        if n_tokens > self._n_ctx:
-            raise EngineError(f"torch was asked for {n_tokens} tokens of context, n_ctx is {self._n_ctx}; raise n_ctx")
         if not all(rows):
             raise EngineError("torch was asked to read an empty row; give at least one token")
-        top, low = max(map(max, rows)), min(map(min, rows))
-        if top >= self.n_vocab or low < 0:
-            raise EngineError(
-                f"token id {top if top >= self.n_vocab else low} is not in the vocabulary of {self.n_vocab}; "
-                f"use the tokenizer of {self._path}"
-            )
+        ids = [token for row in rows for token in row]
+        check_tokens(self.name, ids, n_tokens, self._n_ctx, self.n_vocab, self._path)
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._device)
@@ -302,7 +296,3 @@ def _batches(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
         n = max(1, BATCH_TOKENS // len(rows[order[0]].ids))
         yield order[:n]
         order = order[n:]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -86,6 +86,8 @@ def method(report: Report) -> list[str]:
         "match and, with effective counts of flips, for slot F1 and tasks. Percentiles have 95 % bootstrap intervals "
         "over whole generations, because tokens of one generation share its disturbances; divergence over whole rows."
     )
+    if any(seam.exact_rows is not None for seam in report.seams):
+        said.append("A change from hop to hop has Tango's two-sided 95 % interval over the rows that both hops scored.")
     n_judged = sum(any(" loss" in check.budget for check in verdict.checks) for verdict in report.verdicts)
     if n_judged > 1:
         said.append(
@@ -129,6 +131,15 @@ def stage_line(stage: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
+    """Give (subjects, what is to be known of them); what holds of several is said once."""
+    subjects: dict[str, list[str]] = {}
+    for subject, text in _notes(report, scores):
+        subjects.setdefault(text, []).append(subject)
+    for text, found in subjects.items():
+        yield ", ".join(dict.fromkeys(found)), text
+
+
+def _notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[tuple[str, str]]:
     for failure in report.failures:
         yield failure.subject, f"{failure.stage} failed: {failure.reason}"
     for name, manifest in report.artifacts.items():

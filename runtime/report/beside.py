@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgetune.runtime.evidence import Latency, Report, SweepPoint
-from edgetune.runtime.latency import case_interval
+from edgetune.runtime.evidence import Energy, Latency, Report, SweepPoint
+from edgetune.runtime.latency import case_interval, noise_floor
 from edgetune.runtime.probes import crossover
 
 MB = 1e6
@@ -50,10 +50,9 @@ def probed(one: Latency) -> Iterator[str]:
             f"reading the prompt and {memory.decode_peak / MB:.0f} MB while decoding"
         )
     if (energy := found.energy) is not None:
-        if energy.joules is None:
-            yield f"energy: not measured, {energy.reason}"
-        else:
-            yield f"energy: {energy.joules / energy.n_tokens:.3f} J a token ({energy.joules / energy.seconds:.1f} W)"
+        yield f"energy: {_energy(energy, energy.joules, energy.reason)}"
+        if energy.gpu_joules is not None or energy.gpu_reason is not None:
+            yield f"energy of the GPU: {_energy(energy, energy.gpu_joules, energy.gpu_reason)}"
     if (roof := found.roofline) is not None:
         yield (
             f"roofline: a token reads {roof.bytes_per_token / MB:.1f} MB, memory gives "
@@ -71,14 +70,30 @@ def probed(one: Latency) -> Iterator[str]:
 
 
 def crossed(small: Latency, large: Latency) -> Iterator[str]:
-    """Say how the speed of smaller weights over 16-bit ones changes with the rows that share a read of them."""
+    """Say how the speed of smaller weights over larger ones changes with the rows that share a read of them.
+
+    Faster is what lies beyond the interval of the ratio and, where runs were repeated, beyond their noise floor.
+    """
     points = list(crossover(small, large))
     if not points:
         return
+    floors = [floor for one in (small, large) for case in one.cases if (floor := noise_floor(case, "itl_ms"))]
+    faster = [n for n, _, low, _ in points if low > 1 + max(floors, default=0.0)]
     shown = ", ".join(f"{n}: {value:.2f} ({low:.2f} to {high:.2f})" for n, value, low, high in points)
-    ends = next((n for n, _, low, _ in points if low <= 1), None)
-    said = f"no longer faster from {ends} rows on" if ends is not None else "faster at every number of rows tried"
+    ends = next((n for n, *_ in points if n > max(faster, default=0)), None)  # and at all larger numbers
+    if ends is None:
+        said = f"still faster at {points[-1][0]}"
+    elif faster:
+        said = f"no longer faster from {ends} rows on"
+    else:
+        said = "faster at none of them"
     yield f"speed over {large.subject.name} by rows at once: {shown}; {said}"
+
+
+def _energy(found: Energy, joules: float | None, reason: str | None) -> str:
+    if joules is None:
+        return f"not measured, {reason}"
+    return f"{joules / found.n_tokens:.3f} J a token ({joules / found.seconds:.1f} W)"
 
 
 def _growth(one: Latency) -> Iterator[str]:

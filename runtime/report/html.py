@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import unicodedata
+from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -12,7 +13,7 @@ from markupsafe import Markup, escape
 
 from edgetune.runtime.report import plots
 from edgetune.runtime.report.columns import DASH, number
-from edgetune.runtime.report.view import Row, View
+from edgetune.runtime.report.view import Hop, Row, View
 
 FOLDER = Path(__file__).parent
 GROUPS = {"summary": "Summary", "accuracy": "Accuracy", "latency": "Latency", "footprint": "Footprint", "all": "All"}
@@ -59,6 +60,7 @@ def render_html(view: View, *, evidence: str = "report.json", digest: str = "") 
         curve=plots.curve(view.training, view.heldout),
         curves=[(title, plots.curve(points, [], title)) for title, points in view.training_curves],
         hop_bars=_hop_bars(view),
+        worst=[(key, list(rows)) for key, rows in groupby(view.worst_rows, lambda row: (row.task, row.subject))],
     )
 
 
@@ -129,11 +131,20 @@ def _distributions(view: View) -> dict[int, Markup]:
 
 def _hop_bars(view: View) -> list[Markup]:
     """Draw the ledger on the axis of its later hops: the first, an untrained base, would flatten the others."""
-    after = [hop.exact for hop in view.hops]
-    if not after:
+    if not view.hops:
         return []
-    low, high = min(after[1:] or after), max(after)
+    after = [hop.exact.value or 0.0 for hop in view.hops]
+    ends = [_ends(hop) or (at, at) for hop, at in zip(view.hops, after, strict=True)]
+    low, high = min(a for a, _ in ends[1:] or ends), max(b for _, b in ends)
     if after[0] > low - 3 * (high - low):
-        low = min(after)
+        low = min(low, after[0])
     margin = max(0.5, (high - low) * 0.08)
-    return [plots.hop_bar(hop.before, hop.exact, low - margin, min(100.0, high + margin)) for hop in view.hops]
+    axis = low - margin, min(100.0, high + margin)
+    return [plots.hop_bar(hop.before, at, *axis, _ends(hop)) for hop, at in zip(view.hops, after, strict=True)]
+
+
+def _ends(hop: Hop) -> tuple[float, float] | None:
+    """Give the interval of a change as where the hop may have ended, percent."""
+    if hop.before is None or hop.change.low is None or hop.change.high is None:
+        return None
+    return hop.before + hop.change.low, hop.before + hop.change.high

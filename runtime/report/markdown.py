@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from edgetune.runtime.evidence import Report
-from edgetune.runtime.report.view import Row, View, build_view
+from edgetune.runtime.report.view import Cell, Row, View, build_view
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,8 +37,8 @@ def render_markdown(view: View) -> str:
         heads = ["Hop", "Engine", "Exact match (%)", "Change (points)", "Token accuracy (%)", "Loss per token (nats)",
                  "KL per token (nats)"]  # fmt: skip
         rows = [
-            [_plain(f"{hop.branch}: {hop.name}" if hop.branch else hop.name), _plain(hop.engine), f"{hop.exact:.1f}",
-             hop.change, *hop.cells]
+            [_plain(f"{hop.branch}: {hop.name}" if hop.branch else hop.name), _plain(hop.engine), hop.exact.text,
+             _with_interval(hop.change), *hop.cells]
             for hop in view.hops
         ]  # fmt: skip
         lines += ["", "**Where the accuracy went**", "", *_table(heads, rows, right_from=2)]
@@ -87,9 +87,12 @@ def console_table(report: Report) -> Table:
 
 def _row(row: Row, keys: list[str]) -> list[str]:
     cells = [row.cells[key] for key in keys]
-    figures = [f"{cell.text} ({cell.note})" if cell.note and key == "loss" else cell.text
-               for key, cell in zip(keys, cells, strict=True)]  # fmt: skip
+    figures = [_with_interval(cell) if key == "loss" else cell.text for key, cell in zip(keys, cells, strict=True)]
     return [_plain(row.name), ICONS.get(row.verdict, f"*{row.role}*"), *figures]
+
+
+def _with_interval(cell: Cell) -> str:
+    return f"{cell.text} ({cell.note})" if cell.note else cell.text
 
 
 def _table(heads: list[str], rows: list[list[str]], *, right_from: int) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgetune.runtime import statistics
-from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Report, RowScore
+from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Report, RowScore, Seam
 from edgetune.runtime.metrics import SlotCounts, micro_f1
 
 LEVEL = 0.95  # of intervals that no budget names, two-sided
@@ -57,9 +57,7 @@ def accuracy_figures(
     n_tokens = sum(row.n_tokens for row in rows)
     made: dict[str, Figure] = {}
     if n:
-        # with no beneficial flip, the score bounds are Wilson's for the share of wrong rows
-        wrong = statistics.paired_difference_bounds(n - right, 0, n, (1 + LEVEL) / 2)
-        made["exact"] = Figure(right / n * 100, (1 - wrong.high) * 100, (1 - wrong.low) * 100)
+        made["exact"] = share_interval(right, n)
     counts = _slots(rows)
     if counts:
         made["slot_f1"] = Figure(micro_f1(counts) * 100)
@@ -82,6 +80,24 @@ def accuracy_figures(
     if len(agree) == n:
         made["agree"] = Figure(sum(agree) / n_tokens * 100)
     return made
+
+
+def share_interval(right: int, n: int) -> Figure:
+    """Give a share of rows in percent, with Wilson's interval."""
+    # with no beneficial flip, the score bounds are Wilson's for the share of wrong rows
+    wrong = statistics.paired_difference_bounds(n - right, 0, n, (1 + LEVEL) / 2)
+    return Figure(right / n * 100, (1 - wrong.high) * 100, (1 - wrong.low) * 100)
+
+
+def change(seam: Seam, before: Seam) -> Figure:
+    """Give the points of exact match that a hop gained, with Tango's interval where the rows of both are known."""
+    gained = (seam.exact_match - before.exact_match) * 100
+    now, was = seam.exact_rows, before.exact_rows
+    if now is None or was is None or len(now) != len(was):
+        return Figure(gained)
+    lost = statistics.flips([row == "1" for row in now], [row == "1" for row in was])
+    found = statistics.paired_difference_bounds(lost.harmful, lost.beneficial, len(now), (1 + LEVEL) / 2)
+    return Figure(gained, -found.high * 100, -found.low * 100)
 
 
 def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check]) -> Figure:

@@ -1,4 +1,4 @@
-// Sorting, column choice, hints, copying and the theme. The page is whole without any of it.
+// Sorting, filtering, column choice, hints, copying and the theme. The page is whole without any of it.
 (() => {
   "use strict";
   const root = document.documentElement;
@@ -46,6 +46,26 @@
       });
     });
   });
+
+  // Filtering: only candidates leave the table; what they are compared with stays.
+  const search = document.getElementById("search");
+  if (search) {
+    const only = document.getElementById("only");
+    const found = document.getElementById("found");
+    const filter = () => {
+      const words = search.value.toLowerCase().split(/\s+/);
+      const rows = [...document.getElementById("table").tBodies[0].rows];
+      rows.forEach((row) => {
+        const text = row.cells[0].textContent.toLowerCase();
+        row.hidden = !["", row.dataset.verdict].includes(only.value) || !words.every((word) => text.includes(word));
+      });
+      const shown = rows.filter((row) => !row.hidden).length;
+      found.textContent = shown === rows.length ? "" : `${shown} of ${rows.length} candidates`;
+    };
+    search.addEventListener("input", filter);
+    only.addEventListener("change", filter);
+    filter(); // a browser may remember what was typed
+  }
 
   // Choices: which columns a table shows, which of several pictures stands.
   all(".choice").forEach((group) => {
@@ -100,5 +120,11 @@
     });
   });
 
-  addEventListener("beforeprint", () => all("details").forEach((d) => d.setAttribute("open", "")));
+  // Paper unfolds nothing.
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = all("details:not([open])");
+    folded.forEach((details) => details.setAttribute("open", ""));
+  });
+  addEventListener("afterprint", () => folded.forEach((details) => details.removeAttribute("open")));
 })();

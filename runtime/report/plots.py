@@ -86,7 +86,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def scatter(points: Sequence[Point], *, title: str, unit: str, x_limit: float | None, y_limit: float | None) -> Markup:
     """Draw loss (points of the score, up is worse) against a cost; budgets are dashed, the front is a line."""
-    label = f"Loss against {title}. " + " ".join(_said(p, title, unit) for p in points)
+    label = f"Loss against {title}, {unit}: each candidate and the reference"
     return picture({s: _scatter(points, w, title, unit, x_limit, y_limit, label) for s, w in
                     (("wide", WIDE), ("narrow", NARROW))})  # fmt: skip
 
@@ -121,9 +121,14 @@ def _scatter(
     if len(best) > 1:
         path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in best)
         parts.append(tag("polyline", points=path, class_="front"))
-    parts += [_mark(p, x(p.x), y, _said(p, title, unit)) for p in points]
-    parts += _labels(points, x, y)
-    return tag("svg", *parts, viewbox=f"0 0 {width} {height}", role="img", aria_label=label)
+    marks = [_mark(p, x(p.x), y, _said(p, title, unit)) for p in points]
+    return tag("svg", _unread(parts), *marks, _unread(_labels(points, x, y, y_limit)), viewbox=f"0 0 {width} {height}",
+               role="group", aria_label=label)  # fmt: skip
+
+
+def _unread(parts: Sequence[Markup]) -> Markup:
+    """Keep axes and labels from a screen reader, which reads the marks of a group one by one."""
+    return tag("g", *parts, aria_hidden="true")
 
 
 def _mark(p: Point, cx: float, y: Scale, said: str) -> Markup:
@@ -141,9 +146,11 @@ def _mark(p: Point, cx: float, y: Scale, said: str) -> Markup:
                aria_label=said)  # fmt: skip
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
-    """Name the points; a label that would run out of the picture or over another one moves."""
+def _labels(points: Sequence[Point], x: Scale, y: Scale, y_limit: float | None) -> list[Markup]:
+    """Name the points; a label that would run out of the picture or over another one or the budget's moves."""
     taken = [(x(p.x) - 8, x(p.x) + 8, y(p.y)) for p in points]
+    if y_limit is not None:
+        taken.append((x.end - 72, x.end, y(y_limit) - 9))
     for p in points:  # whiskers
         taken += [(x(p.x) - 3, x(p.x) + 3, float(at)) for at in np.arange(y(p.high), y(p.low), 8)]
     made = []
@@ -177,10 +184,7 @@ def distributions(rows: Sequence[tuple[str, str, Sequence[float]]], *, limit: fl
     rows = [row for row in rows if row[2]]
     if not rows:
         return Markup("")
-    label = "Inter-token latency, milliseconds. " + " ".join(
-        f"{name}: median {number(float(np.median(s)), 2)}, 95 percent below {number(float(np.quantile(s, 0.95)), 2)}."
-        for name, _, s in rows
-    )
+    label = "Inter-token latency, milliseconds: the distribution of each subject"
     return picture({s: _distributions(rows, w, limit, label) for s, w in (("wide", WIDE), ("narrow", NARROW))})
 
 
@@ -200,12 +204,13 @@ def _distributions(
     if limit is not None:
         parts.append(tag("line", x1=x(limit), x2=x(limit), y1=0, y2=floor, class_="limit"))
         parts.append(tag("text", "p95 budget", x=x(limit) - 5, y=10, class_="limit-text end"))
+    hills = []
     for i, (name, verdict, samples) in enumerate(rows):
         base = step * (i + 1) + 2
         at = {"x": left - 12, "y": base - 14} if wide else {"x": x.end, "y": base - bar - 3}
         label_of = tag("text", name, **at, class_="name end")
-        parts.append(_hill(name, verdict, np.asarray(samples), x, base, bar, label_of))
-    return tag("svg", *parts, viewbox=f"0 0 {width} {height}", role="img", aria_label=label)
+        hills.append(_hill(name, verdict, np.asarray(samples), x, base, bar, label_of))
+    return tag("svg", _unread(parts), *hills, viewbox=f"0 0 {width} {height}", role="group", aria_label=label)
 
 
 def _hill(name: str, verdict: str, samples: Floats, x: Scale, base: float, tall: float, label: Markup) -> Markup:
@@ -264,8 +269,13 @@ def _curve(
     return tag("svg", *parts, viewbox=f"0 0 {width} {height}", role="img", aria_label=label)
 
 
-def hop_bar(before: float | None, after: float, low: float, high: float) -> Markup:
-    """Draw one step of the ledger: a bar from the hop before to this one on a common axis, percent."""
+def hop_bar(
+    before: float | None, after: float, low: float, high: float, interval: tuple[float, float] | None = None
+) -> Markup:
+    """Draw one step of the ledger: a bar from the hop before to this one on a common axis, percent.
+
+    The thin line is where the hop may have ended by the interval of its change.
+    """
     x = Scale(low, high, 4, 156)
     start = after if before is None else before
     a, b = sorted((max(low, start), max(low, after)))
@@ -276,6 +286,9 @@ def hop_bar(before: float | None, after: float, low: float, high: float) -> Mark
         parts.append(tag("path", d="M10 5l-6 6l6 6z", class_="cut"))
     else:
         parts.append(tag("line", x1=x(after), x2=x(after), y1=1, y2=21, class_="at"))
+    if interval is not None:
+        inside = [x(min(high, max(low, end))) for end in interval]
+        parts.append(tag("line", x1=inside[0], x2=inside[1], y1=11, y2=11, class_="whisker"))
     return tag("svg", *parts, viewbox="0 0 160 22", width=160, height=22, aria_hidden="true", class_="hop")
 
 

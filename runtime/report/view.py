@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -85,9 +86,9 @@ class Hop:
     branch: str  # candidate, or empty on the trunk that all share
     engine: str
     n_rows: int
-    exact: float  # percent
+    exact: Cell  # percent
     before: float | None  # percent, of the hop that this one follows
-    change: str
+    change: Cell  # points
     cells: list[str]  # token accuracy in percent, nll and kl per token in nats
 
 
@@ -247,8 +248,8 @@ def _row(
 
 
 def _engine(subject: Subject) -> str:
-    """Name the engine once, as its version often does; build details in brackets stay in report.json."""
-    version = subject.engine_version.split(" (", 1)[0]
+    """Name the engine once, as its version often does; what it is built of and with stays in report.json."""
+    version = re.split(r" \(|, ", subject.engine_version)[0]
     return version if version.startswith(subject.engine) else f"{subject.engine} {version}"
 
 
@@ -258,17 +259,21 @@ def _as_cells(figures: dict[str, measures.Figure], place: str) -> dict[str, Cell
 
 def _cell(key: str, figure: measures.Figure, place: str) -> Cell:
     column = BY_KEY[key]
-    if figure.value is None:
-        return Cell()
-    signed = key == "loss"
-    note = ""
-    if figure.low is not None and figure.high is not None:
-        low, high = (number(x, column.digits, signed=signed) for x in (figure.low, figure.high))
-        note = f"{low} to {high}"
     stored = column.source
     for head in ("accuracy[]", "latency[].cases[]" if ".cases[" in place else "latency[]", "artifacts.*"):
         stored = stored.replace(head, place)
-    return Cell(number(figure.value, column.digits, signed=signed), figure.value, figure.low, figure.high, note, stored)
+    return _figure(figure, column.digits, signed=key == "loss", source=stored)
+
+
+def _figure(figure: measures.Figure, digits: int, *, signed: bool = False, source: str) -> Cell:
+    """Write a figure, and below it its interval where it has one."""
+    if figure.value is None:
+        return Cell()
+    note = ""
+    if figure.low is not None and figure.high is not None:
+        low, high = (number(x, digits, signed=signed) for x in (figure.low, figure.high))
+        note = f"{low} to {high}"
+    return Cell(number(figure.value, digits, signed=signed), figure.value, figure.low, figure.high, note, source)
 
 
 def _budgets(report: Report, names: list[str]) -> list[BudgetColumn]:
@@ -311,22 +316,24 @@ def _cases(report: Report, names: list[str], timed: list[list[dict[str, measures
 
 def _hops(seams: list[Seam], candidates: set[str]) -> Iterator[Hop]:
     """Follow the ledger. A hop named "candidate: step" leaves the trunk that all candidates share."""
-    last: dict[str, float] = {}
-    for seam in seams:
+    last: dict[str, Seam] = {}
+    for i, seam in enumerate(seams):
         branch, _, step = seam.hop.partition(": ")
         if branch not in candidates:
             branch, step = "", seam.hop
-        exact = seam.exact_match * 100
         before = None if seam.aside else last.get(branch, last.get(""))
         if not seam.aside:
-            last[branch] = exact
-        change = DASH if before is None else number(exact - before, 1, signed=True)
+            last[branch] = seam
+        place = f"seams[{i}].exact_rows"
+        level = _figure(measures.share_interval(round(seam.exact_match * seam.n_rows), seam.n_rows), 1, source=place)
+        change = Cell() if before is None else _figure(measures.change(seam, before), 1, signed=True, source=place)
         cells = [
             number(seam.token_accuracy * 100, 2),
             number(seam.nll_per_token, 4),
             number(seam.kl_per_token, 4),
         ]
-        yield Hop(step, branch, seam.engine, seam.n_rows, exact, before, change, cells)
+        start = None if before is None else before.exact_match * 100
+        yield Hop(step, branch, seam.engine, seam.n_rows, level, start, change, cells)
 
 
 def _changes(report: Report, names: list[str], texts: Sequence[RowText]) -> Iterator[Changes]:

@@ -321,6 +321,7 @@ def test_a_scoring_that_died_goes_on_where_it_was(run: Run, tmp_path: Path) -> N
     ("fail", "said"),
     [
         ("hang", "fake gave no answer in 2 s while scoring and was stopped"),
+        ("killed", "fake died of SIGKILL while scoring; something killed it, most often the machine ran out of memory"),
         ("raise", "fake failed while scoring: ValueError: bad weights"),
         ("nan", "fake, row 3: logits that are not finite"),
     ],

@@ -99,12 +99,13 @@ def test_greedy_in_llama_cpp_is_the_librarys_own(gguf_file: Path) -> None:
     theirs.close()
 
 
-def test_greedy_in_torch_is_the_librarys_own(tiny_model: Artifact) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_greedy_in_torch_is_the_librarys_own(tiny_model: Artifact, compiled: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model.path).eval()
-    ours = load_engine("torch", tiny_model.path, n_ctx=128, n_threads=1)
+    ours = load_engine("torch", tiny_model.path, n_ctx=128, n_threads=1, compiled=compiled)
     for seed in range(3):
         prompt = ids_of(seed, 12)
         made = model.generate(

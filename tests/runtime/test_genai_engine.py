@@ -52,8 +52,29 @@ def test_logits_are_those_of_onnxruntime(engine: GenaiEngine, folder: Path) -> N
     plain.close()
 
 
+@pytest.mark.parametrize("n_shared", [0, 1, 30])
+def test_score_rows_reads_what_rows_share_once_and_each_row_in_one_call(
+    engine: GenaiEngine, monkeypatch: pytest.MonkeyPatch, n_shared: int
+) -> None:
+    rows = [TokenRow((*IDS[:n_shared], i, *IDS[40 : 50 + i]), n_shared + 1 + i % 3) for i in range(3, 8)]
+    wanted = [engine.score(row.ids)[row.start - 1 : -1] for row in rows]
+    read: list[int] = []
+    append = GenaiEngine._append
+    monkeypatch.setattr(GenaiEngine, "_append", lambda self, ids: (read.append(len(ids)), append(self, ids))[1])
+    found = list(engine.score_rows(rows))
+    assert read == [n_shared] * (n_shared > 0) + [len(row.ids) - n_shared - 1 for row in rows]
+    for logits, known in zip(found, wanted, strict=True):
+        assert logits.shape == known.shape
+        assert np.abs(logits - known).max() < 1e-4
+    for logits, known in zip(engine.score_rows(rows), wanted, strict=True):
+        assert np.abs(logits - known).max() < 1e-4
+        engine.prefill(IDS[5:25])  # the caller may use the engine in between
+    assert list(engine.score_rows([])) == []
+
+
 def test_greedy_is_the_librarys_own_generate(engine: GenaiEngine, folder: Path) -> None:
     model = genai.Model(str(folder))
+    plain = OnnxEngine.load(folder, n_ctx=64, n_threads=1)
     for seed in range(3):
         prompt = [int(i) for i in np.random.default_rng(seed).integers(3, 500, 12)]
         params = genai.GeneratorParams(model)
@@ -65,7 +86,9 @@ def test_greedy_is_the_librarys_own_generate(engine: GenaiEngine, folder: Path) 
         theirs = [int(i) for i in generator.get_sequence(0)][12:]
         ours = greedy(engine, prompt, engine.stop_ids, 20)
         assert ours[: len(theirs)] == theirs
+        assert greedy(plain, prompt, plain.stop_ids, 20) == ours
         assert ours[len(theirs) :] in ([], [*engine.stop_ids])  # the library leaves the stop token out
+    plain.close()
 
 
 def test_wrong_use_is_one_line(engine: GenaiEngine, folder: Path, tmp_path: Path) -> None:

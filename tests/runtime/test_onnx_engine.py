@@ -15,8 +15,9 @@ from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.errors import EngineError
 from edgetune.runtime.engine import TokenRow, load_engine
-from edgetune.runtime.engines import onnx_engine
-from edgetune.runtime.engines.onnx_engine import OnnxEngine, check_graph
+from edgetune.runtime.engines import onnx_engine, onnx_folder
+from edgetune.runtime.engines.onnx_engine import OnnxEngine
+from edgetune.runtime.engines.onnx_folder import check_graph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -113,7 +114,7 @@ def test_tokenize_adds_no_bos(folder: Path, tmp_path: Path) -> None:
     graph = copied(folder, tmp_path)
     add_bos(graph.parent)
     text = Golden.read(folder).texts[0]
-    tokenizer = onnx_engine.load_tokenizer(graph.parent)
+    tokenizer = onnx_folder.load_tokenizer(graph.parent)
     tokenizer.update_options(add_special_tokens="true")
     assert tokenizer.encode(text.text)[0] == 1  # so the folder does ask for one
     engine = OnnxEngine.load(graph.parent, n_ctx=16, n_threads=1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from edgetune.recipe import Bench, Budgets
 from edgetune.runtime import roofline, sensors
-from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase
+from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase, Probes, SweepPoint
 from edgetune.runtime.latency import make_prompts, measure, noise_floor
 from edgetune.runtime.probes import crossover
 from edgetune.runtime.report import beside
@@ -50,6 +52,63 @@ def test_sensors_read_what_the_kernel_tells(machine: Path, tmp_path: Path) -> No
     assert sensors.EnergyMeter(machine).why_not == "the RAPL counter may be read by root only"
     empty = sensors.cpu_state(tmp_path / "nowhere")
     assert (empty.mhz, empty.throttled) == (None, None)
+
+
+class NVMLError(Exception):
+    pass
+
+
+class FakeNvml(ModuleType):
+    """Two GPUs that have used 2 and 3 J, and 1 J each with every further reading."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__("pynvml")
+        self.fails, self.millijoules = fails, [2000, 3000]
+
+    def nvmlInit(self) -> None:  # noqa: N802 - its name
+        if self.fails == "init":
+            raise NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        if self.fails == "read" and self.millijoules[1] > 3000:
+            raise NVMLError("Not Supported")
+        self.millijoules[handle] += 1000
+        return self.millijoules[handle]
+
+
+def test_gpus_are_read_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    meter = sensors.GpuEnergyMeter()
+    assert (meter.joules(), meter.why_not) == (2.0, None)
+    for fails, said in (("init", "(Driver Not Loaded)"), ("read", "(Not Supported)")):
+        monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(fails))
+        meter = sensors.GpuEnergyMeter()
+        assert (meter.joules(), meter.why_not) == (None, f"NVML gives no reading {said}")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    meter = sensors.GpuEnergyMeter()
+    assert meter.joules() is None
+    assert meter.why_not is not None
+    assert "pip install 'edgetune[tensorrt]'" in meter.why_not
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_an_engine_on_a_gpu_has_the_energy_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.runtime.probes.ON_GPU", ("gpu",))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    bench = BENCH.model_copy(update={"probes": ["energy"]})
+    found = measure([fake_job("here"), fake_job("there", engine="gpu")], bench, PROMPTS)
+    energies = [one.probes.energy for one in found if isinstance(one, Latency) and one.probes is not None]
+    assert [e is not None and e.gpu_joules for e in energies] == [None, 2.0]
+    (said,) = [line for one in found[1:] if isinstance(one, Latency) for line in beside.probed(one) if "GPU" in line]
+    assert said.startswith("energy of the GPU: 0.250 J a token (")  # 4 + 4 tokens
 
 
 def test_files_are_dropped_from_the_page_cache(tmp_path: Path) -> None:
@@ -119,6 +178,60 @@ def test_all_probes_of_all_candidates() -> None:
     ):
         assert part in lines
     assert "8: failed (fake died of SIGSEGV" in "\n".join(beside.probed(breaks))
+
+
+def swept(waits: dict[int, float], *, spread: float = 0.0, runs: tuple[float, ...] = (10.0,)) -> Latency:
+    """A candidate whose steps of so many rows take so many ms, and whose runs have these medians."""
+    points = [
+        SweepPoint(
+            n_threads=2, n_rows=n, prompt_tokens=4,
+            generations=[
+                Generation(ttft_ms=5, itl_ms=[wait * (1 + spread * way)] * 4, warmup=False) for way in (-1, 0, 1)
+            ],
+        )
+        for n, wait in waits.items()
+    ]  # fmt: skip
+    (one,) = measure_of(repeated(list(runs)))
+    return one.model_copy(update={"probes": Probes(sweep=points)})
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "said"),
+    [
+        ({1: 5, 4: 8, 8: 15, 16: 30}, {1: 10, 4: 11, 8: 15, 16: 24}, "no longer faster from 8 rows on"),
+        ({1: 5, 4: 8}, {1: 10, 4: 11}, "still faster at 4"),
+        ({1: 12, 4: 20}, {1: 10, 4: 11}, "faster at none of them"),
+        ({1: 10, 4: 8, 8: 16}, {1: 10, 4: 11, 8: 15}, "no longer faster from 8 rows on"),  # noise at one row
+    ],
+)
+def test_the_crossover_is_where_smaller_weights_stop_being_faster(
+    small: dict[int, float], large: dict[int, float], said: str
+) -> None:
+    (line,) = beside.crossed(swept(small), swept(large))
+    assert line.endswith("; " + said)
+
+
+def test_a_crossover_is_no_finer_than_spread_and_noise_floor() -> None:
+    small, large = {1: 9.0, 4: 20.0}, {1: 10.0, 4: 21.0}
+    assert "no longer faster from 4 rows on" in next(beside.crossed(swept(small, spread=0.06), swept(large)))
+    sides = swept(small, runs=(10.0, 10.2)), swept(large)  # the floor of two runs is wide
+    assert "faster at none of them" in next(beside.crossed(*sides))
+
+
+def test_a_longer_context_is_said_to_cost_more() -> None:
+    from tests.runtime.test_history import timings
+
+    (one, _) = timings(1.0).results
+    assert isinstance(one, Latency)
+    cases = [
+        LatencyCase(
+            prompt_tokens=n, new_tokens=5, steady=True,
+            generations=[Generation(ttft_ms=n, itl_ms=[wait] * 4, warmup=False)] * 3,
+        )
+        for n, wait in ((32, 10.0), (2048, 15.0))
+    ]  # fmt: skip
+    found = list(beside.probed(one.model_copy(update={"cases": cases, "probes": Probes(sweep=[])})))
+    assert "context: ITL p50 10.00 ms after 32 tokens, 15.00 ms after 2048: +50%" in found
 
 
 @pytest.mark.usefixtures("fakes_in_child")

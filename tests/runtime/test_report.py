@@ -22,7 +22,7 @@ from edgetune.runtime.report.html import render_html, shown
 from edgetune.runtime.report.markdown import ICONS, STYLES, console_table, render_markdown
 from edgetune.runtime.report.view import VERDICTS, View, build_view
 from edgetune.runtime.report.write import json_schema, read_report, write_report
-from edgetune.runtime.statistics import flips, holm_adjusted
+from edgetune.runtime.statistics import flips, holm_adjusted, paired_difference_bounds
 from tests.report_sample import HOSTILE, sample_report
 
 BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -158,11 +158,11 @@ def test_what_training_noted_by_step_is_drawn(view: View, paths: dict[str, Path]
 
 
 def test_lines_that_stand_aside_change_nothing_on_the_way(report: Report) -> None:
-    plain = [(hop.name, hop.change) for hop in build_view(report).hops]
+    plain = [(hop.name, hop.change.text) for hop in build_view(report).hops]
     tried = report.seams[0].model_copy(update={"hop": "on rows set aside: base4", "exact_match": 0.1, "aside": True})
     hops = build_view(report.model_copy(update={"seams": [tried, *report.seams]})).hops
-    assert (hops[0].name, hops[0].change) == ("on rows set aside: base4", DASH)
-    assert [(hop.name, hop.change) for hop in hops[1:]] == plain
+    assert (hops[0].name, hops[0].change.text) == ("on rows set aside: base4", DASH)
+    assert [(hop.name, hop.change.text) for hop in hops[1:]] == plain
 
 
 def test_page_is_self_contained_and_hostile_text_does_nothing(paths: dict[str, Path]) -> None:
@@ -258,8 +258,28 @@ def test_ledger_branches_leave_the_trunk(view: View) -> None:
     hops = view.hops
     trunk = next(h for h in hops if h.name == "merged")
     firsts = [next(h for h in hops if h.branch == b) for b in ("q4-gguf", "q4-onnx", "student-q4")]
-    assert [h.before for h in firsts] == [trunk.exact] * 3
-    assert hops[5].before == hops[4].exact
+    assert [h.before for h in firsts] == [trunk.exact.value] * 3
+    assert hops[5].before == hops[4].exact.value
+
+
+def test_a_hop_has_the_interval_of_its_change(report: Report, view: View, paths: dict[str, Path]) -> None:
+    rows = {seam.hop: np.array([row == "1" for row in seam.exact_rows or ""]) for seam in report.seams}
+    now, was = rows["student-q4: Q4_K_M"], rows["merged"]
+    harmful, beneficial = int((was & ~now).sum()), int((now & ~was).sum())
+    bounds = paired_difference_bounds(harmful, beneficial, len(now), 0.975)
+    hop = view.hops[-1]
+    assert hop.change.value == pytest.approx(100 * (now.mean() - was.mean()))
+    assert (hop.change.low, hop.change.high) == pytest.approx((-100 * bounds.high, -100 * bounds.low))
+    assert hop.exact.low < hop.exact.value < hop.exact.high  # type: ignore[operator]
+    assert hop.change.source == "seams[6].exact_rows"
+    assert any("from hop to hop" in line for line in view.method)
+    assert json.loads(paths["json"].read_text())["seams"][6]["exact_rows"] == report.seams[6].exact_rows
+    assert f"{hop.change.text} ({hop.change.note})" in paths["md"].read_text()
+    bars = re.findall(r'class="hop".*?</svg>|<svg[^>]*class="hop".*?</svg>', paths["html"].read_text())
+    assert ["whisker" in bar for bar in bars] == [False] + [True] * 6
+    earlier = [seam.model_copy(update={"exact_rows": None}) for seam in report.seams]
+    hops = build_view(report.model_copy(update={"seams": earlier})).hops
+    assert [(h.change.value, h.change.low) for h in hops[1:]] == [(h.change.value, None) for h in view.hops[1:]]
 
 
 def test_json_goes_round_and_keeps_every_sample(report: Report, paths: dict[str, Path]) -> None:
@@ -345,6 +365,26 @@ def test_ticks_are_round_and_inside() -> None:
     assert plots.ticks(3, 3, 5) == [3]
 
 
+def test_no_name_lies_over_the_budget_s() -> None:
+    points = [plots.Point("reference", "", 270, 0, 0, 0), plots.Point("here", "ship", 268, 2.0, 1.2, 2.8)]
+    drawn = plots.scatter(points, title="Size", unit="MB", x_limit=None, y_limit=2)
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" (?:text-anchor="(\w+)")?[^>]*>(here|loss budget)<', drawn)
+    assert len(found) == 4  # wide and narrow
+    for budget, here in (found[:2], found[2:]):
+        assert (budget[3], here[3]) == ("loss budget", "here")
+        apart = abs(float(budget[1]) - float(here[1])) > 10
+        assert apart or (here[2] == "end" and float(here[0]) < float(budget[0]) - 66)
+
+
+def test_what_holds_of_several_is_noted_once(report: Report) -> None:
+    busy = report.latency[1].load.model_copy(update={"busy": True, "others_during": 0.4})
+    timed = [one.model_copy(update={"load": busy}) for one in report.latency]
+    notes = build_view(report.model_copy(update={"latency": timed, "warnings": ["a", "a", "b"]})).notes
+    said = "the machine was busy during latency: other processes held 40 % of it"
+    assert [subject for subject, text in notes if text == said] == ["reference, q4-gguf, q4-onnx, student-q4"]
+    assert [text for subject, text in notes if not subject] == ["a", "b"]
+
+
 def test_pareto_front_holds_what_nothing_beats() -> None:
     points = [
         plots.Point(str(i), "ship", x, y, y, y) for i, (x, y) in enumerate([(1, 5), (2, 3), (2, 4), (3, 3), (4, 1)])
@@ -419,4 +459,75 @@ def test_no_width_scrolls_sideways(browser: Any, paths: dict[str, Path], width: 
         details.evaluate("e => e.setAttribute('open', '')")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert len(tab.screenshot(full_page=True)) > 10_000
+    assert said == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_no_serious_violation(browser: Any, paths: dict[str, Path], width: int, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    tab, said = _open(browser, paths["html"], width=width, scheme=scheme)
+    tab.check("input[name=columns][value=all]")
+    for details in tab.locator("details").all():
+        details.evaluate("e => e.setAttribute('open', '')")
+    found = axe.Axe().run(tab).response
+    assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found["violations"] if _is_serious(v)] == []
+    assert len(found["passes"]) > 40
+    assert said == []
+
+
+def _is_serious(violation: dict[str, Any]) -> bool:
+    return violation["impact"] in {"serious", "critical"}
+
+
+def _rows(tab: Any) -> list[str]:
+    names: list[str] = tab.eval_on_selector_all(
+        "#table tbody tr", "all => all.filter(e => e.checkVisibility()).map(e => e.cells[0].firstChild.textContent)"
+    )
+    return names
+
+
+def test_candidates_are_filtered_by_typing_and_by_verdict(browser: Any, paths: dict[str, Path]) -> None:
+    tab, said = _open(browser, paths["html"])
+    everything = _rows(tab)
+    tab.get_by_role("searchbox", name="Find a candidate").focus()
+    tab.keyboard.type("LLAMA q4")
+    assert _rows(tab) == ["q4-gguf", "student-q4", "reference", "base"]
+    assert tab.locator("#found").inner_text() == "2 of 4 candidates"
+    tab.keyboard.press("Tab")  # to the verdicts
+    tab.keyboard.type("Do")
+    assert _rows(tab) == ["student-q4", "reference", "base"]
+    tab.get_by_role("button", name="Size").press("Enter")
+    assert _rows(tab) == ["student-q4", "reference", "base"]
+    tab.get_by_role("searchbox", name="Find a candidate").fill("")
+    tab.get_by_role("combobox", name="Verdict").select_option("")
+    assert sorted(_rows(tab)) == sorted(everything)
+    assert tab.locator("#found").inner_text() == ""
+    assert said == []
+
+
+def test_pictures_are_read_mark_by_mark(browser: Any, paths: dict[str, Path]) -> None:
+    tab, _ = _open(browser, paths["html"])
+    read = tab.locator("#scatters svg:visible").aria_snapshot()
+    assert read.count("img ") == 4  # three candidates and the reference
+    assert "q4-gguf, ship: Size on disk 105.5 MB, loss −0.40 points" in read
+    assert "text" not in read
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_paper_is_white_whole_and_not_too_narrow(browser: Any, paths: dict[str, Path], scheme: str) -> None:
+    tab, said = _open(browser, paths["html"], width=718, scheme=scheme)  # A4 between Chromium's margins
+    tab.locator("#search").fill("q4-gguf")
+    folded = tab.locator("details:not([open])").count()
+    tab.click("#theme")  # the reader's own choice does not reach paper either
+    tab.emulate_media(media="print", color_scheme=scheme)
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 718
+    assert tab.locator("nav:visible, input:visible, select:visible, button.quiet:visible").count() == 0
+    assert tab.locator("[data-part]:not(:visible)").count() == 0
+    assert {"q4-gguf", "q4-onnx", "student-q4", "q2-rtn"} < set(_rows(tab))
+    assert tab.locator("details:not([open])").count() == 0
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.locator("details:not([open])").count() == folded
     assert said == []

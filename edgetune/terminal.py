@@ -1,0 +1,33 @@
+"""What all verbs do with the terminal: print to it, and keep libraries from it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Give the console that a verb prints to."""
+    from rich.console import Console
+
+    return Console()
+
+
+def quiet() -> None:
+    """Keep other libraries' progress bars and remarks out of ours; called before they are imported, when they look."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|bitsandbytes\.|peft\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
