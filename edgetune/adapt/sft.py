@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.adapt import methods
-from edgetune.adapt.allocator import kept_memory
-from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog, go_on
+from edgetune.adapt import methods, out_of_memory
+from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog
 from edgetune.adapt.pull import Pull
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
 from edgetune.artifact import Artifact, draft, identity
@@ -51,12 +50,13 @@ def run(
     """Train an adapter on rendered rows and write it as an `adapter` artifact.
 
     `golden` and `mixture`, the rows' origin, are stored with it. A run that was killed goes on from its last whole
-    checkpoint, to the same bytes on the same machine. Raises DataError where too few rows remain beside those set aside
-    for early stopping.
+    checkpoint, to the same bytes on the same machine; one that runs out of memory, with fewer rows at once. Raises
+    DataError where too few rows remain beside those set aside for early stopping.
     """
     refuse_untaught(rows, golden.stop_ids)
     data = Split.of(config, rows, seed)
     full = config.method == "full"
+    made = planned_identity(config, source.identity, rows, seed)
     with draft(
         out,
         kind="model" if full else "adapter",
@@ -65,21 +65,23 @@ def run(
         parents=[source],
         sources={"rows": rows_digest(rows)},
     ) as pending:
-        torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
-        model, head = attach(config, source.path, device)
-        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trainer = make_trainer(
-            CompletionTrainer, config, model, head, data, methods.make_optimizer(config, model), work=pending.work,
-            device=device, seed=seed, progress=progress, log_folder=log_folder,
-            pull=Pull(model, config.l2) if config.l2 else None,
-        )  # fmt: skip
-        if config.unfreeze_steps is not None:
-            trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
-        if log_folder is not None:
-            made = planned_identity(config, source.identity, rows, seed)
-            trainer.add_callback(SpeedLog(log_folder / SPEED, made, data.mean_tokens * config.batch_size))
-        with kept_memory():
-            go_on(trainer, pending.work)
+
+        def build(config: Adapt, progress: Report) -> CompletionTrainer:
+            torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
+            model, head = attach(config, source.path, device)
+            trainer = make_trainer(
+                CompletionTrainer, config, model, head, data, methods.make_optimizer(config, model), work=pending.work,
+                device=device, seed=seed, progress=progress, log_folder=log_folder,
+                pull=Pull(model, config.l2) if config.l2 else None,
+            )  # fmt: skip
+            if config.unfreeze_steps is not None:
+                trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
+            if log_folder is not None:
+                trainer.add_callback(SpeedLog(log_folder / SPEED, made, data.mean_tokens * config.batch_size))
+            return trainer
+
+        trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
+        model = trainer.model
         if full:
             model.to(torch.bfloat16).save_pretrained(pending.path)  # type: ignore[operator]
             copy_tokenizer(source.path, pending.path)
@@ -90,10 +92,14 @@ def run(
             mixture.write(pending.path)
             pending.notes["mixture"] = mixture.summary
         pending.seed = seed
-        pending.fallbacks.extend(data.fallbacks)
+        pending.fallbacks.extend([*data.fallbacks, *ran_out])
         pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
-        pending.notes["trained_parameters"] = n_trained
+        pending.notes["trained_parameters"] = sum(
+            p.numel() for g in trainer.optimizer.param_groups for p in g["params"]
+        )
+        if ran_out:
+            pending.notes["memory"] = "; ".join(ran_out)
     return pending.artifact
 
 

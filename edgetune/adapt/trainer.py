@@ -223,6 +223,11 @@ class Split:
         """Set rows aside, and leave copies of them out of training. Raises DataError where too few rows remain."""
         aside, others = set_aside(config, rows, seed)
         train = apart(rows, others, aside)
+        if not train:
+            raise DataError(
+                f"all {len(others)} training rows are copies of the {len(aside)} rows that are set aside to watch "
+                "training; give more different rows"
+            )
         fallbacks = []
         if len(aside) < config.eval_rows:
             fallbacks.append(f"eval_rows={config.eval_rows} is more than a fifth of the rows: {len(aside)} are used")
