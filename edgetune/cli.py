@@ -74,11 +74,24 @@ def init(
 
 
 @app.command()
-def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="recipe file (YAML)", show_default=False)] = None,
+    store: StoreFolder = DEFAULT_STORE,
+    shape: Annotated[
+        Path | None, typer.Option(help="config.json of any model: the memory that its training takes, no recipe needed")
+    ] = None,
+    memory_gb: Annotated[float | None, typer.Option(min=0.1, help="with --shape: memory that it must fit into")] = None,
+    device: Annotated[str, typer.Option(help="with --shape: cuda or cpu")] = "cuda",
+) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
     _quiet()
     from rich.table import Table
 
+    if shape is not None:
+        _plan_shape(shape, recipe, memory_gb, device)
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe, or --shape with the config.json of a model")
     from edgetune import workload
     from edgetune.artifact import Store
     from edgetune.estimate import spoken
@@ -99,6 +112,9 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     left = [stage.cost for stage in stages if not stage.done]
     console.print(workload.rows_line(loaded.data), highlight=False)
     console.print(table)
+    for stage in stages:
+        if stage.how is not None:
+            console.print(f"{stage.name}: {stage.how}", highlight=False)
     total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
     for name, candidate in loaded.candidates.items():
         if (why := why_not_run(candidate)) is not None:
@@ -106,6 +122,21 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
     if (said := rows_said(loaded)) is not None:
         console.print(f"accuracy: {said}")
+
+
+def _plan_shape(shape: Path, recipe: Path | None, memory_gb: float | None, device: str) -> None:
+    from rich.table import Table
+
+    from edgetune.recipe import load_recipe
+    from edgetune.shape_plan import read_shape, shape_plan
+
+    table = Table("Method", "How", box=None, pad_edge=False)
+    table.add_column("Memory, about", justify="right")
+    loaded = load_recipe(recipe) if recipe is not None else None
+    for way in shape_plan(read_shape(shape), loaded, memory_gb, device):
+        memory = f"{way.peak_gb:.1f} GB" if way.peak_gb is not None else "does not fit"
+        table.add_row(way.method, way.how, memory)
+    _console().print(table, highlight=False)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A training that runs out of memory goes on with fewer rows at once and as many a step, from its last whole checkpoint.
+"""Training that runs out of memory goes on with fewer rows at once, as many a step, from its last whole checkpoint.
 
 Which rows make a step does not depend on how many of them are computed at once, so the training stays the same up to
 rounding. An attempt that failed is let go as a whole, base and optimizer with it, before the next one is built.
@@ -10,7 +10,7 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from transformers import Trainer
@@ -23,7 +23,7 @@ from edgetune.progress import Report
 from edgetune.recipe_training import Prefer, Training
 
 T = TypeVar("T", bound=Trainer)
-C = TypeVar("C", Training, Prefer)
+C = TypeVar("C", bound=Training | Prefer)
 FILE = "out-of-memory.json"  # in the work folder: a kill does not make it run out once more
 
 
@@ -41,7 +41,7 @@ def train(
         rows = happened[-1][1] if happened else config.micro_batch_size or config.batch_size
         failed, step = _attempt(build, config, rows, len(happened), work, progress)
         if isinstance(failed, Trainer):
-            return failed, [_said(*one, config.batch_size) for one in happened]
+            return failed, [_said(before, after, step, config.batch_size) for before, after, step in happened]
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -77,7 +77,7 @@ def _attempt(
     """
     trainer: T | None = None
     if halvings:
-        config = config.model_copy(update={"micro_batch_size": rows})
+        config = cast("C", config.model_copy(update={"micro_batch_size": rows}))
 
     def report(done: int, total: int, label: str) -> None:
         progress(done, total, f"{label}, {rows} rows at once since memory ran out" if halvings else label)

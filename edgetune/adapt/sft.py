@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgetune import training_memory
 from edgetune.adapt import methods, out_of_memory
 from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog
 from edgetune.adapt.pull import Pull
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
 from edgetune.artifact import Artifact, draft, identity
+from edgetune.compress.checkpoint import read_config
 from edgetune.data.checks import refuse_untaught
 from edgetune.data.golden import Golden
 from edgetune.data.provenance import Mixture
@@ -55,13 +57,17 @@ def run(
     """
     refuse_untaught(rows, golden.stop_ids)
     data = Split.of(config, rows, seed)
-    full = config.method == "full"
-    made = planned_identity(config, source.identity, rows, seed)
+    asked, full = config, config.method == "full"
+    if config.memory_gb is not None:
+        shape = training_memory.Shape.of(read_config(source.path))
+        lengths = training_memory.lengths_of(rows)
+        config = training_memory.fitted(config, shape, lengths, device, training_memory.number_bytes(device))
+    made = planned_identity(asked, source.identity, rows, seed)
     with draft(
         out,
         kind="model" if full else "adapter",
         stage=STAGE,
-        config=_config(config, seed),
+        config=_config(asked, seed),
         parents=[source],
         sources={"rows": rows_digest(rows)},
     ) as pending:
@@ -74,6 +80,9 @@ def run(
                 device=device, seed=seed, progress=progress, log_folder=log_folder,
                 pull=Pull(model, config.l2) if config.l2 else None,
             )  # fmt: skip
+            if config.memory_gb is not None:
+                at_once = min(training_memory.EVAL_ROWS, config.micro_batch_size or config.batch_size)
+                trainer.args.per_device_eval_batch_size = at_once
             if config.unfreeze_steps is not None:
                 trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
             if log_folder is not None:
@@ -83,7 +92,7 @@ def run(
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
         model = trainer.model
         if full:
-            model.to(torch.bfloat16).save_pretrained(pending.path)  # type: ignore[operator]
+            model.to(torch.bfloat16).save_pretrained(pending.path)
             copy_tokenizer(source.path, pending.path)
         else:
             methods.save_adapter(model, pending.path, source.identity)
@@ -98,6 +107,8 @@ def run(
         pending.notes["trained_parameters"] = sum(
             p.numel() for g in trainer.optimizer.param_groups for p in g["params"]
         )
+        if config.memory_gb is not None:
+            pending.notes["fitted"] = training_memory.said(config)
         if ran_out:
             pending.notes["memory"] = "; ".join(ran_out)
     return pending.artifact

@@ -71,6 +71,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.head, self.pull = head, pull
         self._causal = methods.causal_of(self.model)
         self._fused = None if methods.is_prefix(self.model) else FusedDecoder.of(self._causal)
+        if self._fused is not None:
+            self._fused.checkpointing = self.args.gradient_checkpointing
         self._exact = torch.zeros(2)  # rows of an evaluation that come out exactly, and all
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
 
@@ -289,6 +291,8 @@ def make_trainer(
         warmup_steps=math.ceil(config.warmup_ratio * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         bf16=torch.device(device).type == "cuda" and has_fast_bfloat16(device),
         use_cpu=torch.device(device).type == "cpu",
         eval_strategy="steps",
@@ -322,7 +326,7 @@ def make_trainer(
         trainer = kind(
             model,
             arguments,
-            data_collator=pack if _packs(model) and arguments.world_size == 1 else pad,
+            data_collator=pack if arguments.world_size == 1 and _packs(model, config) else pad,
             train_dataset=data.train,
             eval_dataset=data.evaluate,
             callbacks=callbacks,
@@ -336,8 +340,13 @@ def make_trainer(
     return trainer
 
 
-def _packs(model: nn.Module) -> bool:
-    """Whether rows may be packed; a prefix goes before each row of a padded batch."""
+def _packs(model: nn.Module, config: Training) -> bool:
+    """Whether rows may be packed; a prefix goes before each row of a padded batch.
+
+    Modules that are computed once more on the way back no longer know then that their rows were packed.
+    """
+    if config.gradient_checkpointing and FusedDecoder.of(methods.causal_of(model)) is None:
+        return False
     return can_pack(model) and not methods.is_prefix(model)
 
 

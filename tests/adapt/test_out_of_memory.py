@@ -23,8 +23,11 @@ from edgetune.recipe_training import Adapt
 CONFIG = Adapt(
     method="lora", r=4, batch_size=4, max_steps=6, eval_steps=2, eval_rows=4, learning_rate=1e-2, report_to=[]
 )
-ERRORS = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-          RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")]  # fmt: skip
+ERRORS = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+]
 
 
 @pytest.fixture(scope="module")
