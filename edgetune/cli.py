@@ -149,11 +149,13 @@ def run(
     """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
     _quiet()
     from edgetune import pipeline
+    from edgetune.adapt import processes
     from edgetune.artifact import Store
     from edgetune.recipe import load_recipe
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.verdict import exit_code
 
+    processes.refuse("run")
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
     console = _console()
@@ -165,8 +167,9 @@ def run(
 
 @app.command()
 def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
-    """Fine-tune and merge only; prints the merged model's folder."""
+    """Fine-tune and merge only; prints the merged model's folder. Also under torchrun and accelerate launch."""
     _quiet()
+    from edgetune.adapt import processes
     from edgetune.artifact import Store
     from edgetune.pipeline import Pipeline
     from edgetune.plan import preflight
@@ -176,10 +179,14 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     loaded = load_recipe(recipe)
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
+    processes.check(loaded)
     ready = preflight(loaded)
+    processes.join(loaded.device)
     work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, _console()))
     work.prepare()
-    typer.echo(work.adapt().path)
+    model = work.adapt()
+    if processes.is_first():
+        typer.echo(model.path)
 
 
 @app.command()
@@ -338,7 +345,9 @@ def doctor() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    from edgetune.adapt import processes
+
+    return Console(quiet=not processes.is_first())
 
 
 def _quiet() -> None:

@@ -23,7 +23,7 @@ ADAPT_READS: dict[str, tuple[str, ...]] = {
     "base_bits": ("dora", "rslora", "ia3", "prefix"),
     "virtual_tokens": ("prefix",),
     "unfreeze_steps": ("full",),
-    "l2": ("qlora", "lora", "rslora", "full"),
+    **dict.fromkeys(("l2", "ewc"), ("qlora", "lora", "rslora", "full")),
     "gradient_checkpointing": (*LORA, "ia3", "full"),  # a prefix lives in the cache, which checkpointing does without
 }
 Logger = Literal["tensorboard", "wandb", "mlflow"]
@@ -88,6 +88,11 @@ class Adapt(Training):
     l2: Amount = Field(
         0.0, exclude_if=_unset,
         description="pull to the base: l2 / 2 times the squared length of the update is added to the loss",
+    )  # fmt: skip
+    ewc: Amount = Field(
+        0.0, exclude_if=_unset,
+        description="pull to the base by what each weight means for general text (arXiv:1612.00796): weight of the "
+        "divergence there, in nats a token, beside the loss",
     )  # fmt: skip
     memory_gb: Positive | None = Field(
         None, exclude_if=_unset,

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import torch
 from transformers import Trainer
 
+from edgetune.adapt import processes
 from edgetune.adapt.allocator import kept_memory
 from edgetune.adapt.callbacks import go_on
 from edgetune.artifact import write_text
@@ -46,7 +47,7 @@ def train(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         fewer = fewer_rows(rows, config.batch_size)
-        if step is None or fewer < least or torch.distributed.is_initialized():
+        if step is None or fewer < least or processes.count() > 1:
             raise StageError(_refusal(failed, step, rows, least))
         happened.append([rows, fewer, step])
         write_text(file, json.dumps(happened) + "\n")
@@ -87,6 +88,7 @@ def _attempt(
         trainer.args.per_device_eval_batch_size = max(1, trainer.args.per_device_eval_batch_size >> halvings)
         with kept_memory():
             go_on(trainer, work)
+            processes.wait()
         return trainer, trainer.state.global_step
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -107,7 +109,7 @@ def _refusal(why: str, step: int | None, rows: int, least: int) -> str:
         return (
             f"out of memory while the base was loaded ({why}); hold it in 4 bits (method: qlora) or take a smaller one"
         )
-    if torch.distributed.is_initialized():
+    if processes.count() > 1:
         return f"out of memory with {rows} rows at once in each process ({why}); set a smaller micro_batch_size"
     at_once = "one row" if least == 1 else f"{rows} rows, fewer than which the method cannot take,"
     return (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from edgetune.adapt import methods
+from edgetune.adapt import methods, processes
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
 from edgetune.adapt.fused_decoder import FusedDecoder
-from edgetune.adapt.pull import Pull
 from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
@@ -66,7 +66,7 @@ class LabelledHead:
 class CompletionTrainer(Trainer):  # type: ignore[misc]
     """Hugging Face's Trainer with the loss at labelled positions only, and exact match where rows are evaluated."""
 
-    def __init__(self, *args: Any, head: LabelledHead, pull: Pull | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: LabelledHead, pull: Callable[[], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head, self.pull = head, pull
         self._causal = methods.causal_of(self.model)
@@ -106,6 +106,13 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         `inputs` is the batch, `keep` [B, T - 1] where its labels are.
         """
         return functional.cross_entropy(logits, labels, reduction="sum")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | Any:
+        """Group rows by length over the rows of a step in all processes, so that a step reads the same ones."""
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(rows, dataset=self.train_dataset, model_input_name="input_ids")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the share of rows at whose every labelled position the likeliest token is the gold one."""
@@ -276,9 +283,8 @@ def make_trainer(
 
     `kwargs` are the kind's own.
     """
-    micro = config.micro_batch_size or config.batch_size
-    accumulation = config.batch_size // micro
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(len(data.train) / (micro * accumulation)))
+    micro, accumulation = processes.share(config.batch_size, config.micro_batch_size)
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(len(data.train) / config.batch_size))
     every = min(config.eval_steps, steps)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -293,6 +299,7 @@ def make_trainer(
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,
         bf16=torch.device(device).type == "cuda" and has_fast_bfloat16(device),
         use_cpu=torch.device(device).type == "cpu",
         eval_strategy="steps",
