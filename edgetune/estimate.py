@@ -110,6 +110,9 @@ def matmul_gflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
     return 2 * 512 * 768 * 1024 / sorted(times)[len(times) // 2] / 1e9
 
 
+UNKNOWN = Lengths(((0, 0),))
+
+
 @dataclass(frozen=True)
 class Counts:
     """How much text a set of rows is."""
@@ -117,7 +120,7 @@ class Counts:
     n_rows: int
     n_tokens: int
     n_labels: int
-    lengths: Lengths = Lengths(((0, 0),))
+    lengths: Lengths = UNKNOWN
 
     @classmethod
     def of(cls, rows: Sequence[Rendered]) -> Counts:

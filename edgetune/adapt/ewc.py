@@ -97,7 +97,7 @@ def _watched(layers: Sequence[Any], sums: dict[int, tuple[Tensor, Tensor]]) -> I
         output.register_hook(lambda grad: add(layer, grad, x))  # type: ignore[no-untyped-call]
 
     def add(layer: nn.Module, grad: Tensor, x: Tensor) -> None:
-        squares = (grad.flatten(0, -2).t().float() @ x.float()).square()  # [R, C]
+        squares = (grad.flatten(0, -2).t() @ x).float().square()  # [R, C]
         of_rows, of_columns = sums.get(id(layer), (0.0, 0.0))
         sums[id(layer)] = (of_rows + squares.sum(1), of_columns + squares.sum(0))
 

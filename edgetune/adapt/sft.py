@@ -56,9 +56,9 @@ def run(
 ) -> Artifact:
     """Train an adapter on rendered rows and write it as an `adapter` artifact.
 
-    `golden` and `mixture`, the rows' origin, are stored with it; `general` is text that `ewc` guards, as token ids. A run
-    that was killed goes on from its last whole checkpoint, to the same bytes on the same machine; one that runs out of
-    memory, with fewer rows at once. Raises DataError where too few rows remain beside those set aside for early
+    `golden` and `mixture`, the rows' origin, are stored with it; `general` is text that `ewc` guards, as token ids. A
+    run that was killed goes on from its last whole checkpoint, to the same bytes on the same machine; one that runs out
+    of memory, with fewer rows at once. Raises DataError where too few rows remain beside those set aside for early
     stopping.
     """
     refuse_untaught(rows, golden.stop_ids)
