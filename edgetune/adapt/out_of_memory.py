@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from edgetune.adapt import processes
-from edgetune.adapt.allocator import kept_memory
+from edgetune.adapt.allocator import give_back, kept_memory
 from edgetune.adapt.callbacks import go_on
 from edgetune.artifact import write_text
 from edgetune.errors import StageError
@@ -25,6 +25,8 @@ from edgetune.recipe_training import Prefer, Training
 
 T = TypeVar("T", bound=Trainer)
 C = TypeVar("C", bound=Training | Prefer)
+# The CPU allocator elsewhere than on Linux; oneDNN, which has no other words where it finds no memory for its scratchpad.
+SAID = ("not enough memory", "could not create a primitive")
 FILE = "out-of-memory.json"  # in the work folder: a kill does not make it run out once more
 
 
@@ -44,6 +46,7 @@ def train(
         if isinstance(failed, Trainer):
             return failed, [_said(before, after, step, config.batch_size) for before, after, step in happened]
         gc.collect()
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         fewer = fewer_rows(rows, config.batch_size)
@@ -65,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or should_reduce_batch_size(error)
-        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(said in str(error) for said in SAID))
     )
 
 
