@@ -97,13 +97,14 @@ def test_a_config_is_all_that_a_shape_needs(tmp_path: Path) -> None:
     [
         ({"batch_size": 16}, 40, 96, 24),
         ({"batch_size": 8}, 24, 256, 128),
+        ({"batch_size": 4}, 20, 400, 40),
         ({"batch_size": 8, "gradient_checkpointing": True}, 24, 256, 128),
         ({"batch_size": 16, "keep_dense": True}, 40, 96, 24),
         ({"method": "lora", "batch_size": 8}, 24, 256, 128),
         ({"method": "full", "batch_size": 4}, 20, 128, 32),
         ({"method": "dora", "batch_size": 8}, 24, 128, 32),
     ],
-    ids=["16 x 96", "8 x 256", "checkpointing", "dense", "lora", "full", "dora"],
+    ids=["16 x 96", "8 x 256", "4 x 400", "checkpointing", "dense", "lora", "full", "dora"],
 )
 def test_smollm2_peaks_within_15_percent_of_the_prediction(
     smollm2: Artifact, keys: dict[str, Any], rows: int, tokens: int, labels: int

@@ -25,7 +25,7 @@ from edgetune.recipe_training import Prefer, Training
 
 T = TypeVar("T", bound=Trainer)
 C = TypeVar("C", bound=Training | Prefer)
-# The CPU allocator elsewhere than on Linux; oneDNN, which has no other words where it finds no memory for its scratchpad.
+# The CPU allocator elsewhere than on Linux; oneDNN, which has no other words for a scratchpad that it cannot have.
 SAID = ("not enough memory", "could not create a primitive")
 FILE = "out-of-memory.json"  # in the work folder: a kill does not make it run out once more
 
