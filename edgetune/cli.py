@@ -71,11 +71,24 @@ def init(
 
 
 @app.command()
-def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="recipe file (YAML)", show_default=False)] = None,
+    store: StoreFolder = DEFAULT_STORE,
+    shape: Annotated[
+        Path | None, typer.Option(help="config.json of any model: the memory that its training takes, no recipe needed")
+    ] = None,
+    memory_gb: Annotated[float | None, typer.Option(min=0.1, help="with --shape: memory that it must fit into")] = None,
+    device: Annotated[str, typer.Option(help="with --shape: cuda or cpu")] = "cuda",
+) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
     terminal.quiet()
     from rich.table import Table
 
+    if shape is not None:
+        _plan_shape(shape, recipe, memory_gb, device)
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe, or --shape with the config.json of a model")
     from edgetune import workload
     from edgetune.artifact import Store
     from edgetune.estimate import spoken
@@ -96,6 +109,9 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     left = [stage.cost for stage in stages if not stage.done]
     console.print(workload.rows_line(loaded.data), highlight=False)
     console.print(table)
+    for stage in stages:
+        if stage.how is not None:
+            console.print(f"{stage.name}: {stage.how}", highlight=False)
     total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
     for name, candidate in loaded.candidates.items():
         if (why := why_not_run(candidate)) is not None:
@@ -103,6 +119,21 @@ def plan(recipe: RecipeFile, store: StoreFolder = DEFAULT_STORE) -> None:
     console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
     if (said := rows_said(loaded)) is not None:
         console.print(f"accuracy: {said}")
+
+
+def _plan_shape(shape: Path, recipe: Path | None, memory_gb: float | None, device: str) -> None:
+    from rich.table import Table
+
+    from edgetune.recipe import load_recipe
+    from edgetune.shape_plan import read_shape, shape_plan
+
+    table = Table("Method", "How", box=None, pad_edge=False)
+    table.add_column("Memory, about", justify="right")
+    loaded = load_recipe(recipe) if recipe is not None else None
+    for way in shape_plan(read_shape(shape), loaded, memory_gb, device):
+        memory = f"{way.peak_gb:.1f} GB" if way.peak_gb is not None else "does not fit"
+        table.add_row(way.method, way.how, memory)
+    terminal.console().print(table, highlight=False)
 
 
 @app.command()
@@ -115,11 +146,13 @@ def run(
     """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
     terminal.quiet()
     from edgetune import pipeline
+    from edgetune.adapt import processes
     from edgetune.artifact import Store
     from edgetune.recipe import load_recipe
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.verdict import exit_code
 
+    processes.refuse("run")
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
     console = terminal.console()
@@ -131,8 +164,9 @@ def run(
 
 @app.command()
 def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
-    """Fine-tune and merge only; prints the merged model's folder."""
+    """Fine-tune and merge only; prints the merged model's folder. Also under torchrun and accelerate launch."""
     terminal.quiet()
+    from edgetune.adapt import processes
     from edgetune.artifact import Store
     from edgetune.pipeline import Pipeline
     from edgetune.plan import preflight
@@ -142,10 +176,14 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     loaded = load_recipe(recipe)
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
+    processes.check(loaded)
     ready = preflight(loaded)
+    processes.join(loaded.device)
     work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, terminal.console()))
     work.prepare()
-    typer.echo(work.adapt().path)
+    model = work.adapt()
+    if processes.is_first():
+        typer.echo(model.path)
 
 
 @app.command()

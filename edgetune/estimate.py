@@ -20,6 +20,7 @@ from edgetune.data.render import Rendered
 from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
 from edgetune.recipe import Bench, Calibration, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_training import LORA, Adapt, Prefer
+from edgetune.training_memory import RECOMPUTING, Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,9 @@ def matmul_gflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
     return 2 * 512 * 768 * 1024 / sorted(times)[len(times) // 2] / 1e9
 
 
+UNKNOWN = Lengths(((0, 0),))
+
+
 @dataclass(frozen=True)
 class Counts:
     """How much text a set of rows is."""
@@ -116,25 +120,30 @@ class Counts:
     n_rows: int
     n_tokens: int
     n_labels: int
+    lengths: Lengths = UNKNOWN
 
     @classmethod
     def of(cls, rows: Sequence[Rendered]) -> Counts:
         """Count rows; tokens that all of them begin with are computed once a batch and hardly count."""
-        from edgetune.packed import common_prefix
+        return cls.total(lengths_of(rows))
 
-        shared = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
-        return cls(len(rows), sum(len(row.ids) - shared for row in rows), sum(row.n_labels for row in rows))
+    @classmethod
+    def total(cls, lengths: Lengths) -> Counts:
+        """Add up rows."""
+        return cls(len(lengths.rows), sum(n for n, _ in lengths.rows), sum(n for _, n in lengths.rows), lengths)
 
     @classmethod
     def guess(cls, rows: Sequence[Row]) -> Counts:
         """Guess before there is a tokenizer: four characters a token, and a template's tokens around each turn."""
-        n_tokens = n_labels = 0
+        found = []
         for row in rows:
+            n_tokens = n_labels = 0
             for role, text in row.messages or (("assistant", row.text or ""),):
                 if ((role, text),) != rows[0].messages[:1]:  # what all rows begin with
                     n_tokens += len(text) // 4 + 6
                     n_labels += len(text) // 4 + 1 if role == "assistant" else 0
-        return cls(len(rows), n_tokens, n_labels)
+            found.append((n_tokens, n_labels))
+        return cls.total(Lengths.of(found))
 
 
 class Estimator:
@@ -145,6 +154,7 @@ class Estimator:
         tasks: Counts = Counts(0, 0, 0),
     ) -> None:  # fmt: skip
         self.recipe, self.sizes, self.speeds = recipe, Sizes.of(config), speeds
+        self.shape, self._number_bytes = Shape.of(config), number_bytes(recipe.device)
         self.train, self.heldout, self.tasks = train, heldout, tasks
         self._along = {  # a candidate's model before its first step and after each
             name: [Sizes.of(one) for one in configs(candidate, config)] for name, candidate in recipe.candidates.items()
@@ -218,15 +228,15 @@ class Estimator:
         full = config.method == "full"
         lora = config.r * sizes.lora_per_rank if config.method in LORA else 0
         flop = passes * (n_tokens * ((6 if full else 4) * sizes.linear + 6 * lora) + 4 * n_labels * sizes.head)
-        rows = config.micro_batch_size or config.batch_size
-        tokens = rows * n_tokens / n_rows
-        activations = tokens * sizes.n_layers * (10 * sizes.hidden + 6 * sizes.intermediate) * 4
-        logits = 3 * 4 * sizes.vocabulary * rows * n_labels / n_rows
-        dense = 4 if not config.four_bit or config.keep_dense else 0
-        weights = sizes.linear * (dense + (0.6 if config.four_bit else 0)) + 4 * sizes.head + 16 * lora
-        weights += 12 * (sizes.linear + sizes.head) if full else 0  # gradients and Adam's two moments
-        seconds = self._training_seconds(flop, passes * n_rows / rows, sizes)
-        return Cost(START_S + seconds, TRAINER_MIB + (weights + activations + logits) / MIB)
+        config, device = self.fitted(config), self.recipe.device
+        passes *= n_rows / (config.micro_batch_size or config.batch_size)
+        flop *= RECOMPUTING if config.gradient_checkpointing else 1.0
+        memory = peak_bytes(config, self.shape, self.train.lengths, device, self._number_bytes)
+        return Cost(START_S + self._training_seconds(flop, passes, sizes), memory / MIB)
+
+    def fitted(self, config: Adapt) -> Adapt:
+        """Give the way of training that is chosen for a memory budget. Raises RecipeError where none fits."""
+        return fitted(config, self.shape, self.train.lengths, self.recipe.device, self._number_bytes)
 
     def _preference(self, config: Prefer) -> Cost:
         """Rows are taken to be as long as training rows; a pair is two, and all but ORPO read each once more."""

@@ -35,7 +35,9 @@ class Graph:
         """Identity of the adapter, None where the recipe adapts nothing."""
         if self.recipe.adapt is None:
             return None
-        return sft.planned_identity(self.recipe.adapt, self.base, self.work.train, self.recipe.seed)
+        return sft.planned_identity(
+            self.recipe.adapt, self.base, self.work.train, self.recipe.seed, self.work.calibration_text
+        )
 
     @cached_property
     def rows(self) -> str:

@@ -19,6 +19,7 @@ from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
 from edgetune.task_work import check_task, guess_counts
+from edgetune.training_memory import said
 
 EXPECTED_FLIPS = 0.03  # share of rows whose answer changes, before it was measured
 
@@ -124,6 +125,7 @@ class PlannedStage:
     name: str
     done: bool | None
     cost: Cost
+    how: str | None = None  # what was chosen to fit a budget of memory
 
 
 def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
@@ -142,4 +144,6 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
     estimator = Estimator(recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks))
-    return [PlannedStage(name, done, estimator.cost(name)) for name, done in states]
+    adapt = recipe.adapt
+    how = said(estimator.fitted(adapt)) if adapt is not None and adapt.memory_gb is not None else None
+    return [PlannedStage(name, done, estimator.cost(name), how if name == "adapt" else None) for name, done in states]

@@ -23,7 +23,8 @@ ADAPT_READS: dict[str, tuple[str, ...]] = {
     "base_bits": ("dora", "rslora", "ia3", "prefix"),
     "virtual_tokens": ("prefix",),
     "unfreeze_steps": ("full",),
-    "l2": ("qlora", "lora", "rslora", "full"),
+    **dict.fromkeys(("l2", "ewc"), ("qlora", "lora", "rslora", "full")),
+    "gradient_checkpointing": (*LORA, "ia3", "full"),  # a prefix lives in the cache, which checkpointing does without
 }
 Logger = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -49,6 +50,11 @@ class Training(Closed):
     best_by: Literal["loss", "exact_match"] = Field(
         "loss", exclude_if=lambda value: value == "loss",
         description="what early stopping and the choice of the best checkpoint look at, on the rows set aside",
+    )  # fmt: skip
+    gradient_checkpointing: bool = Field(
+        False, exclude_if=_unset,
+        description="keep each block's input only and compute the block once more on the way back: less memory, a "
+        "third more time",
     )  # fmt: skip
     report_to: list[Logger] = ["tensorboard"]
 
@@ -83,6 +89,15 @@ class Adapt(Training):
         0.0, exclude_if=_unset,
         description="pull to the base: l2 / 2 times the squared length of the update is added to the loss",
     )  # fmt: skip
+    ewc: Amount = Field(
+        0.0, exclude_if=_unset,
+        description="pull to the base by what each weight means for general text (arXiv:1612.00796): weight of the "
+        "divergence there, in nats a token, beside the loss",
+    )  # fmt: skip
+    memory_gb: Positive | None = Field(
+        None, exclude_if=_unset,
+        description="memory to train in, in GB of 10^9 bytes: chooses micro_batch_size and gradient_checkpointing",
+    )  # fmt: skip
     merge: Literal["base16", "base4", "auto", "separate"] | None = Field(
         None, exclude_if=_unset,
         description="into the 16-bit base (where absent), into the base after its 4-bit round trip, whichever of both "
@@ -110,6 +125,9 @@ class Adapt(Training):
             raise ValueError(f"merge {self.merge}: a prefix is no change of weights and stays separate; leave it out")
         if self.method == "full" and self.merge is not None:
             raise ValueError("merge: method full trains the model itself, there is nothing to merge; leave it out")
+        chosen = {"micro_batch_size", "gradient_checkpointing"} & self.model_fields_set
+        if self.memory_gb is not None and chosen:
+            raise ValueError(f"memory_gb chooses {' and '.join(sorted(chosen))}; leave one of both out")
         return self
 
     @model_serializer(mode="wrap")

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from edgetune.adapt import processes
 from edgetune.artifact import Artifact, Store
 from edgetune.errors import DiskSpaceError, EdgetuneError
 from edgetune.progress import Report, reporting
@@ -32,12 +33,12 @@ class Stages:
     done: list[dict[str, Any]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def run(self, name: str, made: str, make: Make) -> Artifact:
-        """Give the artifact of an identity, making it where the store has none."""
+    def run(self, name: str, made: str, make: Make, *, together: bool = False) -> Artifact:
+        """Give the artifact of an identity, making it where the store has none; `together` in all processes."""
         began = time.monotonic()
         self._log(event="start", stage=name, identity=made)
         with reporting(self.console, name) as progress:
-            artifact, made_now = self.store.once(made, lambda out: make(out, progress))
+            artifact, made_now = processes.once(self.store, made, lambda out: make(out, progress), together=together)
         seconds = round(time.monotonic() - began, 1)
         self.done.append({"name": name, "seconds": seconds, "done_before": not made_now, "identity": made})
         self._log(event="end", stage=name, identity=made, seconds=seconds, made_now=made_now)
@@ -65,6 +66,8 @@ class Stages:
             return None
 
     def _log(self, **entry: Any) -> None:
+        if not processes.is_first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}) + "\n")

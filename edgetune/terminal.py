@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Give the console that a verb prints to."""
+    """Give the console that a verb prints to; of several processes that train together, the first one speaks."""
     from rich.console import Console
 
-    return Console()
+    from edgetune.adapt import processes
+
+    return Console(quiet=not processes.is_first())
 
 
 def quiet() -> None:

@@ -83,9 +83,11 @@ def train(recipe: Recipe, stages: Stages, graph: Graph, work: Workload, base: Ar
             "adapt",
             graph.adapter,
             lambda out, progress: sft.run(
-                config, base, out, rows=work.train, golden=work.golden, mixture=work.mixture, device=recipe.device,
-                seed=recipe.seed, progress=progress, log_folder=logs,
+                config, base, out, rows=work.train, golden=work.golden, mixture=work.mixture,
+                general=work.calibration_text, device=recipe.device, seed=recipe.seed, progress=progress,
+                log_folder=logs,
             ),
+            together=True,
         )  # fmt: skip
         if merges(config):
             adapted = stages.run(

@@ -15,6 +15,12 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
 _KEEP, _USUAL_TRIM, _USUAL_MMAPS = 2**31 - 1, 128 * 1024, 65536
 
 
+def give_back() -> None:
+    """Give what is free back to the kernel. glibc only."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """Within the block freed memory stays with the process; afterwards what is free goes back. glibc only."""

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from edgetune.adapt import processes
 from edgetune.artifact import write_text
 from edgetune.progress import Report
 
@@ -26,6 +27,9 @@ class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        processes.wait()  # each writes the state of its own random numbers
+        if not processes.is_first():
+            return
         for file in sorted(folder.iterdir()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -45,7 +49,11 @@ def last_sealed_checkpoint(work: Path) -> str | None:
 
 def go_on(trainer: Trainer, work: Path) -> None:
     """Train, from the last whole checkpoint where a kill left one; a training that had ended there is only read."""
+    if not processes.is_first():
+        processes.wait()  # until the first one has removed what a kill cut short
     checkpoint = last_sealed_checkpoint(work)
+    if processes.is_first():
+        processes.wait()
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
     if state is None or not _had_ended(state):
         trainer.train(resume_from_checkpoint=checkpoint)

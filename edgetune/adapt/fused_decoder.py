@@ -17,6 +17,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from edgetune.adapt.lora_linear import FusedLora
 from edgetune.packed import Layout, attention
@@ -129,6 +130,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any, blocks: list[Block]) -> None:
         self._decoder, self._blocks = decoder, blocks
+        self.checkpointing = False  # keep each block's input only, and compute the block once more on the way back
 
     @classmethod
     def of(cls, causal: Any) -> FusedDecoder | None:
@@ -162,7 +164,10 @@ class FusedDecoder:
         rope = (cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous())
         x = x[0]
         for block in self._blocks:
-            x = block(x, rope, layout)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, layout)
         states: Tensor = self._decoder.norm(x)
         return states
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
-from edgetune.adapt import methods, rewards
+from edgetune.adapt import methods, out_of_memory, rewards
 from edgetune.adapt.base import load_base
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, go_on, tensorboard
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.golden import Golden
@@ -95,25 +96,30 @@ def run(
     ) as pending:
         from edgetune.adapt import trl_trainers
 
-        base = load_base(source.path, device, four_bit=config.adapter == "qlora")
-        lora = methods.lora_config(config.adapter, config.r, config.alpha)
-        settings = _settings(config, len(order), pending.work, device, seed)
         n_tokens = sum(len(r.ids) for i in order for r in rendered[i]) / len(order)
-        callbacks: list[Any] = [
-            CheckpointSeal(),
-            ProgressReport(progress, n_tokens * config.batch_size),
-            *tensorboard(config.report_to, log_folder),
-        ]
-        trainer = trl_trainers.make(
-            config, base, lora, tokenizer, [(rendered[i], examples[i].label) for i in order], settings, callbacks
-        )
-        go_on(trainer, pending.work)
+
+        def build(config: Prefer, progress: Report) -> Trainer:
+            base = load_base(source.path, device, four_bit=config.adapter == "qlora")
+            lora = methods.lora_config(config.adapter, config.r, config.alpha)
+            settings = _settings(config, len(order), pending.work, device, seed)
+            callbacks: list[Any] = [
+                CheckpointSeal(),
+                ProgressReport(progress, n_tokens * config.batch_size),
+                *tensorboard(config.report_to, log_folder),
+            ]
+            return trl_trainers.make(
+                config, base, lora, tokenizer, [(rendered[i], examples[i].label) for i in order], settings, callbacks
+            )
+
+        least = 2 if config.method == "kto" else 1  # it compares rows of a batch with one another
+        trainer, ran_out = out_of_memory.train(build, config, pending.work, progress, least=least)
         methods.save_adapter(trainer.model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed
         pending.notes.update(_history(trainer.state))
         pending.notes["rows"] = {"train": len(order)}
         pending.notes["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        pending.fallbacks.extend(ran_out)
         if len(order) < len(examples):
             pending.fallbacks.append(
                 f"{len(examples) - len(order)} rows are longer than prefer.max_length={config.max_length} and left out"

@@ -5,23 +5,26 @@ peft holds the adapter, bitsandbytes the 4-bit base, `trainer.py` the loop and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from edgetune.adapt import methods
-from edgetune.adapt.allocator import kept_memory
-from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog, go_on
+from edgetune import training_memory
+from edgetune.adapt import methods, out_of_memory, processes
+from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog
+from edgetune.adapt.ewc import N_TOKENS, Consolidation, general_rows
 from edgetune.adapt.pull import Pull
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
-from edgetune.artifact import Artifact, draft, identity
+from edgetune.artifact import Artifact, identity, json_digest
+from edgetune.compress.checkpoint import read_config
 from edgetune.data.checks import refuse_untaught
 from edgetune.data.golden import Golden
 from edgetune.data.provenance import Mixture
 from edgetune.data.render import Rendered, rows_digest
+from edgetune.errors import DataError
 from edgetune.progress import Report, silent
 from edgetune.recipe_training import Adapt
 from edgetune.sources import copy_tokenizer
@@ -30,9 +33,11 @@ STAGE = "adapt.sft/3"
 SPEED = "adapt-speed.json"  # in the folder of the logs
 
 
-def planned_identity(config: Adapt, source_identity: str, rows: Sequence[Rendered], seed: int) -> str:
+def planned_identity(
+    config: Adapt, source_identity: str, rows: Sequence[Rendered], seed: int, general: Sequence[int] = ()
+) -> str:
     """Identity of the adapter that `run` would make."""
-    return identity(STAGE, _config(config, seed), [source_identity], {"rows": rows_digest(rows)})
+    return identity(STAGE, _config(config, seed), [source_identity], _sources(config, rows, general))
 
 
 def run(
@@ -43,6 +48,7 @@ def run(
     rows: Sequence[Rendered],
     golden: Golden,
     mixture: Mixture | None = None,
+    general: Sequence[int] = (),
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
@@ -50,57 +56,99 @@ def run(
 ) -> Artifact:
     """Train an adapter on rendered rows and write it as an `adapter` artifact.
 
-    `golden` and `mixture`, the rows' origin, are stored with it. A run that was killed goes on from its last whole
-    checkpoint, to the same bytes on the same machine. Raises DataError where too few rows remain beside those set aside
-    for early stopping.
+    `golden` and `mixture`, the rows' origin, are stored with it; `general` is text that `ewc` guards, as token ids. A
+    run that was killed goes on from its last whole checkpoint, to the same bytes on the same machine; one that runs out
+    of memory, with fewer rows at once. Raises DataError where too few rows remain beside those set aside for early
+    stopping.
     """
     refuse_untaught(rows, golden.stop_ids)
     data = Split.of(config, rows, seed)
-    full = config.method == "full"
-    with draft(
+    guarded = general_rows(general) if config.ewc else []
+    if config.ewc and not guarded:
+        raise DataError(f"adapt.ewc wants {N_TOKENS} tokens of general text, found {len(general)}; give data.general")
+    asked, full = config, config.method == "full"
+    device = processes.own_device(device)
+    if not processes.is_first():
+        progress, log_folder = silent, None
+    if config.memory_gb is not None:
+        shape = training_memory.Shape.of(read_config(source.path))
+        lengths = training_memory.lengths_of(rows)
+        own = config.model_copy(update={"batch_size": config.batch_size // processes.count()})
+        own = training_memory.fitted(own, shape, lengths, device, training_memory.number_bytes(device))
+        config = own.model_copy(update={"batch_size": config.batch_size})
+    made = planned_identity(asked, source.identity, rows, seed, general)
+    with processes.drafted(
         out,
         kind="model" if full else "adapter",
         stage=STAGE,
-        config=_config(config, seed),
+        config=_config(asked, seed),
         parents=[source],
-        sources={"rows": rows_digest(rows)},
+        sources=_sources(asked, rows, general),
     ) as pending:
-        torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
-        model, head = attach(config, source.path, device)
-        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trainer = make_trainer(
-            CompletionTrainer, config, model, head, data, methods.make_optimizer(config, model), work=pending.work,
-            device=device, seed=seed, progress=progress, log_folder=log_folder,
-            pull=Pull(model, config.l2) if config.l2 else None,
-        )  # fmt: skip
-        if config.unfreeze_steps is not None:
-            trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
-        if log_folder is not None:
-            made = planned_identity(config, source.identity, rows, seed)
-            trainer.add_callback(SpeedLog(log_folder / SPEED, made, data.mean_tokens * config.batch_size))
-        with kept_memory():
-            go_on(trainer, pending.work)
-        if full:
-            model.to(torch.bfloat16).save_pretrained(pending.path)  # type: ignore[operator]
-            copy_tokenizer(source.path, pending.path)
-        else:
-            methods.save_adapter(model, pending.path, source.identity)
-        golden.write(pending.path)
+
+        def build(config: Adapt, progress: Report) -> CompletionTrainer:
+            torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
+            model, head = attach(config, source.path, device)
+            trainer = make_trainer(
+                CompletionTrainer, config, model, head, data, methods.make_optimizer(config, model), work=pending.work,
+                device=device, seed=seed, progress=progress, log_folder=log_folder,
+                pull=_pull(config, model, guarded, seed),
+            )  # fmt: skip
+            if config.memory_gb is not None:
+                at_once = min(training_memory.EVAL_ROWS, config.micro_batch_size or config.batch_size)
+                trainer.args.per_device_eval_batch_size = at_once
+            if config.unfreeze_steps is not None:
+                trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
+            if log_folder is not None:
+                trainer.add_callback(SpeedLog(log_folder / SPEED, made, data.mean_tokens * config.batch_size))
+            return trainer
+
+        trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
+        if processes.is_first():
+            if full:
+                trainer.model.to(torch.bfloat16).save_pretrained(pending.path)
+                copy_tokenizer(source.path, pending.path)
+            else:
+                methods.save_adapter(trainer.model, pending.path, source.identity)
+            golden.write(pending.path)
+            if mixture is not None:
+                mixture.write(pending.path)
         if mixture is not None:
-            mixture.write(pending.path)
             pending.notes["mixture"] = mixture.summary
         pending.seed = seed
-        pending.fallbacks.extend(data.fallbacks)
+        pending.fallbacks.extend([*data.fallbacks, *ran_out])
         pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
-        pending.notes["trained_parameters"] = n_trained
-    return pending.artifact
+        pending.notes["trained_parameters"] = sum(
+            p.numel() for g in trainer.optimizer.param_groups for p in g["params"]
+        )
+        if config.memory_gb is not None:
+            pending.notes["fitted"] = training_memory.said(config)
+        if ran_out:
+            pending.notes["memory"] = "; ".join(ran_out)
+    processes.wait()
+    return Artifact.open(out)
 
 
 def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, LabelledHead]:
     """Load the base as its method trains it, and let its head see labelled positions only."""
     model = methods.attach(config, folder, device)
     return model, LabelledHead(methods.causal_of(model).get_output_embeddings())
+
+
+def _pull(config: Adapt, model: nn.Module, guarded: Sequence[Sequence[int]], seed: int) -> Callable[[], Tensor] | None:
+    """What holds the weights to the base, as far as the recipe asks for it."""
+    pulls: list[Callable[[], Tensor]] = []
+    if config.l2:
+        pulls.append(Pull(model, config.l2))
+    if config.ewc:
+        pulls.append(Consolidation(model, config.ewc, guarded, seed))
+    return (lambda: torch.stack([pull() for pull in pulls]).sum()) if len(pulls) > 1 else next(iter(pulls), None)
+
+
+def _sources(config: Adapt, rows: Sequence[Rendered], general: Sequence[int]) -> dict[str, str]:
+    guarded = {"general": json_digest(general_rows(general))} if config.ewc else {}
+    return {"rows": rows_digest(rows), **guarded}
 
 
 def _config(config: Adapt, seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from edgetune.adapt import methods
+from edgetune.adapt import methods, processes
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
 from edgetune.adapt.fused_decoder import FusedDecoder
-from edgetune.adapt.pull import Pull
 from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
@@ -66,11 +66,13 @@ class LabelledHead:
 class CompletionTrainer(Trainer):  # type: ignore[misc]
     """Hugging Face's Trainer with the loss at labelled positions only, and exact match where rows are evaluated."""
 
-    def __init__(self, *args: Any, head: LabelledHead, pull: Pull | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: LabelledHead, pull: Callable[[], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head, self.pull = head, pull
         self._causal = methods.causal_of(self.model)
         self._fused = None if methods.is_prefix(self.model) else FusedDecoder.of(self._causal)
+        if self._fused is not None:
+            self._fused.checkpointing = self.args.gradient_checkpointing
         self._exact = torch.zeros(2)  # rows of an evaluation that come out exactly, and all
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
 
@@ -104,6 +106,13 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         `inputs` is the batch, `keep` [B, T - 1] where its labels are.
         """
         return functional.cross_entropy(logits, labels, reduction="sum")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | Any:
+        """Group rows by length over the rows of a step in all processes, so that a step reads the same ones."""
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(rows, dataset=self.train_dataset, model_input_name="input_ids")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the share of rows at whose every labelled position the likeliest token is the gold one."""
@@ -223,6 +232,11 @@ class Split:
         """Set rows aside, and leave copies of them out of training. Raises DataError where too few rows remain."""
         aside, others = set_aside(config, rows, seed)
         train = apart(rows, others, aside)
+        if not train:
+            raise DataError(
+                f"all {len(others)} training rows are copies of the {len(aside)} rows that are set aside to watch "
+                "training; give more different rows"
+            )
         fallbacks = []
         if len(aside) < config.eval_rows:
             fallbacks.append(f"eval_rows={config.eval_rows} is more than a fifth of the rows: {len(aside)} are used")
@@ -269,9 +283,8 @@ def make_trainer(
 
     `kwargs` are the kind's own.
     """
-    micro = config.micro_batch_size or config.batch_size
-    accumulation = config.batch_size // micro
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(len(data.train) / (micro * accumulation)))
+    micro, accumulation = processes.share(config.batch_size, config.micro_batch_size)
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(len(data.train) / config.batch_size))
     every = min(config.eval_steps, steps)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -284,6 +297,9 @@ def make_trainer(
         warmup_steps=math.ceil(config.warmup_ratio * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,
         bf16=torch.device(device).type == "cuda" and has_fast_bfloat16(device),
         use_cpu=torch.device(device).type == "cpu",
         eval_strategy="steps",
@@ -317,7 +333,7 @@ def make_trainer(
         trainer = kind(
             model,
             arguments,
-            data_collator=pack if _packs(model) and arguments.world_size == 1 else pad,
+            data_collator=pack if arguments.world_size == 1 and _packs(model, config) else pad,
             train_dataset=data.train,
             eval_dataset=data.evaluate,
             callbacks=callbacks,
@@ -331,8 +347,13 @@ def make_trainer(
     return trainer
 
 
-def _packs(model: nn.Module) -> bool:
-    """Whether rows may be packed; a prefix goes before each row of a padded batch."""
+def _packs(model: nn.Module, config: Training) -> bool:
+    """Whether rows may be packed; a prefix goes before each row of a padded batch.
+
+    Modules that are computed once more on the way back no longer know then that their rows were packed.
+    """
+    if config.gradient_checkpointing and FusedDecoder.of(methods.causal_of(model)) is None:
+        return False
     return can_pack(model) and not methods.is_prefix(model)
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.adapt.allocator import kept_memory
-from edgetune.adapt.callbacks import go_on
+from edgetune.adapt import out_of_memory
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress import teacher as teaching
@@ -73,29 +72,32 @@ def run(
         out, kind="model", stage=STAGE, config=_config(config, seed), parents=[student, teacher, said],
         sources={"rows": rows_digest(rows)}, versions=_versions(),
     ) as pending:  # fmt: skip
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32, local_files_only=True)
-        model.to(device).train()
-        coach = Coach.load(teacher.path, device) if config.hidden_weight else None
-        if coach is not None:
-            setattr(model, PROJECTION, coach.projection(int(model.config.hidden_size)).to(device))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        trainer = make_trainer(
-            DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), data, optimizer,
-            work=pending.work, device=device, seed=seed, progress=progress, log_folder=log_folder,
-            distill=config, said=teaching.read(said), coach=coach,
-        )  # fmt: skip
-        with kept_memory():
-            go_on(trainer, pending.work)
-        if coach is not None:
+
+        def build(config: Distill, progress: Report) -> DistillTrainer:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32, local_files_only=True)
+            model.to(device).train()
+            coach = Coach.load(teacher.path, device) if config.hidden_weight else None
+            if coach is not None:
+                setattr(model, PROJECTION, coach.projection(int(model.config.hidden_size)).to(device))
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            )
+            return make_trainer(
+                DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), data, optimizer,
+                work=pending.work, device=device, seed=seed, progress=progress, log_folder=log_folder,
+                distill=config, said=teaching.read(said), coach=coach,
+            )  # fmt: skip
+
+        trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
+        model = trainer.model
+        if config.hidden_weight:
             delattr(model, PROJECTION)
         model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
         copy_tokenizer(teacher.path, pending.path)
         golden.write(pending.path)
         pending.seed = seed
-        pending.fallbacks.extend(data.fallbacks)
+        pending.fallbacks.extend([*data.fallbacks, *ran_out])
         pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
         pending.notes["parameters"] = sum(p.numel() for p in model.parameters())

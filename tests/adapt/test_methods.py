@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from edgetune.adapt import merge, methods, sft
+from edgetune.adapt import fused_decoder, merge, methods, sft
 from edgetune.adapt.base import load_base
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import FusedLora
@@ -33,7 +33,7 @@ from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, render
-from edgetune.errors import UnsupportedError
+from edgetune.errors import RecipeError, UnsupportedError
 from edgetune.recipe_training import Adapt
 from edgetune.runtime.engine import TokenRow, greedy
 from edgetune.runtime.engines.torch_engine import TorchEngine
@@ -296,3 +296,40 @@ def test_an_evaluation_leaves_the_4_bit_weights_as_they_are(tiny_model: Artifact
 def test_ia3_in_an_architecture_that_peft_does_not_know() -> None:
     with pytest.raises(UnsupportedError, match=r"^adapt.method ia3: peft does not know .* 'nemo'; use lora$"):
         methods.check(CONFIGS["ia3"], {"model_type": "nemo"})
+
+
+@pytest.mark.parametrize("method", ["qlora", "dora", "full"])
+def test_gradient_checkpointing_changes_no_gradient(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, method: str
+) -> None:
+    config = Adapt(method=method, **SMALL | {"max_steps": 2})
+    plain, twice = (
+        train(tiny_model, tmp_path / name, rows, config.model_copy(update={"gradient_checkpointing": on}))
+        for name, on in (("plain", False), ("twice", True))
+    )
+    assert plain.identity != twice.identity
+    for key in ("loss", "heldout_loss", "gradient_norm"):
+        np.testing.assert_allclose(twice.manifest.notes[key], plain.manifest.notes[key], rtol=1e-4)
+
+
+def test_gradient_checkpointing_computes_each_block_twice(
+    tiny_model: Artifact, rows: list[Rendered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Adapt(method="lora", gradient_checkpointing=True, **SMALL)
+    model, head = sft.attach(config, tiny_model.path, "cpu")
+    calls: list[int] = []
+    call = fused_decoder.Block.__call__
+    monkeypatch.setattr(fused_decoder.Block, "__call__", lambda *args: calls.append(1) or call(*args))
+    trainer = make_plain(config, model, head, rows)
+    trainer.compute_loss(model, pack([Rows(rows)[i] for i in (0, 13, 5)])).backward()
+    assert len(calls) == 2 * 2
+
+
+def test_a_memory_budget_is_kept_to_and_said(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+    config = Adapt(method="lora", memory_gb=1.2, **SMALL | {"max_steps": 2})
+    made = train(tiny_model, tmp_path / "adapter", rows, config)
+    assert made.manifest.notes["fitted"] == "4 rows at once"
+    assert made.manifest.config["memory_gb"] == 1.2
+    assert made.identity == sft.planned_identity(config, tiny_model.identity, rows, 0)
+    with pytest.raises(RecipeError, match=r"^adapt.memory_gb=0.5: lora needs 1.1 GB"):
+        train(tiny_model, tmp_path / "none", rows, config.model_copy(update={"memory_gb": 0.5}))

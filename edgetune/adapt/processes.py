@@ -1,0 +1,117 @@
+"""Several processes train one adapter, as torchrun or accelerate start them: the first one writes, all compute.
+
+Each computes its share of a step's rows, so a step reads the same rows however many processes there are. What is no
+training the first one does alone, and the others find it in the store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgetune.artifact import Artifact, Draft, Store, draft
+from edgetune.errors import RecipeError, UsageError
+from edgetune.recipe import Recipe
+
+
+def count() -> int:
+    """Processes of this training: torchrun's WORLD_SIZE, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return count() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def refuse(verb: str) -> None:
+    """Raise UsageError where a verb that works alone was started several times."""
+    if count() > 1:
+        raise UsageError(f"{verb} is one process, {count()} were started; let `edgetune adapt` train in {count()} "
+                         f"processes, then run `edgetune {verb}` alone: it finds the adapter in the store")  # fmt: skip
+
+
+def check(recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe cannot be trained by so many processes."""
+    n, config = count(), recipe.adapt
+    if n == 1:
+        return
+    if recipe.prefer is not None or config is None:
+        raise RecipeError(f"prefer trains in one process, {n} were started; start it alone")
+    if config.unfreeze_steps is not None:
+        raise RecipeError(f"adapt.unfreeze_steps is for one process, {n} were started; leave it out or start one")
+    share(config.batch_size, config.micro_batch_size)
+
+
+def share(batch: int, micro: int | None) -> tuple[int, int]:
+    """Give the rows at once of each process, and how often they make a step. Raises RecipeError where it is uneven."""
+    n = count()
+    if batch % (n * (micro or 1)):
+        asked = f" of micro_batch_size={micro}" if micro else ""
+        raise RecipeError(f"adapt.batch_size={batch} cannot be shared evenly by {n} processes{asked}; change one")
+    at_once = micro or batch // n
+    return at_once, batch // (n * at_once)
+
+
+def join(device: str) -> None:
+    """Meet the other processes."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu")
+
+
+def own_device(device: str) -> str:
+    """Give the GPU of this process where the recipe says cuda."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if count() > 1 and device == "cuda" else device
+
+
+def wait() -> None:
+    """Wait until every process has come here."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def _told(value: bool) -> bool:
+    """Give what the first process says to the others."""
+    from accelerate.utils import broadcast_object_list
+
+    said = [value]
+    broadcast_object_list(said, from_process=0)
+    return bool(said[0])
+
+
+def once(store: Store, made: str, make: Callable[[Path], Artifact], *, together: bool) -> tuple[Artifact, bool]:
+    """`Store.once` for all processes: the first makes what is missing, with `together` all of them do."""
+    if count() == 1:
+        return store.once(made, make)
+    if is_first():
+
+        def begin(out: Path) -> Artifact:
+            _told(together)
+            return make(out)
+
+        artifact, made_now = store.once(made, begin)
+        if not made_now:
+            _told(False)
+    else:
+        made_now = _told(False)
+        if made_now:
+            make(store.place(made))
+    wait()
+    return (artifact if is_first() else Artifact.open(store.place(made))), made_now
+
+
+def drafted(out: Path, **kwargs: Any) -> AbstractContextManager[Draft]:
+    """`draft` in the first process; in the others the same folders, in which they write nothing."""
+    return draft(out, **kwargs) if is_first() else _followed(out)
+
+
+@contextmanager
+def _followed(out: Path) -> Iterator[Draft]:
+    yield Draft(out.parent / f".{out.name}.draft", out.parent / f".{out.name}.work")

@@ -1,0 +1,184 @@
+"""Peak memory of training, predicted from a model's shape, and the way of training that fits a budget.
+
+All the time there are the base, and what is trained with its gradient and AdamW's two moments. From the way forward to
+the way back each block keeps what its backward reads, or with gradient checkpointing its input only, and the loss keeps
+logits at labelled positions. Constants are fitted to measured peaks, and `tests/test_training_memory.py` holds them.
+
+Letters: C hidden size, I intermediate size, Q and K widths of queries and keys, V vocabulary, r rank, b bytes a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune.compress.architectures import linear_shapes
+from edgetune.data.render import Rendered
+from edgetune.errors import RecipeError
+from edgetune.recipe_training import LORA, Adapt
+
+GB, MIB = 1e9, 1 << 20
+NF4_BYTES = 0.5 + 0.015  # a weight: 4 bits, and its share of a double-quantized scale (arXiv:2305.14314)
+PROCESS = {"cpu": 1050 * MIB, "cuda": 600 * MIB}  # Python with all that training imports; a CUDA context
+SHORT = 256  # tokens of a row up to which attention is by plain products on a CPU: packed.SHORT
+FUSED = ("llama", "mistral", "qwen2")
+LOSS_BYTES = 14  # a logit on the way back: in float32, log-probability, two gradients; the allocator's holes
+EVAL_ROWS = 32  # rows at once where training is watched, without a budget
+PASS_TOKENS = 256  # what a pass over the blocks costs beside its tokens, in tokens
+RECOMPUTING = 4 / 3  # time of a step with gradient checkpointing over one without
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its memory depends on."""
+
+    C: int
+    I: int  # noqa: E741
+    Q: int
+    K: int
+    V: int
+    n_heads: int
+    n_layers: int
+    linear: int  # weights of all linear layers in blocks
+    embeddings: int  # weights of embeddings and head, once where they are tied
+    lora_per_rank: int
+    fused: bool  # whether its blocks run as `fused_decoder`
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """Read it from a `config.json`. Raises UnsupportedError for an unknown architecture."""
+        shapes = linear_shapes(config)
+        hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+        tied = bool(config.get("tie_word_embeddings", False))
+        return cls(
+            hidden, int(config["intermediate_size"]), shapes["model.layers.0.self_attn.q_proj"][0],
+            shapes["model.layers.0.self_attn.k_proj"][0], vocabulary, int(config["num_attention_heads"]),
+            int(config["num_hidden_layers"]),
+            sum(R * C for R, C in shapes.values()), hidden * vocabulary * (1 if tied else 2),
+            sum(R + C for R, C in shapes.values()), config["model_type"] in FUSED,
+        )  # fmt: skip
+
+    @property
+    def weights(self) -> int:
+        return self.linear + self.embeddings
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens and labels of rows, the longest first: what the largest batch is made of."""
+
+    rows: tuple[tuple[int, int], ...]
+    shared: int = 0  # tokens that all rows begin with, computed once a batch
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int]], shared: int = 0) -> Lengths:
+        return cls(tuple(sorted(rows, reverse=True)), shared)
+
+    def most(self, n_rows: int) -> tuple[int, int, int]:
+        """Give tokens and labels of the `n_rows` longest rows together, and tokens of the longest."""
+        rows = self.rows[:n_rows]
+        missing = n_rows - len(rows)  # rows of which only the longest are known, or that come again
+        tokens = sum(n for n, _ in rows) + missing * rows[-1][0] + self.shared
+        return tokens, sum(n for _, n in rows) + missing * rows[-1][1], rows[0][0] + self.shared
+
+
+def lengths_of(rows: Sequence[Rendered]) -> Lengths:
+    """Measure rendered rows."""
+    from edgetune.packed import common_prefix
+
+    shared = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
+    return Lengths.of([(len(row.ids) - shared, row.n_labels) for row in rows], max(shared, 0))
+
+
+def number_bytes(device: str) -> int:
+    """Bytes of a number in the dtype that a device trains in."""
+    from edgetune.devices import compute_dtype
+
+    return compute_dtype(device).itemsize
+
+
+def peak_bytes(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: int) -> float:
+    """Predict the peak of resident memory on a CPU, of device memory on a GPU. `b` is `number_bytes` of the device."""
+    if config.method == "full" and not device.startswith("cuda"):
+        b = 4  # computes in the dtype of its weights; a GPU's autocast holds activations in 16 bits
+    micro = config.micro_batch_size or config.batch_size
+    at_once = min(EVAL_ROWS, micro) if config.memory_gb is not None else EVAL_ROWS
+    watched = min(at_once, config.eval_rows)
+    held = _held(config, shape, b)
+    tokens, labels, _ = lengths.most(watched)
+    watching = max(_block(shape, tokens, b), float(labels * shape.V * (b + 8)))  # logits, in float32, their logarithms
+    working = max(_backward(config, shape, lengths.most(micro), device, b), watching)
+    return PROCESS["cuda" if device.startswith("cuda") else "cpu"] + held + working
+
+
+def _held(config: Adapt, shape: Shape, b: int) -> float:
+    """Weights, and of what is trained gradient and moments."""
+    if config.method == "full":
+        return 16.0 * shape.weights
+    linear = (NF4_BYTES + (b if config.keep_dense else 0)) if config.four_bit else b
+    trained = config.r * shape.lora_per_rank if config.method in LORA else 0
+    return linear * shape.linear + b * shape.embeddings + 16.0 * trained
+
+
+def _backward(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str, b: int) -> float:
+    """What is kept for the way back, with the block that is being worked on."""
+    tokens, labels, _ = batch
+    kept = _kept(config, shape, batch, device, b)
+    blocks = shape.n_layers * shape.C * b * tokens + kept if config.gradient_checkpointing else shape.n_layers * kept
+    return blocks + max(_block(shape, tokens, b), float(labels * shape.V * (b + LOSS_BYTES)))
+
+
+def _kept(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str, b: int) -> float:
+    """What one block keeps for its backward: in our blocks what `fused_decoder` saves, in modules also their casts."""
+    (tokens, _, longest), s = batch, shape
+    by_products = longest <= SHORT and not device.startswith("cuda")  # then attention keeps its scores
+    attended = s.n_heads * longest if by_products else s.Q
+    if s.fused and config.method in ("qlora", "lora", "rslora") and not config.dropout:
+        return float(tokens * b * (4 * s.C + 2 * s.Q + 2 * s.K + 3 * s.I + 7 * config.r + attended))
+    kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended) + 8 * s.C
+    if config.method == "dora":  # peft's layer, in 32 bits: each linear layer's input, and its outputs twice and more
+        kept += 4 * (5 * s.C + s.Q + s.I) + 9 * (s.Q + 2 * s.K + 2 * s.C + 2 * s.I)
+    return float(tokens * kept)
+
+
+def _block(shape: Shape, tokens: int, b: int) -> float:
+    """What a block works on beside what it keeps: the gradients of its widest part, and one dequantized weight."""
+    return float(b * (tokens * (6 * shape.I + 4 * shape.C) + 2 * shape.I * shape.C))
+
+
+def fitted(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: int) -> Adapt:
+    """Choose rows at once and gradient checkpointing so that `memory_gb` suffices; the batch of a step stays.
+
+    Of all ways that fit it is the fastest: few passes, and no block twice. Raises RecipeError where none fits.
+    """
+    if config.memory_gb is None:
+        return config
+    ways = [
+        config.model_copy(update={"micro_batch_size": rows, "gradient_checkpointing": twice})
+        for rows in range(config.batch_size, 0, -1) if config.batch_size % rows == 0
+        for twice in ((False, True) if config.method != "prefix" else (False,))
+    ]  # fmt: skip
+    needs = [peak_bytes(way, shape, lengths, device, b) for way in ways]
+    fits = [way for way, need in zip(ways, needs, strict=True) if need <= config.memory_gb * GB]
+    if not fits:
+        raise RecipeError(
+            f"adapt.memory_gb={config.memory_gb:g}: {config.method} needs {min(needs) / GB:.1f} GB even in its "
+            "smallest way; give more, shorten the rows (data.max_length), or hold the base in 4 bits (method: qlora)"
+        )
+
+    def cost(way: Adapt) -> float:
+        assert way.micro_batch_size is not None, "it was just set"
+        passes = config.batch_size // way.micro_batch_size
+        tokens = passes * (lengths.most(way.micro_batch_size)[0] + PASS_TOKENS)
+        return tokens * (RECOMPUTING if way.gradient_checkpointing else 1.0)
+
+    return min(fits, key=cost)
+
+
+def said(config: Adapt) -> str:
+    """Say what was chosen: "4 rows at once, 4 times a step, with gradient checkpointing"."""
+    micro = config.micro_batch_size or config.batch_size
+    times = f", {config.batch_size // micro} times a step" if micro < config.batch_size else ""
+    checkpointing = ", with gradient checkpointing" if config.gradient_checkpointing else ""
+    return f"{micro} row{'s' if micro > 1 else ''} at once{times}{checkpointing}"

