@@ -119,7 +119,9 @@ def test_cross_moments_are_of_the_float_and_the_quantized_models_inputs(
     monkeypatch.setattr(layerwise, "BATCH_TOKENS", 64)  # 4 rows at once
     found: list[Tensor] = []
 
-    def solve(weight: Tensor, hessian: Tensor | None, cross: Tensor | None) -> tuple[Quantized, tuple[str, ...]]:
+    def solve(
+        _: object, weight: Tensor, hessian: Tensor | None, cross: Tensor | None
+    ) -> tuple[Quantized, tuple[str, ...]]:
         assert hessian is not None
         assert cross is not None
         found.append(cross.clone())
