@@ -1,6 +1,7 @@
 """Kill a run at random moments and around every rename, run it again, and compare every byte that ships.
 
     python benchmarks/kill.py            # 50 random moments, and before and after each rename
+    python benchmarks/kill.py --one-side # the same with one side of each rename, drawn
     python benchmarks/kill.py --quick    # 6 kills
 
 Each run is forked from a process that has imported torch, so that kills are spent on work and not on imports. Each kill
@@ -265,7 +266,7 @@ def attempt(recipe: Path, home: Path, moment: Moment, expected: dict[str, str]) 
     return kill
 
 
-def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Path) -> int:
+def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Path, *, one_side: bool) -> int:
     """Do all kills and write the result after each; gives the exit code."""
     began, load_before = time.monotonic(), os.getloadavg()
     busy_before = psutil.cpu_percent(1) / 100
@@ -282,7 +283,7 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
         renames = (folder / "whole" / "renames.log").read_text().splitlines()
         print(f"uninterrupted: {duration:.1f} s, {len(renames)} renames, {len(expected)} files", flush=True)
         kills: list[Kill] = []
-        pending = _moments(n_kills, n_renames, len(renames), duration, seed)
+        pending = _moments(n_kills, n_renames, len(renames), duration, seed, one_side)
 
         def one(numbered: tuple[int, Moment]) -> Kill:
             home = folder / f"kill-{numbered[0]}"
@@ -310,10 +311,13 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
     return 1 if totals["lost"] or totals["different_bytes"] else 0
 
 
-def _moments(n_kills: int, n_renames: int | None, found: int, duration: float, seed: int) -> list[Moment]:
+def _moments(
+    n_kills: int, n_renames: int | None, found: int, duration: float, seed: int, one_side: bool
+) -> list[Moment]:
     rng = random.Random(seed)
     moments = [Moment(seconds=round(rng.uniform(0, duration), 3)) for _ in range(n_kills)]
-    around = [Moment(rename=k, side=side) for k in range(found) for side in ("before", "after")]
+    sides = ("before", "after")
+    around = [Moment(rename=k, side=s) for k in range(found) for s in ([rng.choice(sides)] if one_side else sides)]
     if n_renames is not None and n_renames < len(around):
         around = sorted(rng.sample(around, n_renames), key=lambda m: (m.rename or 0, m.side))
     return moments + around
@@ -364,6 +368,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="kills at random moments")
     parser.add_argument("--renames", type=int, help="kills around renames; all where absent")
+    parser.add_argument("--one-side", action="store_true", help="before or after each rename, drawn, not both")
     parser.add_argument("--quick", action="store_true", help="3 random moments and 3 renames")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="kills at the same time, each with a store of its own")
@@ -372,7 +377,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that runs and temporary folders go too
     given.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return benchmark(*(3, 3) if given.quick else (given.kills, given.renames), given.seed, given.jobs, given.out)
+        counts = (3, 3) if given.quick else (given.kills, given.renames)
+        return benchmark(*counts, given.seed, given.jobs, given.out, one_side=given.one_side)
     finally:
         for process in list(LIVE):  # of a benchmark that is told to stop
             _kill_group(process)

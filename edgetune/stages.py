@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from edgetune.adapt import processes
+from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact, Store
 from edgetune.errors import DiskSpaceError, EdgetuneError
 from edgetune.progress import Report, reporting
@@ -39,6 +40,9 @@ class Stages:
         self._log(event="start", stage=name, identity=made)
         with reporting(self.console, name) as progress:
             artifact, made_now = processes.once(self.store, made, lambda out: make(out, progress), together=together)
+        if made_now:
+            gc.collect()  # models lie in cycles, and the next stage needs their room
+            give_back()
         seconds = round(time.monotonic() - began, 1)
         self.done.append({"name": name, "seconds": seconds, "done_before": not made_now, "identity": made})
         self._log(event="end", stage=name, identity=made, seconds=seconds, made_now=made_now)

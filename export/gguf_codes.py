@@ -69,7 +69,7 @@ def choose_codes(
     rounded = gguf.quants.dequantize(embedding.data, embedding.tensor_type)
     table = model.get_input_embeddings().weight
     table.data = torch.from_numpy(rounded.reshape(table.shape)).to(table.dtype)
-    results = quantize_blocks(model, rows, solve, work=work, key=key, device=device, progress=progress)
+    results = quantize_blocks(model, rows, solve, work=work, key=key, device=device, progress=progress, fast=True)
     n_chosen = 0
     for name, result in results.items():
         tensor, n_heads = stored[f"{name}.weight"], heads[f"{name}.weight"]
