@@ -32,7 +32,7 @@ from edgetune.export.gguf_write import (
 from edgetune.progress import Report, silent
 from edgetune.recipe import GgufExport
 
-STAGE = "export.gguf/1"
+STAGE = "export.gguf/2"
 FILE = "model.gguf"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 

@@ -38,14 +38,14 @@ MIXES: dict[str, Mix] = {
 }
 
 # Where the hidden size is no multiple of 256, most matrices cannot take a K-quant. llama.cpp then mixes Q5_0, Q4_K and
-# a head of Q8_0; about six bits everywhere costs the same bytes and half the KL divergence (docs/decisions.md).
+# a head of Q8_0; the same bits everywhere cost as many bytes and less KL divergence (docs/decisions.md).
 NARROW_MIXES: dict[str, Mix] = {
     "Q5_K_M": Mix("Q5_1", "Q8_0", "Q8_0", "Q5_1", down="Q6_K"),
-    "Q4_K_M": Mix("Q5_1", "Q8_0", "Q5_1", "Q5_1", down="Q6_K"),
+    "Q4_K_M": Mix("Q5_0", "Q5_0", "Q8_0", "Q5_0"),
 }
 
 # What stands in for a type whose block does not divide a row.
-NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_1"}
+NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
 
 
 def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict[str, str], list[str]]:
@@ -72,7 +72,7 @@ def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict
                 replaced[shape[-1], types[name], asked] += 1
     lines = []
     for (width, found, asked), count in sorted(replaced.items()):
-        why = "" if width % BLOCK[asked] else " (the other rows are no multiple of 256, so six bits go to all)"
+        why = "" if width % BLOCK[asked] else " (the other rows are no multiple of 256, so all get the same bits)"
         lines.append(f"{count} of {n_matrices} matrices have rows of {width}: {found} instead of {asked}{why}")
     return types, lines
 

@@ -25,7 +25,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from edgetune.adapt import methods, processes
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, Trim, tensorboard
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
@@ -324,6 +324,7 @@ def make_trainer(
     )
     callbacks: list[Any] = [
         CheckpointSeal(),
+        Trim(),
         ProgressReport(progress, tokens_per_step=data.mean_tokens * config.batch_size),
         EarlyStoppingCallback(early_stopping_patience=config.patience),
         *tensorboard(config.report_to, log_folder),
