@@ -106,7 +106,7 @@ def run(
     vocabulary = read_vocabulary(source.path, int(model_config["vocab_size"]))
     golden = Golden.read(source.path)
     shapes = {name: weights.shapes[hf] for name, hf in tensors(weights, model_config)}
-    types, fallbacks = choose_types(shapes, config.type)
+    types, fallbacks = choose_types(shapes, config.type, gptq=config.gptq)
     require_space(out.parent, _n_bytes(shapes, weights))
     with draft(
         out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=[source],

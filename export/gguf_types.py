@@ -38,20 +38,24 @@ MIXES: dict[str, Mix] = {
 }
 
 # Where the hidden size is no multiple of 256, most matrices cannot take a K-quant. llama.cpp then mixes Q5_0, Q4_K and
-# a head of Q8_0; the same bits everywhere cost as many bytes and less KL divergence (docs/decisions.md).
+# a head of Q8_0; about six bits everywhere cost as many bytes and half the KL divergence. Where GPTQ chooses the codes,
+# Q5_0 does, which llama.cpp reads nearly twice as fast (docs/decisions.md).
 NARROW_MIXES: dict[str, Mix] = {
     "Q5_K_M": Mix("Q5_1", "Q8_0", "Q8_0", "Q5_1", down="Q6_K"),
-    "Q4_K_M": Mix("Q5_0", "Q5_0", "Q8_0", "Q5_0"),
+    "Q4_K_M": Mix("Q5_1", "Q8_0", "Q5_1", "Q5_1", down="Q6_K"),
 }
+GPTQ_MIXES = NARROW_MIXES | {"Q4_K_M": Mix("Q5_0", "Q5_0", "Q8_0", "Q5_0")}
 
 # What stands in for a type whose block does not divide a row.
-NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
+NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_1"}
 
 
-def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict[str, str], list[str]]:
+def choose_types(
+    shapes: Mapping[str, Sequence[int]], target: str, *, gptq: bool = False
+) -> tuple[dict[str, str], list[str]]:
     """Give the ggml type of each tensor, and a line for each way in which it is not the target's own.
 
-    `shapes` maps GGUF tensor names to [R, C] (or [C] for norms and biases, which stay F32).
+    `shapes` maps GGUF tensor names to [R, C] (or [C] for norms and biases, which stay F32); `gptq` says who rounds.
     """
     n_layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
     tied = "output.weight" not in shapes
@@ -66,7 +70,7 @@ def choose_types(shapes: Mapping[str, Sequence[int]], target: str) -> tuple[dict
             types[name] = target
         else:
             asked = _of_mix(MIXES[target], name, n_layers, tied)
-            mix = NARROW_MIXES.get(target, MIXES[target]) if narrow else MIXES[target]
+            mix = (GPTQ_MIXES if gptq else NARROW_MIXES).get(target, MIXES[target]) if narrow else MIXES[target]
             types[name] = fitting(_of_mix(mix, name, n_layers, tied), shape[-1])
             if types[name] != asked:
                 replaced[shape[-1], types[name], asked] += 1

@@ -239,7 +239,10 @@ def test_a_tokenizer_is_known_or_refused(
 
 
 def test_types_of_the_real_models_shapes() -> None:
-    types, lines = choose_types(SMOLLM2_SHAPES, "Q4_K_M")
+    plain, _ = choose_types(SMOLLM2_SHAPES, "Q4_K_M")
+    assert plain["token_embd.weight"] == plain["blk.7.attn_q.weight"] == "Q5_1"
+    assert {plain[f"blk.{i}.ffn_down.weight"] for i in range(30)} == {"Q6_K"}
+    types, lines = choose_types(SMOLLM2_SHAPES, "Q4_K_M", gptq=True)
     assert types["output_norm.weight"] == "F32"
     assert (types["token_embd.weight"], types["blk.7.attn_q.weight"]) == ("Q8_0", "Q5_0")
     assert {types[f"blk.{i}.ffn_down.weight"] for i in range(30)} == {"Q5_0"}
