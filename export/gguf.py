@@ -127,11 +127,12 @@ def run(
                 pending.notes["importance"] = f"{weighed} of {sum(t != 'F32' for t in types.values())} matrices"
                 (pending.work / FILE).unlink()
             if rows is not None:
-                pending.notes |= choose_codes(
+                notes, fell_back = choose_codes(
                     file, source, weights, model_config, rows, work=pending.work, device=device, progress=progress,
                     key=planned_identity(config, source.identity, calibration_digest),
                 )  # fmt: skip
-                pending.fallbacks += pending.notes.pop("gptq_fallbacks")
+                pending.notes |= notes
+                pending.fallbacks += fell_back
             progress(0, 1, "verify")
             pending.notes |= verify(
                 file, config.type, types, weights, model_config, golden, vocabulary.stop_ids, pending.work

@@ -30,8 +30,8 @@ KEPT = "Q8_0"  # eight bits are close enough as they are
 def choose_codes(
     file: Path, source: Artifact, weights: Weights, model_config: Mapping[str, Any], rows: NDArray[np.int64], *,
     work: Path, key: str, device: str, progress: Report,
-) -> dict[str, Any]:  # fmt: skip
-    """Give the matrices of a quantized file other codes, in place, and the notes for the manifest.
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Give the matrices of a quantized file other codes, in place; returns notes for the manifest and what fell back.
 
     `source` is the float `model` artifact and rows [N, T] are token ids. Each layer is calibrated on what the layers
     before it give with their new codes. Finished blocks are kept in `work` under `key`.
@@ -81,10 +81,8 @@ def choose_codes(
         n_chosen += 1
     reader.data.flush()
     errors = [result.relative_error for result in results.values()]
-    return {
-        "gptq": {"matrices": n_chosen, "mean_relative_error": round(sum(errors) / len(errors), 6)},
-        "gptq_fallbacks": [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks],
-    }
+    notes = {"gptq": {"matrices": n_chosen, "mean_relative_error": round(sum(errors) / len(errors), 6)}}
+    return notes, [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
 
 
 def _solve(

@@ -21,7 +21,7 @@ from edgetune.artifact import write_text
 from edgetune.progress import Report
 
 SEAL = "complete"
-TRIM_STEPS = 25  # a step that finds its pages gone takes some 0.1 s longer
+TRIM_STEPS = 25  # a step that finds its pages gone takes longer
 
 
 class CheckpointSeal(TrainerCallback):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -18,19 +19,19 @@ class Kept(Protocol):
     def rewind(self) -> None: ...
 
 
-class KeptPrefix:
+class KeptPrefix(ABC):
     """An engine that reads a shared beginning once. It holds `_n_past` tokens, which `_reader` has put there."""
 
     _n_past: int
     _reader: object
 
     @property
-    def _kept(self) -> Kept:
-        raise NotImplementedError
+    @abstractmethod
+    def _kept(self) -> Kept: ...
 
+    @abstractmethod
     def _skip(self, ids: Sequence[int]) -> None:
         """Append tokens whose logits nobody reads."""
-        raise NotImplementedError
 
     def _forget(self, reader: object) -> None:
         self._n_past, self._reader = 0, reader
