@@ -22,7 +22,7 @@ from edgetune.runtime.machine import describe
 from edgetune.runtime.tasks import TaskWork, score_tasks
 from edgetune.runtime.worker import Job
 
-ACCURACY_STAGE = "measure.accuracy/2"
+ACCURACY_STAGE = "measure.accuracy/3"
 LATENCY_STAGE = "measure.latency/1"
 TASKS_STAGE = "measure.tasks/1"
 PACK = "reference.npz"

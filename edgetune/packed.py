@@ -20,6 +20,7 @@ from torch.nn import functional
 
 ATTENTION = "edgetune_packed"
 SHORT = 256  # tokens that a row sees; beyond, the fused kernel's blocks pay
+TOKENS, OWN = 32, 8  # packed tokens and those of the longest row come in multiples: a product of a new shape costs more
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,21 @@ class Layout:
     n_prefix: int
     lengths: tuple[int, ...]  # own tokens of each row
     padded: Tensor  # [B * T] place among the own tokens of each token of the padded rows; 0 where there is none
-    own: Tensor  # [S - P] place in the padded rows of each own token
+    own: Tensor  # [S - P] place in the padded rows of each own token; 0 for those that only fill up the sequence
     mask: Tensor | None  # [T, P + T] what a row's own token sees; None without a prefix: causal
 
     @classmethod
-    def of(cls, n_prefix: int, lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-        """Lay out rows with `lengths` own tokens behind `n_prefix` shared ones."""
-        longest = max(lengths)
+    def of(
+        cls, n_prefix: int, lengths: Sequence[int], device: torch.device | str = "cpu", n_tokens: int | None = None
+    ) -> Layout:
+        """Lay out rows with `lengths` own tokens behind `n_prefix` shared ones, in a sequence of `n_tokens`."""
+        longest = multiple(max(lengths), OWN)
+        n_filling = 0 if n_tokens is None else n_tokens - n_prefix - sum(lengths)
         inside = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]  # [B, T]
         own = inside.flatten().nonzero().flatten()
         padded = torch.zeros(inside.numel(), dtype=torch.long)
         padded[own] = torch.arange(len(own))
+        own = torch.cat([own, own.new_zeros(n_filling)])
         mask = torch.ones(longest, n_prefix + longest, dtype=torch.bool).tril(n_prefix) if n_prefix else None
         return cls(
             n_prefix, tuple(lengths), padded.to(device), own.to(device), None if mask is None else mask.to(device)
@@ -47,8 +52,15 @@ class Layout:
 
     def positions(self) -> Tensor:
         """Position ids [1, S]: each row goes on where the prefix ends."""
-        parts = [torch.arange(self.n_prefix), *(torch.arange(self.n_prefix, self.n_prefix + n) for n in self.lengths)]
-        return torch.cat(parts)[None].to(self.own.device)
+        n = self.n_prefix
+        parts = [torch.arange(n), *(torch.arange(n, n + length) for length in self.lengths)]
+        filling = torch.zeros(len(self.own) - sum(self.lengths), dtype=torch.long)
+        return torch.cat([*parts, filling])[None].to(self.own.device)
+
+
+def multiple(n: int, of: int) -> int:
+    """Round up to a multiple."""
+    return -(-n // of) * of
 
 
 def common_prefix(rows: Sequence[Sequence[int]], limit: int) -> int:

@@ -22,14 +22,22 @@ def separate(heads: torch.Tensor, n_query: int, n_key: int, layout: Layout) -> t
 
 
 @pytest.mark.parametrize("n_prefix", [0, 1, 7])
+@pytest.mark.parametrize("n_filling", [0, 5])
 @pytest.mark.parametrize("lengths", [(1,), (5, 2, 9), (SHORT + 3, 4)])
-def test_values_and_gradients_are_those_of_separate_rows(n_prefix: int, lengths: tuple[int, ...]) -> None:
+def test_values_and_gradients_are_those_of_separate_rows(
+    n_prefix: int, lengths: tuple[int, ...], n_filling: int
+) -> None:
     n_query, n_key, size = 6, 2, 8
     draw = torch.Generator().manual_seed(n_prefix)
     heads = torch.randn(n_prefix + sum(lengths), n_query + 2 * n_key, size, generator=draw, dtype=torch.float64)
     heads.requires_grad_()
-    layout = Layout.of(n_prefix, lengths)
-    found, expected = attention(heads, n_query, n_key, layout, 0.3), separate(heads, n_query, n_key, layout)
+    n_tokens = len(heads) + n_filling
+    layout = Layout.of(n_prefix, lengths, n_tokens=n_tokens)
+    assert layout.positions().shape == (1, n_tokens)
+    filled = torch.cat([heads, torch.randn(n_filling, *heads.shape[1:], generator=draw, dtype=torch.float64)])
+    found, expected = attention(filled, n_query, n_key, layout, 0.3), separate(heads, n_query, n_key, layout)
+    assert len(found) == n_tokens
+    found = found[: len(heads)]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # softmax is float32
     weight = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
     gradients = [torch.autograd.grad((x * weight).sum(), heads)[0] for x in (found, expected)]

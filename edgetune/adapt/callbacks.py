@@ -16,12 +16,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from edgetune.adapt import processes
-from edgetune.adapt.allocator import give_back
 from edgetune.artifact import write_text
 from edgetune.progress import Report
 
 SEAL = "complete"
-TRIM_STEPS = 25  # a step that finds its pages gone takes longer
 
 
 class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
@@ -145,17 +143,6 @@ def read_speed(file: Path, made: str) -> list[list[float]]:
         return []
     curve: list[list[float]] = found["tokens_per_s"] if found.get("identity") == made else []
     return curve
-
-
-class Trim(TrainerCallback):  # type: ignore[misc]
-    """Gives freed memory back now and then: kept pieces that fit no later batch pile up, and evaluations are large."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % TRIM_STEPS == 0:
-            give_back()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        give_back()
 
 
 class GradualUnfreezing(TrainerCallback):  # type: ignore[misc]

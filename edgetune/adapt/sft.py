@@ -29,7 +29,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_training import Adapt
 from edgetune.sources import copy_tokenizer
 
-STAGE = "adapt.sft/3"
+STAGE = "adapt.sft/4"
 SPEED = "adapt-speed.json"  # in the folder of the logs
 
 

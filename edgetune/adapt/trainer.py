@@ -25,13 +25,14 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from edgetune.adapt import methods, processes
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, Trim, tensorboard
+from edgetune.adapt.allocator import give_back
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
 from edgetune.errors import DataError
-from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
+from edgetune.packed import TOKENS, Layout, can_pack, common_prefix, multiple, packed_attention
 from edgetune.progress import Report
 from edgetune.recipe_training import Training
 
@@ -115,9 +116,14 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return LengthGroupedSampler(rows, dataset=self.train_dataset, model_input_name="input_ids")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the share of rows at whose every labelled position the likeliest token is the gold one."""
+        """Add the share of rows at whose every labelled position the likeliest token is the gold one.
+
+        Its blocks are larger than a step's and of no use to one: what is free goes back before and after.
+        """
         self._exact.zero_()
+        give_back()
         output = super().evaluation_loop(*args, **kwargs)
+        give_back()
         exact, rows = self.accelerator.reduce(self._exact.to(self.args.device)).tolist()
         output.metrics["eval_exact_match"] = exact / rows
         return output
@@ -125,7 +131,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def _packed(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
         """Logits [N, V] of the labelled positions of packed rows."""
         n_prefix, *lengths = inputs["lengths"].tolist()
-        ids, layout = inputs["input_ids"], Layout.of(n_prefix, lengths, keep.device)
+        ids = inputs["input_ids"]
+        layout = Layout.of(n_prefix, lengths, keep.device, n_tokens=ids.shape[1])
         if self._fused is not None:
             states = self._fused.states(ids, layout)[:-1]
             return cast("Tensor", self._causal.get_output_embeddings()(states[keep[0]]))
@@ -159,7 +166,8 @@ def exact_rows(wrong: Tensor, inputs: dict[str, Tensor], keep: Tensor) -> tuple[
 def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str, Tensor]:
     """Lay rows end to end behind the unlabelled tokens that all of them begin with.
 
-    Gives input_ids and labels [1, S], lengths [1 + B] of the prefix and of each row's own part, and places [B].
+    Gives input_ids and labels [1, S], filled up to a multiple of TOKENS, lengths [1 + B] of the prefix and of each
+    row's own part, and places [B].
     """
     n_prefix = 0
     if share_prefix and len(rows) > 1:  # one unlabelled token is left to each row: it predicts the first label
@@ -171,6 +179,8 @@ def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str,
         ids = ids + row["input_ids"][n_prefix:]
         labels += [IGNORE, *row["labels"][n_prefix + 1 :]]  # nothing of its own row comes before the first token
     lengths = [n_prefix, *(len(row["input_ids"]) - n_prefix for row in rows)]
+    n_filling = multiple(len(ids), TOKENS) - len(ids)
+    ids, labels = ids + [0] * n_filling, labels + [IGNORE] * n_filling
     return {
         "input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "lengths": torch.tensor(lengths),
         "places": torch.tensor([row["place"] for row in rows]),
@@ -324,7 +334,6 @@ def make_trainer(
     )
     callbacks: list[Any] = [
         CheckpointSeal(),
-        Trim(),
         ProgressReport(progress, tokens_per_step=data.mean_tokens * config.batch_size),
         EarlyStoppingCallback(early_stopping_patience=config.patience),
         *tensorboard(config.report_to, log_folder),

@@ -33,7 +33,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe import Distill
 from edgetune.sources import copy_tokenizer
 
-STAGE = "compress.distill/1"
+STAGE = "compress.distill/2"
 PROJECTION = "distill_projection"
 
 
@@ -140,7 +140,7 @@ class Coach:
         decoder = self._model.get_decoder()
         if "lengths" in inputs:
             n_prefix, *lengths = inputs["lengths"].tolist()
-            layout = Layout.of(n_prefix, lengths, keep.device)
+            layout = Layout.of(n_prefix, lengths, keep.device, n_tokens=inputs["input_ids"].shape[1])
             with packed_attention(self._model):
                 found = decoder(
                     input_ids=inputs["input_ids"], position_ids=layout.positions(), packed=layout, use_cache=False

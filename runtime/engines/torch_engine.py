@@ -19,7 +19,7 @@ from torch import Tensor
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
 from edgetune.nf4 import keep_layout, nf4_config
-from edgetune.packed import Layout, can_pack, common_prefix, packed_attention
+from edgetune.packed import TOKENS, Layout, can_pack, common_prefix, multiple, packed_attention
 from edgetune.quant_config import is_gptq
 from edgetune.runtime.engine import Logits, TokenRow, check_tokens, first_line, greedy
 
@@ -157,13 +157,14 @@ class TorchEngine:
         """Hidden states [N, C] at the target positions of each row."""
         n_prefix = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
         lengths = [len(row.ids) - 1 - n_prefix for row in rows]  # the last id is only a target
-        layout = Layout.of(n_prefix, lengths, self._device)
         ids = [*rows[0].ids[:n_prefix], *(token for row in rows for token in row.ids[n_prefix:-1])]
+        ids += [0] * (multiple(len(ids), TOKENS) - len(ids))
+        layout = Layout.of(n_prefix, lengths, self._device, n_tokens=len(ids))
         with packed_attention(self._causal):
             states = self._decoder(
                 input_ids=self._tensor([ids]), position_ids=layout.positions(), packed=layout, use_cache=False
             ).last_hidden_state[0, n_prefix:]  # [S - P, C]
-        own = torch.split(states, lengths)
+        own = torch.split(states[: sum(lengths)], lengths)
         return [part[row.start - 1 - n_prefix :].clone() for part, row in zip(own, rows, strict=True)]
 
     def _padded(self, rows: Sequence[TokenRow]) -> list[Tensor]:
