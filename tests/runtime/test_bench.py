@@ -77,7 +77,7 @@ def test_ids_are_folded_into_the_smallest_vocabulary_and_ranks_tell_chance() -> 
 def test_repeated_runs_are_fresh_processes_and_give_a_noise_floor() -> None:
     bench = QUICK.model_copy(update={"runs": 2, "new_tokens": [3, 5]})
     told: list[tuple[int, int]] = []
-    jobs = [fake_job("a", decode_s=0.002), fake_job("dies", fail="crash", at="decode", after=40)]
+    jobs = [fake_job("a", decode_s=0.002), fake_job("dies", fail="crash", at="decode", after=10)]
     good, lost = measure(jobs, bench, make_prompts([1, 2], [8]), progress=lambda *p: told.append(p))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(good, Latency)
