@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SIDES = ("rtn", *SETTINGS, "gptqmodel")
 PEER = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}  # its advice for two cores; no long compile
+SPIN = {"GOMP_SPINCOUNT": "20000"}  # as the command line sets it
 PACKAGES = ("edgetune", "torch", "transformers")
 
 
@@ -151,17 +152,9 @@ def benchmark(rounds: int, quick: bool, seed: int, out: Path) -> None:
                     command = [python, script, model, work / "rows.json", place, BITS, GROUP_SIZE, sym]
                     found = measured(command, work / "log", bare | PEER)
                 else:
-                    command = [
-                        sys.executable,
-                        Path(__file__).resolve(),
-                        "--child",
-                        side,
-                        model,
-                        work / "rows.json",
-                        place,
-                        sym,
-                    ]
-                    found = measured(command, work / "log", dict(os.environ))
+                    script = Path(__file__).resolve()
+                    command = [sys.executable, script, "--child", side, model, work / "rows.json", place, sym]
+                    found = measured(command, work / "log", SPIN | os.environ)
                 samples[case].append(found)
                 print(f"round {number + 1} {case}: {found['cpu_s']:.1f} CPU-s, {found['peak_mib']:.0f} MiB", flush=True)
         load = meter.stop()
