@@ -1,8 +1,9 @@
 """Peak memory of training, predicted from a model's shape, and the way of training that fits a budget.
 
-All the time there are the base, and what is trained with its gradient and AdamW's two moments. From the way forward to
-the way back each block keeps what its backward reads, or with gradient checkpointing its input only, and the loss keeps
-logits at labelled positions. Constants are fitted to measured peaks, and `tests/test_training_memory.py` holds them.
+All the time there are the base, and AdamW's two moments of what is trained. From the way forward to the way back each
+block keeps what its backward reads, or with gradient checkpointing its input only, and the loss keeps logits at
+labelled positions; as gradients come, this goes. Constants are fitted to measured peaks, and
+`tests/test_training_memory.py` holds them.
 
 Letters: C hidden size, I intermediate size, Q and K widths of queries and keys, V vocabulary, r rank, b bytes a number.
 """
@@ -108,17 +109,26 @@ def peak_bytes(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: in
     held = _held(config, shape, b)
     tokens, labels, _ = lengths.most(watched)
     watching = max(_block(shape, tokens, b), float(labels * shape.V * (b + 8)))  # logits, in float32, their logarithms
-    working = max(_backward(config, shape, lengths.most(micro), device, b), watching)
+    backward, gradients = _backward(config, shape, lengths.most(micro), device, b), 4.0 * _trained(config, shape)
+    # What is kept goes as gradients come, but for those that earlier rows of the step left.
+    working = max(backward + gradients if micro < config.batch_size else max(backward, gradients), watching)
     return PROCESS["cuda" if device.startswith("cuda") else "cpu"] + held + working
 
 
 def _held(config: Adapt, shape: Shape, b: int) -> float:
-    """Weights, and of what is trained gradient and moments."""
+    """Weights, and of what is trained AdamW's moments."""
+    trained = 12.0 * _trained(config, shape)
     if config.method == "full":
-        return 16.0 * shape.weights
+        return trained
     linear = (NF4_BYTES + (b if config.keep_dense else 0)) if config.four_bit else b
-    trained = config.r * shape.lora_per_rank if config.method in LORA else 0
-    return linear * shape.linear + b * shape.embeddings + 16.0 * trained
+    return linear * shape.linear + b * shape.embeddings + trained
+
+
+def _trained(config: Adapt, shape: Shape) -> int:
+    """How many numbers are trained."""
+    if config.method == "full":
+        return shape.weights
+    return config.r * shape.lora_per_rank if config.method in LORA else 0
 
 
 def _backward(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str, b: int) -> float:
