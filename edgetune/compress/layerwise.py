@@ -7,7 +7,6 @@ one Hessian and are solved stacked. Shapes: N rows, T tokens, B rows of a batch,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
 from edgetune.compress.finished import LayerResult, read_block, write_block
-from edgetune.compress.hessian import Hessian, output_loss
+from edgetune.compress.hessian import Hessian, all_finite, output_loss
 from edgetune.compress.scheme import Quantized
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
@@ -38,6 +37,7 @@ Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Qu
 
 
 LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
+NORM = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}  # what is read by that module alone
 
 
 @dataclass
@@ -270,7 +270,7 @@ def _quantize_block(
         names = [f"model.layers.{index}.{name}" for name in group]
         weights = [original[f"{name}.weight"].to(device=device, dtype=torch.float32) for name in group]
         for name, weight in zip(names, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight):
                 raise StageError(f"{name} has a weight that is not finite; make the model again")
         H, cross = None, None
         if batches is not None:
@@ -286,7 +286,7 @@ def _quantize_block(
             made = quantized.dequantize()
             E = weight - made
             loss, whole = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
-                output_loss(E, H), output_loss(weight, H)
+                output_loss(E, H, fast=fast), output_loss(weight, H, fast=fast)
             )  # fmt: skip
             done[name] = LayerResult(quantized.cpu(), float(f"{loss / whole if whole else 0.0:.3g}"), fallbacks)
             _put(block, short, made)
@@ -330,9 +330,11 @@ def _follow(block: nn.Module, index: int, batches: list[_Batch]) -> None:
 @contextmanager
 def _shortcuts(block: nn.Module, batch: _Batch) -> Iterator[None]:
     """Spare what need not be computed again: a module whose last layer's input was seen is that layer alone."""
-    kept = {name: block.get_submodule(name) for name, last in LAST.items() if last in batch.seen}
-    for name in kept:
+    known = [name for name, last in LAST.items() if last in batch.seen]
+    kept = {name: block.get_submodule(name) for module in known for name in (module, NORM[module])}
+    for name in known:
         setattr(block, name, _Shortcut(block.get_submodule(LAST[name]), batch.seen[LAST[name]], name == "self_attn"))
+        setattr(block, NORM[name], nn.Identity())
     try:
         yield
     finally:
@@ -372,12 +374,10 @@ def _watch(block: nn.Module, index: int, batch: _Batch, see: Callable[[str, Tens
 
 
 def _check_finite(X: Tensor, first_row: int, what: str) -> None:
-    if math.isfinite(float(X.sum(dtype=torch.float32))):  # far cheaper than a look at each value
+    if all_finite(X):
         return
-    bad = ~torch.isfinite(X).flatten(1).all(1)  # [B]
-    if bool(bad.any()):
-        row = first_row + int(bad.nonzero()[0])
-        raise StageError(f"calibration row {row} makes {what} not finite; check the model's weights or leave it out")
+    row = first_row + int((~torch.isfinite(X).flatten(1).all(1)).nonzero()[0])
+    raise StageError(f"calibration row {row} makes {what} not finite; check the model's weights or leave it out")
 
 
 def _put(block: nn.Module, name: str, made: Tensor) -> None:
