@@ -126,7 +126,9 @@ def _inverse(upper: Tensor) -> Tensor:
     """Invert an upper triangular matrix by halves, so that most of the work is plain products."""
     n = len(upper)
     if n <= DIRECT:
-        return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
+        unit = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        solved: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True)
+        return solved
     h = n // 2
     made = torch.zeros_like(upper)
     made[:h, :h], made[h:, h:] = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
 from edgetune.compress.finished import LayerResult, read_block, write_block
@@ -30,6 +31,7 @@ from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError,
 from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
+TRIM_BLOCKS = 6  # so often what the solver freed goes back to the system, which costs new pages
 HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
@@ -96,11 +98,12 @@ def quantize_blocks(
     both: bool = False,
     fast: bool = False,
 ) -> dict[str, LayerResult]:
-    """Quantize every linear layer of every block; the model is left with the dequantized weights.
+    """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
     rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
     is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`. Each
-    finished block is kept in `work` under `key`; a walk that is begun again puts those back and ends in the same bytes.
+    finished block is kept in `work` under `key`, and its codes are read from there when they are looked at; a walk that
+    is begun again puts those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
     """
     blocks, dtype = decoder_blocks(model), compute_dtype(device)
@@ -129,10 +132,10 @@ def quantize_blocks(
                 _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
             batch.seen.clear()
             batch.inputs.clear()
-        block.to("cpu")
-        finished = {f"{name}.weight": weight.to(original[f"{name}.weight"].dtype) for name, weight in weights.items()}
-        block.load_state_dict(original | finished, assign=True)
-        results |= done
+        block.to("meta")
+        if (index + 1) % TRIM_BLOCKS == 0:
+            give_back()
+        results |= read_block(file, key, prefix) or done
         progress(index + 1, len(blocks), prefix)
     return results
 

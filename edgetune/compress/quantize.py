@@ -80,6 +80,7 @@ def run(
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16",
         )  # fmt: skip
+        del model
         layers = {name: result.quantized for name, result in results.items()}
         how: dict[str, Any] = {"method": "rtn"}
         if isinstance(config, Gptq):

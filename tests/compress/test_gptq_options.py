@@ -25,6 +25,7 @@ from edgetune.compress.scheme import SEARCH, Quantized, Scheme
 from edgetune.data.calibration import CalibrationSet
 from edgetune.recipe import Gptq
 from tests.compress.test_kernels import problem
+from tests.compress.test_layerwise import with_results
 from tests.oracles import gptq_float64
 
 ROWS = CalibrationSet(np.random.default_rng(1).integers(0, 512, (8, 16)))
@@ -127,8 +128,8 @@ def test_cross_moments_are_of_the_float_and_the_quantized_models_inputs(
         found.append(cross.clone())
         return rtn_quantize(weight, Scheme(3, 32)), ()
 
-    model = load_model(tiny_model)
-    quantize_blocks(model, ROWS.ids, solve, work=tmp_path, key="k", both=True)
+    results = quantize_blocks(load_model(tiny_model), ROWS.ids, solve, work=tmp_path, key="k", both=True)
+    model = with_results(tiny_model, results)
     names = [f"model.layers.{i}.{group[0]}" for i in range(2) for group in SHARED_INPUTS]
     floats, seen = inputs_of(load_model(tiny_model), names), inputs_of(model, names)
     assert len(found) == len(names)
