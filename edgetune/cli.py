@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from typer.models import CommandInfo
 
 from edgetune import terminal
 from edgetune.errors import EdgetuneError, UsageError
@@ -213,28 +214,9 @@ def compress(
     typer.echo(single.compress(config, source, out, rows, seed, device, terminal.console()).path)
 
 
-@app.command()
-def export(
-    artifact: Annotated[Path, typer.Argument(help="folder of a model or gptq artifact")],
-    out: Out,
-    format: Annotated[str, typer.Option(help="gguf, onnx or tensorrt")] = "gguf",
-    type: Annotated[str, typer.Option(help="gguf: Q4_K_M, Q8_0, F16 ...")] = "Q4_K_M",
-    precision: Annotated[
-        str, typer.Option(help="onnx: int4 or int8 (from a gptq artifact), fp32, fp16; tensorrt: int4, fp16")
-    ] = "int4",
-    builder: Annotated[str, typer.Option(help="onnx: genai, or own for any shape, fp16 and int8")] = "genai",
-    compute_capability: Annotated[
-        list[str] | None, typer.Option(help="tensorrt: such as 8.6, may be repeated; 8.0, 8.6, 8.9 and 12.0")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="tensorrt: most tokens of context; 2048 if absent")] = None,
-) -> None:
-    """Write a GGUF file, an ONNX folder or a TensorRT engine, and hold it to its contract."""
-    terminal.quiet()
-    from edgetune import single
-    from edgetune.artifact import Artifact
-
-    config = single.export_config(format, type, precision, builder, compute_capability, max_length)
-    typer.echo(single.export(config, Artifact.open(artifact), out, terminal.console()).path)
+def _name(verb: CommandInfo) -> str:
+    assert verb.callback is not None, "every verb has a function"
+    return verb.name or verb.callback.__name__
 
 
 @app.command()
@@ -339,7 +321,10 @@ def doctor() -> None:
     raise typer.Exit(1 if broken else 0)
 
 
-from edgetune import cli_bench, cli_data  # noqa: E402, F401 - their verbs join the app above
+from edgetune import cli_bench, cli_data, cli_export  # noqa: E402, F401 - their verbs join the app above
+
+_ORDER = ("init", "plan", "run", "adapt", "compress", "export", "generate")  # of work; all others follow
+app.registered_commands.sort(key=lambda verb: [*_ORDER, _name(verb)].index(_name(verb)))
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
     ours = f'edgetune generate {place} "your prompt"'
     if artifact.manifest.kind == "gguf":
         file = place / next(name for name in artifact.manifest.files if name.endswith(".gguf"))
+        ollama = f"ollama create NAME -f {place / 'Modelfile'} && ollama run NAME"
         return [
             ours,
             f"llama-server -m {file} --jinja",
             f"python -m llama_cpp.server --model {file}  # pip install 'edgetune[gguf,serve]'",
+            *([ollama] if "Modelfile" in artifact.manifest.files else []),
         ]
     if artifact.manifest.kind == "tensorrt":
         return [f"edgetune bench {place}", ours]
@@ -26,6 +28,8 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
         ]
     if artifact.manifest.kind == "gptq":
         return [ours, f"vllm serve {place} --quantization gptq"]
+    if artifact.manifest.kind == "gguf-adapter":
+        return [f"llama-server -m BASE.gguf --lora {place / 'adapter.gguf'} --jinja"]
     if artifact.manifest.kind == "adapter":  # its base lies beside it in the store
         return [ours]
     return [ours, f"vllm serve {place}"]

@@ -11,12 +11,12 @@ from edgetune.compress.chain import so_far, step_names
 from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
+from edgetune.export.gguf_types import UNWEIGHED
 from edgetune.recipe import Calibration, Candidate, CompressStep, Distill, GgufExport, Prune, Recipe
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
 from edgetune.workload import Workload
 
-UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")  # llama.cpp rounds these without an importance matrix
 IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distributions"
 
 

@@ -1,4 +1,4 @@
-"""One stage at a time, for the verbs `compress`, `export` and `generate`."""
+"""One stage at a time, for the verbs `compress` and `generate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from rich.console import Console
 
 from edgetune import sources, workload
 from edgetune.artifact import MANIFEST, Artifact, Store
-from edgetune.commands import run_commands
 from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import read_rows
 from edgetune.data.general import general_text
@@ -16,8 +15,7 @@ from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.errors import UsageError
 from edgetune.progress import reporting
-from edgetune.recipe import Calibration, CompressStep, Export, Gptq, Rtn, parse_as
-from edgetune.runtime.engine import why_not_run
+from edgetune.recipe import Calibration, CompressStep, Gptq, Rtn, parse_as
 
 QUANTIZERS = ("rtn", "gptq")  # what one step can do alone; pruning and distilling belong to a recipe
 
@@ -56,7 +54,7 @@ def compress(
     """Quantize one model. GPTQ without rows calibrates on general text alone, and says so."""
     from edgetune.compress import quantize
 
-    _refuse_existing(out)
+    refuse_existing(out)
     calibration = None
     if isinstance(config, Gptq):
         if rows is None:
@@ -64,52 +62,14 @@ def compress(
                 update={"calibration": config.calibration.model_copy(update={"general_share": 1.0})}
             )
             console.print("note: no --rows, so the calibration is general text alone", highlight=False)
-        calibration = _calibration(source, rows, config.calibration, seed)
+        calibration = calibration_rows(source, rows, config.calibration, seed)
     with reporting(console, "compress") as progress:
         return quantize.run(config, source, out, calibration=calibration, device=device, seed=seed, progress=progress)
 
 
-def export_config(
-    form: str, type_: str, precision: str, builder: str, compute_capability: list[str] | None, max_length: int | None
-) -> Export:
-    """Check the flags of `export` as a recipe's keys are checked. Raises RecipeError."""
-    settings: dict[str, dict[str, object]] = {
-        "gguf": {"type": type_, "imatrix": False},
-        "onnx": {"precision": precision, "builder": builder},
-        "tensorrt": {"precision": precision, "compute_capability": compute_capability, "max_length": max_length},
-    }
-    if form not in settings:
-        raise UsageError(f"format {form!r} is not known; use {' or '.join(settings)}")
-    return parse_as(Export, {form: settings[form]}, "export")
-
-
-def export(config: Export, source: Artifact, out: Path, console: Console) -> Artifact:
-    """Export one artifact; GGUF without an importance matrix, since there are no rows to make one from."""
-    _refuse_existing(out)
-    with reporting(console, "export") as progress:
-        if config.gguf is not None:
-            from edgetune.export import gguf
-
-            console.print("note: no rows, so no importance matrix; a recipe makes one", highlight=False)
-            return gguf.run(config.gguf, source, out, moments=None, calibration_digest=None, progress=progress)
-        if config.tensorrt is not None:
-            from edgetune.export import tensorrt
-
-            made = tensorrt.run(config.tensorrt, source, out, progress=progress)
-            if (why := why_not_run("tensorrt")) is not None:
-                run = run_commands(made, out)[0]
-                console.print(f"note: built, not run: {why}. On the target: {run}", highlight=False, soft_wrap=True)
-            return made
-        from edgetune.export import onnx
-
-        assert config.onnx is not None, "an export has exactly one key"
-        return onnx.run(config.onnx, source, out, progress=progress)
-
-
 def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, threads: int) -> str:
     """Answer one prompt. The system turn is that of the golden conversations, where training had one."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+    from edgetune.data.prompt import render_chat
     from edgetune.runtime.engine import ENGINE_OF_KIND, greedy, load_engine
 
     artifact = Artifact.open(path)
@@ -119,13 +79,10 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
         system = first["content"]
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    if not golden.chat_template:
-        raise UsageError(f"{path}: the model has no chat template")
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(golden.chat_template)
-    text = template.render(messages=messages, add_generation_prompt=True)
+    text = render_chat(golden, messages)
     settings: dict[str, object] = {}
     if artifact.manifest.kind == "adapter":
-        path, settings = _base_of(artifact)
+        path, settings = base_of(artifact)
     n_ctx = min(4096, artifact.manifest.notes.get("engine", {}).get("max_length", 4096))  # an engine has its own limit
     engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=n_ctx, n_threads=threads, **settings)
     try:
@@ -135,7 +92,7 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
         engine.close()
 
 
-def _base_of(adapter: Artifact) -> tuple[Path, dict[str, object]]:
+def base_of(adapter: Artifact) -> tuple[Path, dict[str, object]]:
     """Find the base of an adapter in the store that holds it, and how the engine puts them together."""
     place = adapter.path.resolve()
     base = Store(place.parent).get(next(iter(adapter.manifest.parents)))
@@ -146,12 +103,12 @@ def _base_of(adapter: Artifact) -> tuple[Path, dict[str, object]]:
     return base.path, {"adapter": str(place), "quantize_base": four_bit}
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     if out.exists():
         raise UsageError(f"{out} is there already; choose another folder or remove it")
 
 
-def _calibration(source: Artifact, rows: Path | None, config: Calibration, seed: int) -> CalibrationSet:
+def calibration_rows(source: Artifact, rows: Path | None, config: Calibration, seed: int) -> CalibrationSet:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)

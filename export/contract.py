@@ -35,39 +35,55 @@ def check_contract(golden: Golden, facts: RuntimeFacts, tokenize: Callable[[str]
 
     Raises ContractError naming what differed, where, and both values.
     """
-    _same_template(golden.chat_template, facts.chat_template)
-    _same_bos(golden, facts)
-    missing = sorted(set(golden.stop_ids) - facts.stop_ids)
-    if missing:
-        raise ContractError(
-            f"stop set differs: training ends answers at {golden.stop_ids}, the runtime at {sorted(facts.stop_ids)}; "
-            f"it would run past {missing}"
-        )
-    extra = sorted(facts.stop_ids - set(golden.stop_ids))
     n_tokens = 0
-    for index, conversation in enumerate(golden.conversations):
-        n_tokens += _same_ids(f"conversation {index}", conversation.text, conversation.ids, tokenize)
-        cut = sorted(set(extra) & set(_answer(conversation, golden.stop_ids)))
-        if cut:
-            raise ContractError(
-                f"stop set differs: the runtime also stops at {cut}, which stands inside the answer of "
-                f"conversation {index}; training ends answers at {golden.stop_ids} only"
-            )
-    for index, text in enumerate(golden.texts):
-        n_tokens += _same_ids(f"text {index}", text.text, text.ids, tokenize)
+    for check in checks(golden, facts, tokenize).values():
+        n_tokens += check()
     return {
         "conversations": len(golden.conversations),
         "texts": len(golden.texts),
         "tokens": n_tokens,
         "n_bos": golden.n_bos,
         "stop_ids": sorted(golden.stop_ids),
-        "extra_stop_ids": extra,
+        "extra_stop_ids": sorted(facts.stop_ids - set(golden.stop_ids)),
     }
 
 
-def _same_template(trained: str, found: str) -> None:
+def checks(
+    golden: Golden, facts: RuntimeFacts, tokenize: Callable[[str], Sequence[int]]
+) -> dict[str, Callable[[], int]]:
+    """Give what `check_contract` does one by one, by name; each raises ContractError, or gives the tokens compared."""
+    return {
+        "chat template": lambda: _same_template(golden.chat_template, facts.chat_template),
+        "BOS": lambda: _same_bos(golden, facts),
+        "stop set": lambda: _same_stops(golden, facts),
+        "token ids": lambda: (
+            sum(_same_ids(f"conversation {i}", c.text, c.ids, tokenize) for i, c in enumerate(golden.conversations))
+            + sum(_same_ids(f"text {i}", t.text, t.ids, tokenize) for i, t in enumerate(golden.texts))
+        ),
+    }
+
+
+def _same_stops(golden: Golden, facts: RuntimeFacts) -> int:
+    missing = sorted(set(golden.stop_ids) - facts.stop_ids)
+    if missing:
+        raise ContractError(
+            f"stop set differs: training ends answers at {golden.stop_ids}, the runtime at {sorted(facts.stop_ids)}; "
+            f"it would run past {missing}"
+        )
+    extra = facts.stop_ids - set(golden.stop_ids)
+    for index, conversation in enumerate(golden.conversations):
+        cut = sorted(extra & set(_answer(conversation, golden.stop_ids)))
+        if cut:
+            raise ContractError(
+                f"stop set differs: the runtime also stops at {cut}, which stands inside the answer of "
+                f"conversation {index}; training ends answers at {golden.stop_ids} only"
+            )
+    return 0
+
+
+def _same_template(trained: str, found: str) -> int:
     if trained == found:
-        return
+        return 0
     at = next(
         (i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b), min(len(trained), len(found))
     )
@@ -77,7 +93,7 @@ def _same_template(trained: str, found: str) -> None:
     )
 
 
-def _same_bos(golden: Golden, facts: RuntimeFacts) -> None:
+def _same_bos(golden: Golden, facts: RuntimeFacts) -> int:
     if facts.adds_bos:
         raise ContractError(
             f"BOS count differs: training saw {golden.n_bos} at the start of a conversation, the runtime adds one "
@@ -87,6 +103,7 @@ def _same_bos(golden: Golden, facts: RuntimeFacts) -> None:
         raise ContractError(
             f"BOS differs: training starts a conversation with id {golden.bos_id}, the runtime knows {facts.bos_id}"
         )
+    return 0
 
 
 def _same_ids(name: str, text: str, trained: Sequence[int], tokenize: Callable[[str], Sequence[int]]) -> int:

@@ -15,11 +15,12 @@ from edgetune.artifact import Artifact, draft, require_space
 from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
+from edgetune.export import modelfile
 from edgetune.export.gguf_child import n_cpus, run_child
 from edgetune.export.gguf_codes import choose_codes
-from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types
+from edgetune.export.gguf_types import BLOCK, PLAIN, UNWEIGHED, choose_types
 from edgetune.export.gguf_verify import verify
-from edgetune.export.gguf_vocab import read_vocabulary
+from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
 from edgetune.export.gguf_write import (
     Weights,
     architecture,
@@ -32,7 +33,7 @@ from edgetune.export.gguf_write import (
 from edgetune.progress import Report, silent
 from edgetune.recipe import GgufExport
 
-STAGE = "export.gguf/2"
+STAGE = "export.gguf/3"
 FILE = "model.gguf"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 
@@ -45,7 +46,7 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
         backends.require("llama_cpp")
     if not config.gptq:
         return
-    if config.type in (*PLAIN, "Q8_0"):
+    if config.type in UNWEIGHED:
         raise UnsupportedError(
             f"gguf type {config.type} leaves GPTQ nothing to choose; drop gptq, or take Q6_K or less"
         )
@@ -140,8 +141,19 @@ def run(
         finally:
             shutil.rmtree(pending.work, ignore_errors=True)  # large, and quicker made again than trusted
         shutil.copyfile(source.path / GOLDEN_FILE, pending.path / GOLDEN_FILE)
+        pending.notes["ollama"] = _write_modelfile(pending.path, golden, vocabulary)
         pending.scheme = {"format": "gguf", "type": config.type, "bits_per_weight": _bits(file, shapes)}
     return pending.artifact
+
+
+def _write_modelfile(folder: Path, golden: Golden, vocabulary: Vocabulary) -> str:
+    """Write Ollama's Modelfile where the chat template allows; give its name, or why there is none."""
+    try:
+        text = modelfile.modelfile(golden, FILE, [vocabulary.tokens[token] for token in golden.stop_ids])
+    except UnsupportedError as error:
+        return f"no Modelfile: {error}"
+    (folder / modelfile.FILE).write_text(text, encoding="utf-8")
+    return modelfile.FILE
 
 
 def _weights(source: Artifact, model_config: Mapping[str, Any]) -> Weights:
@@ -164,7 +176,7 @@ def _quantize(
     """Quantize the plain file in `work`; give how many matrices were weighed by their inputs."""
     arch = architecture(model_config)
     named = {gguf_name(f"{module}.weight", arch): values for module, values in (moments or {}).items()}
-    used = {name: values for name, values in named.items() if types.get(name, "F32") not in (*PLAIN, "Q8_0")}
+    used = {name: values for name, values in named.items() if types.get(name, "F32") not in UNWEIGHED}
     if used:
         arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in used.items()}
         np.savez(work / "moments.npz", **arrays)

@@ -1,6 +1,6 @@
 """Ask llama.cpp what it makes of an exported file: special tokens, template, ids of texts, logits. A child process.
 
-The job: `file`, `texts`, `rows` (token ids) and `folder`, where the logits of row i go as i.npy.
+The job: `file`, `texts`, `rows` (token ids) and `folder`, where the logits of row i go as i.npy; `adapter`, if any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
     """Load the file and give what it says. The cache is float32 and attention plain, so that weights alone differ."""
     engine = LlamaEngine.load(
         Path(job["file"]), n_ctx=max(len(row) for row in job["rows"]), n_threads=n_cpus(),
-        flash_attention=False, kv_type="f32",
+        flash_attention=False, kv_type="f32", adapter=job.get("adapter"),
     )  # fmt: skip
     try:
         for index, row in enumerate(job["rows"]):

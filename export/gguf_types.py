@@ -14,6 +14,7 @@ from dataclasses import dataclass
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "IQ4_NL": 32, "Q4_1": 32, "Q4_0": 32}
 BLOCK |= {"Q6_K": 256, "Q5_K": 256, "Q4_K": 256}
 PLAIN = ("F32", "F16", "BF16")  # written as they are, nothing to quantize
+UNWEIGHED = (*PLAIN, "Q8_0")  # llama.cpp rounds these without an importance matrix
 
 
 @dataclass(frozen=True)

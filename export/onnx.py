@@ -269,13 +269,13 @@ def _hold_logits(config: OnnxExport, reference: Any, graph: Path, golden: Golden
     """Compare logits on the golden conversations: as shipped and, for integers, with float activations."""
     rows = [conversation.ids for conversation in golden.conversations]
     wanted = [torch_logits(reference, ids) for ids in rows]
-    found = parity(wanted, _run(graph.parent, rows))
+    found = parity(wanted, run_rows(graph.parent, rows))
     if config.precision in ("fp32", "fp16"):
         tolerance = EXACT if config.precision == "fp32" else HALF
         hold(found, tolerance)
         return {config.precision: found.note(tolerance)}
     with _float_twin(graph) as twin:
-        exact = parity(wanted, _run(twin, rows))
+        exact = parity(wanted, run_rows(twin, rows))
     hold(exact, EXACT_INT4, "the export with float activations")
     shipped = SHIPPED if config.accuracy_level == 4 else EXACT_INT4
     hold(found, shipped, INT8_ADVICE if config.accuracy_level == 4 else "the export")
@@ -298,7 +298,7 @@ def _float_twin(graph: Path) -> Iterator[Path]:
         shutil.rmtree(twin, ignore_errors=True)
 
 
-def _run(folder: Path, rows: list[list[int]]) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
+def run_rows(folder: Path, rows: list[list[int]]) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
     from edgetune.runtime.engines.onnx_engine import OnnxEngine
 
     engine = OnnxEngine.load(folder, n_ctx=max(map(len, rows)), n_threads=1)

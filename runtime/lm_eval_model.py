@@ -13,11 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from edgetune.artifact import Artifact
 from edgetune.backends import require
 from edgetune.data.golden import Golden
+from edgetune.data.prompt import render_chat
 from edgetune.errors import UsageError
 from edgetune.runtime.accuracy import score_row
 from edgetune.runtime.engine import ENGINE_OF_KIND, TokenRow, load_engine
@@ -58,11 +57,7 @@ class LmEvalModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return self._golden.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if not self._golden.chat_template:
-            raise UsageError("the model has no chat template; run the task without one")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(self._golden.chat_template)
-        return template.render(messages=chat_history, add_generation_prompt=add_generation_prompt)
+        return render_chat(self._golden, chat_history, add_generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: object

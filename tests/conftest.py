@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
     "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+Call = Callable[..., tuple[int, str, str]]
 WORDS = ["turn", "the", "light", "in", "kitchen", "set", "to", "percent", "at", "what", "temperature", "of", "boiler"]
 
 
@@ -89,3 +93,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def tiny_model_wide(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tiny random Llama with heads of 16, which every exporter takes; shared, so never written to."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "wide", hidden=64)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the command line in this process; gives exit code, stdout and stderr."""
+
+    from edgetune import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgetune", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = leave.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

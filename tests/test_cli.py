@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from edgetune import __version__, backends, cli, doctor
 from edgetune.backends import BACKENDS
+from tests.conftest import Call
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("init", "plan", "run", "adapt", "compress", "export", "generate", "report", "gate", "diff",
@@ -39,27 +39,6 @@ def child(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
         [sys.executable, "-c", IN_CHILD, *arguments], capture_output=True, text=True, timeout=120, cwd=folder,
         check=False,
     )  # fmt: skip
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process; gives exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edgetune", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as leave:
-            code = leave.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 def recipe(folder: Path, **changes: Any) -> str:

@@ -68,6 +68,7 @@ class Golden(BaseModel):
     bos_id: int | None
     n_bos: int  # BOS tokens at the start of a rendered conversation, as trained
     chat_template: str
+    special_tokens: dict[str, str] = {}  # those that the template names, such as bos_token
 
     @classmethod
     def read(cls, folder: Path) -> Golden:
@@ -118,7 +119,9 @@ def _golden(tokenizer: PreTrainedTokenizerBase, made: list[Conversation], stop_i
         while made[0].ids[n_bos : n_bos + 1] == [bos]:
             n_bos += 1
     texts = [PlainText(text=t, ids=tokenizer(t, add_special_tokens=False)["input_ids"]) for t in TEXTS]
+    template = str(tokenizer.chat_template or "")
+    named = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if name in template}
     return Golden(
-        conversations=made, texts=texts, stop_ids=sorted(stop_ids), bos_id=bos, n_bos=n_bos,
-        chat_template=str(tokenizer.chat_template or ""),
+        conversations=made, texts=texts, stop_ids=sorted(stop_ids), bos_id=bos, n_bos=n_bos, chat_template=template,
+        special_tokens=named,
     )  # fmt: skip

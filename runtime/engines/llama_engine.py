@@ -54,6 +54,7 @@ class LlamaEngine(OneByOne):
         self.n_ctx = min(n_ctx, int(self._lib.llama_model_n_ctx_train(model)))
         self._n_threads, self._flash, self._kv_type, self._n_ubatch = n_threads, flash_attention, kv_type, n_ubatch
         self._batch = Batch(self._lib.llama_batch, N_BATCH)
+        self._adapter: Any = None  # goes with the model
         self._ctx: Any = None
         self._score_ctx: Any = None
         self._rows_ctx: Any = None
@@ -73,12 +74,14 @@ class LlamaEngine(OneByOne):
         mmap: bool = True,
         kv_type: str = "f16",
         n_ubatch: int = N_BATCH,
+        adapter: str | None = None,
         debug: bool = False,
     ) -> LlamaEngine:
         """Load a .gguf file, or an artifact folder that holds exactly one.
 
         `n_ctx` is what one row or generation may hold, and is cut to what the model was trained for. `kv_type` is
-        the type of the cache, one of KV_TYPES; `n_ubatch` the tokens that are computed at once.
+        the type of the cache, one of KV_TYPES; `n_ubatch` the tokens that are computed at once; `adapter` the GGUF file
+        of a LoRA adapter.
         Raises UsageError for an unknown cache type and EngineError with llama.cpp's own last words; a hostile file
         may also kill the process.
         """
@@ -98,6 +101,11 @@ class LlamaEngine(OneByOne):
             model, n_ctx=n_ctx, n_threads=n_threads, flash_attention=flash_attention, kv_type=kv_type,
             n_ubatch=n_ubatch,
         )  # fmt: skip
+        if adapter is not None:
+            engine._adapter = lib.llama_adapter_lora_init(model, adapter.encode())
+            if not engine._adapter:
+                engine.close()
+                raise EngineError(f"llama.cpp cannot load the adapter {adapter}: {_last_words()}")
         engine._ctx = engine._context(engine.n_ctx, n_rows=1, n_outputs=1)
         return engine
 
@@ -289,6 +297,9 @@ class LlamaEngine(OneByOne):
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise EngineError(f"llama.cpp cannot make a context of {n_cells} tokens: {_last_words()}")
+        if self._adapter is not None:
+            adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            self._lib.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
         return context
 
     def _check(self, n_tokens: int, ids: Sequence[int]) -> None:

@@ -71,7 +71,8 @@ def test_float32_is_the_same_model(tmp_path: Path, tie: bool) -> None:
     assert made.manifest.notes["parity"]["top1_agreement"] == 1.0
     contract = made.manifest.notes["contract"]
     assert (contract["stop_ids"], contract["extra_stop_ids"], contract["n_bos"]) == ([2], [0], 1)
-    assert sorted(made.manifest.files) == ["golden.json", "model.gguf"]
+    assert sorted(made.manifest.files) == ["Modelfile", "golden.json", "model.gguf"]
+    assert made.manifest.notes["ollama"] == "Modelfile"
     assert made.manifest.fallbacks == []
     assert made.identity == gguf.planned_identity(GgufExport(type="F32"), source.identity, None)
     assert Golden.read(made.path) == Golden.read(source.path)

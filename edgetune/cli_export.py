@@ -1,0 +1,59 @@
+"""The verb `export`: a file for a runtime, or any file held to the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgetune.cli import app
+from edgetune.errors import UsageError
+from edgetune.terminal import console, quiet
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="folder of a model, gptq or adapter artifact")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; it must not exist", show_default=False)] = None,
+    format: Annotated[str, typer.Option(help="gguf, onnx or tensorrt")] = "gguf",
+    type: Annotated[str, typer.Option(help="gguf: Q4_K_M, Q8_0, F16 ...")] = "Q4_K_M",
+    rows: Annotated[Path | None, typer.Option(help="gguf: training rows that weigh the rounding")] = None,
+    gptq: Annotated[bool, typer.Option("--gptq", help="gguf: choose the codes by GPTQ; no more bytes")] = False,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="gguf: write the importance matrix here too, for llama-quantize")
+    ] = None,
+    general_share: Annotated[float, typer.Option(help="gguf: share of general text in the calibration")] = 0.25,
+    n_samples: Annotated[int, typer.Option(help="gguf: calibration samples")] = 128,
+    seed: Annotated[int, typer.Option(help="gguf: of the calibration")] = 0,
+    device: Annotated[str, typer.Option(help="gguf: where the calibration is computed")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="onnx: int4 or int8 (from a gptq artifact), fp32, fp16; tensorrt: int4, fp16")
+    ] = "int4",
+    builder: Annotated[str, typer.Option(help="onnx: genai, or own for any shape, fp16 and int8")] = "genai",
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="tensorrt: such as 8.6, may be repeated; 8.0, 8.6, 8.9 and 12.0")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="tensorrt: most tokens of context; 2048 if absent")] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="write nothing: hold this .gguf file or ONNX folder, anyone's, to the model; 3 if broken"),
+    ] = None,
+    max_kl: Annotated[float, typer.Option(min=0, help="with --check: mean KL a token that is allowed, nats")] = 0.1,
+) -> None:
+    """Write a GGUF file, an ONNX folder or a TensorRT engine, and hold it to its contract."""
+    quiet()
+    from edgetune import single_export as single
+    from edgetune.artifact import Artifact
+
+    source = Artifact.open(artifact)
+    if check is not None:
+        raise typer.Exit(0 if single.check(check, source, max_kl, console()) else 3)
+    if out is None:
+        raise UsageError("give --out, the folder to write, or --check, a file to look at")
+    config = single.export_config(
+        format, type, precision, builder, compute_capability, max_length,
+        weighed=rows is not None or imatrix is not None, gptq=gptq, n_samples=n_samples, general_share=general_share,
+    )  # fmt: skip
+    weighing = single.Weighing(rows, imatrix, seed, device)
+    typer.echo(single.export(config, source, out, weighing, console()).path)

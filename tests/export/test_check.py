@@ -1,0 +1,96 @@
+"""Any file held to the contract of a reference model: `export REFERENCE --check FILE`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgetune.artifact import Artifact
+from edgetune.data.golden import Golden
+from edgetune.errors import SourceError
+from edgetune.export import gguf, onnx
+from edgetune.export.check import check
+from edgetune.recipe import GgufExport, OnnxExport
+from tests.conftest import Call, make_tiny_model
+
+pytest.importorskip("llama_cpp")
+NAMES = ["chat template", "BOS", "stop set", "token ids", "logits"]
+
+
+@pytest.fixture(scope="module")
+def file(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("check") / "gguf"
+    gguf.run(GgufExport(type="F32"), tiny_model, out, moments=None)
+    return out / gguf.FILE
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime_genai")
+    out = tmp_path_factory.mktemp("check") / "onnx"
+    onnx.run(OnnxExport(precision="fp32"), tiny_model, out)
+    return out
+
+
+def broken(path: Path, reference: Artifact, max_kl: float = 1e-6) -> dict[str, str]:
+    found = check(path, reference, max_kl=max_kl)
+    assert [one.name for one in found] == NAMES
+    return {one.name: one.found for one in found if not one.holds}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_export_of_the_reference_holds(request: pytest.FixtureRequest, tiny_model: Artifact, kind: str) -> None:
+    assert broken(request.getfixturevalue(kind), tiny_model) == {}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_other_weights_break_the_logits_alone(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=7)
+    found = broken(request.getfixturevalue(kind), other)
+    assert list(found) == ["logits"]
+    assert "mean KL" in found["logits"]
+
+
+def test_what_training_saw_is_held_line_by_line(file: Path, tiny_model: Artifact, tmp_path: Path) -> None:
+    """A reference whose template, stop set and ids are others: each of the three is named, the logits still hold."""
+    shutil.copytree(tiny_model.path, tmp_path / "model")
+    golden = Golden.read(tiny_model.path)
+    first, *rest = golden.texts
+    shifted = first.model_copy(update={"ids": [*first.ids, 5]})
+    changed = golden.model_copy(
+        update={"chat_template": golden.chat_template + " ", "stop_ids": [2, 7], "texts": [shifted, *rest]}
+    )
+    changed.write(tmp_path / "model")
+    found = broken(file, Artifact(tmp_path / "model", tiny_model.manifest))
+    assert list(found) == ["chat template", "stop set", "token ids"]
+    assert "it would run past [7]" in found["stop set"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("text.txt", r"neither a \.gguf file nor an ONNX folder"), ("nothing", "no such file or folder")]
+)
+def test_neither_a_file_nor_a_folder_of_a_runtime(tiny_model: Artifact, tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(SourceError, match=says):
+        check(tmp_path / name, tiny_model, max_kl=0.1)
+
+
+def test_a_file_that_llama_cpp_cannot_load(tiny_model: Artifact, file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(SourceError, match="data is not within the file bounds"):
+        check(cut, tiny_model, max_kl=0.1)
+
+
+def test_the_verb_says_which_line_is_broken(call: Call, file: Path, tiny_model: Artifact, tmp_path: Path) -> None:
+    code, out, _ = call("export", str(tiny_model.path), "--check", str(file))
+    assert (code, out.count("holds")) == (0, 5)
+    other = make_tiny_model(tmp_path / "other", seed=7)
+    code, out, _ = call("export", str(other.path), "--check", str(file), "--max-kl", "1e-6")
+    assert (code, out.count("holds"), out.count("broken")) == (3, 4, 1)
+    code, _, err = call("export", str(tiny_model.path), "--check", str(tmp_path / "no.gguf"))
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = call("export", str(tiny_model.path))
+    assert (code, "give --out" in err) == (2, True)
