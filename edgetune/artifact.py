@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,8 +131,20 @@ def file_digest(path: Path) -> str:
 
 def json_digest(value: Any) -> str:
     """Give the sha256 of a JSON value in its canonical form, in hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def list_digest(values: Iterable[Any]) -> str:
+    """Give the `json_digest` of a list whose values need not be in memory together."""
+    found = hashlib.sha256(b"[")
+    for index, value in enumerate(values):
+        found.update((b"," if index else b"") + _canonical(value))
+    found.update(b"]")
+    return found.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def identity(

@@ -8,7 +8,7 @@ good to a factor of two and a half on a machine of the same kind; `tests/test_es
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -133,13 +133,14 @@ class Counts:
         return cls(len(lengths.rows), sum(n for n, _ in lengths.rows), sum(n for _, n in lengths.rows), lengths)
 
     @classmethod
-    def guess(cls, rows: Sequence[Row]) -> Counts:
+    def guess(cls, rows: Iterable[Row]) -> Counts:
         """Guess before there is a tokenizer: four characters a token, and a template's tokens around each turn."""
-        found = []
+        found, first = [], None
         for row in rows:
+            first = row if first is None else first
             n_tokens = n_labels = 0
             for role, text in row.messages or (("assistant", row.text or ""),):
-                if ((role, text),) != rows[0].messages[:1]:  # what all rows begin with
+                if ((role, text),) != first.messages[:1]:  # what all rows begin with
                     n_tokens += len(text) // 4 + 6
                     n_labels += len(text) // 4 + 1 if role == "assistant" else 0
             found.append((n_tokens, n_labels))

@@ -9,7 +9,7 @@ Shapes: B rows, T own tokens of the longest, L tokens that a row sees, H heads, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +63,14 @@ def multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def common_prefix(rows: Sequence[Sequence[int]], limit: int) -> int:
+def common_prefix(rows: Iterable[Sequence[int]], limit: int) -> int:
     """Give how many of the first `limit` tokens all rows share."""
-    first = rows[0]
-    for n in range(limit):
-        if any(row[n] != first[n] for row in rows):
-            return n
-    return max(limit, 0)
+    shared, first = max(limit, 0), None
+    for row in rows:
+        first = row[:shared] if first is None else first
+        while row[:shared] != first[:shared]:
+            shared -= 1
+    return shared
 
 
 def can_pack(model: nn.Module) -> bool:

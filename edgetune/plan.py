@@ -10,7 +10,7 @@ from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
 from edgetune.compress import chain
-from edgetune.data.checks import refuse_leaks
+from edgetune.data.checks import prompt_digest, refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.errors import EdgetuneError, RecipeError, UnsupportedError
 from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
@@ -56,7 +56,7 @@ def preflight(recipe: Recipe) -> Preflight:
         asked = [example.rows[0] for example in preference.read(recipe.prefer)]
         heldout = workload.heldout_rows(recipe.data)
         held = recipe.data.heldout or recipe.data.sources[0].path  # a split is taken out of the training rows
-        refuse_leaks(asked, heldout, Path(recipe.prefer.train), Path(held))
+        refuse_leaks([(prompt_digest(row), row.line) for row in asked], heldout, Path(recipe.prefer.train), Path(held))
     distilled = [step.distill for candidate in recipe.candidates.values() for step in candidate.compress]
     for part in (recipe.adapt, recipe.prefer, *distilled):
         for logger in part.report_to if part is not None else ():

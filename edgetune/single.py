@@ -73,6 +73,9 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
     from edgetune.runtime.engine import ENGINE_OF_KIND, greedy, load_engine
 
     artifact = Artifact.open(path)
+    if artifact.manifest.kind not in ENGINE_OF_KIND:
+        kinds = ", ".join(ENGINE_OF_KIND)
+        raise UsageError(f"{path} is of kind {artifact.manifest.kind}, which no engine runs; known: {kinds}")
     golden = Golden.read(path)
     first = golden.conversations[0].messages[0] if golden.conversations else {"role": "user"}
     if system is None and first["role"] == "system":

@@ -88,7 +88,7 @@ def lengths_of(rows: Sequence[Rendered]) -> Lengths:
     """Measure rendered rows."""
     from edgetune.packed import common_prefix
 
-    shared = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
+    shared = common_prefix((row.ids for row in rows), min(row.start for row in rows) - 1)
     return Lengths.of([(len(row.ids) - shared, row.n_labels) for row in rows], max(shared, 0))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact
 from edgetune.data import checks, mixture
@@ -15,6 +17,7 @@ from edgetune.data.general import general_text
 from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
+from edgetune.data.spool import RenderedRows
 from edgetune.data.windows import render_windows
 from edgetune.errors import DataError
 from edgetune.recipe import Calibration
@@ -31,7 +34,7 @@ TEXT_ROWS, TEXT_TOKENS = 4, 256  # general text for perplexity
 class Workload:
     """Everything that a recipe's data gives, rendered for one base model."""
 
-    train: list[Rendered]
+    train: Sequence[Rendered]
     heldout: list[Rendered]
     n_too_long: int  # training rows left out
     mixture: Mixture  # where each training row comes from
@@ -41,7 +44,7 @@ class Workload:
 
     def calibration(self, config: Calibration, seed: int) -> CalibrationSet:
         return make_calibration(
-            [row.ids for row in self.train],
+            _Ids(self.train),
             self.calibration_text,
             n_samples=config.n_samples,
             n_tokens=config.n_tokens,
@@ -71,16 +74,17 @@ def check_files(data: Data) -> None:
     mixture.compose(data)
 
 
-def train_rows(data: Data) -> list[Row]:
+def train_rows(data: Data) -> Iterator[Row]:
     """Read the training rows as they were written, copies counted."""
-    return [entry.row for entry in mixture.compose(data).train]
+    return (entry.row for entry in mixture.compose(data).train)
 
 
 def rows_line(data: Data) -> str:
     """Say how many rows there are, and in which formats they were found."""
     composed = mixture.compose(data)
     said = []
-    for rows, use in (([entry.row for entry in composed.train], "to train on"), (composed.heldout, "held out")):
+    rows: Sequence[mixture.Entry | Row]
+    for rows, use in ((composed.train, "to train on"), (composed.heldout, "held out")):
         said.append(f"{len(rows)} {use} ({', '.join(dict.fromkeys(row.form for row in rows))})")
     return f"rows: {', '.join(said)}"
 
@@ -100,18 +104,9 @@ def load(data: Data, base: Artifact) -> Workload:
     stop = Golden.read(base.path).stop_ids
     composed = mixture.compose(data)
     paths = [Path(source.path) for source in data.sources]
-    once = {id(entry.row): entry for entry in composed.train}
-    made = {
-        key: _windows(entry.row, tokenizer, stop, paths[entry.source], data.max_length) for key, entry in once.items()
-    }
-    rendered = [one for entry in composed.train for one in made[id(entry.row)]]
-    train, n_too_long = checks.fit(rendered, data.max_length, paths[0])
-    kept = [e for e in composed.train if any(len(one.ids) <= data.max_length for one in made[id(e.row)])]
-    for index, path in enumerate(paths):
-        own = [one for entry in kept if entry.source == index for one in made[id(entry.row)]]
-        if own:
-            checks.refuse_untaught(own, stop, path)
-    talks = [entry.row for entry in list(once.values())[:GOLDEN_ROWS] if entry.row.text is None]
+    train, n_too_long, kept = _render_all(composed.train, tokenizer, stop, paths, data.max_length)
+    first = islice((entry for entry, _ in groupby(composed.train)), GOLDEN_ROWS)  # copies stand side by side
+    talks = [row for entry in first if (row := entry.row).text is None]
     held = [paths[entry.source] for entry in composed.split] or [Path(str(data.heldout))] * len(composed.heldout)
     general = Path(data.general) if data.general else None
     return Workload(
@@ -123,6 +118,52 @@ def load(data: Data, base: Artifact) -> Workload:
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
+
+
+def _render_all(
+    entries: Sequence[mixture.Entry], tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], paths: Sequence[Path],
+    max_length: int,
+) -> tuple[RenderedRows, int, list[mixture.Entry]]:  # fmt: skip
+    """Render each row once. Gives the rows that fit, how many do not, and the entries of which something fits.
+
+    Raises DataError where none fits, and where a source teaches nothing or no end.
+    """
+    rows, kept, n_too_long, shortest = RenderedRows(), list[mixture.Entry](), 0, sys.maxsize
+    own = [rows[:0] for _ in paths]
+    before, places, too_long = None, list[int](), 0
+    for entry in entries:
+        if before is None or (entry.source, entry.place) != (before.source, before.place):
+            windows = _windows(entry.row, tokenizer, stop, paths[entry.source], max_length)
+            places = [rows.write(one) for one in windows if len(one.ids) <= max_length]
+            shortest = min(shortest, *(len(one.ids) for one in windows))
+            too_long = len(windows) - len(places)
+            own[entry.source].come(places)
+            before = entry
+        rows.come(places)
+        n_too_long += too_long
+        if places:
+            kept.append(entry)
+    if not kept:
+        raise DataError(
+            f"{paths[0]}: every row is longer than max_length={max_length} tokens (shortest {shortest}); raise it"
+        )
+    for path, part in zip(paths, own, strict=True):
+        if part:
+            checks.refuse_untaught(part, stop, path)
+    return rows, n_too_long, kept
+
+
+class _Ids(Sequence[Sequence[int]]):
+    """The token ids of rows, each read when it is asked for."""
+
+    def __init__(self, rows: Sequence[Rendered]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index].ids
 
 
 def _windows(

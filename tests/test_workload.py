@@ -26,10 +26,10 @@ def test_a_plain_file_is_rendered_row_by_row(tiny_model: Artifact, tmp_path: Pat
     data = make(tmp_path, save(tmp_path, "a", rows("a", 4)))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
     work = workload.load(data, tiny_model)
-    assert work.train == [render(row, tokenizer, [2]) for row in read_rows(Path(str(data.train)))]
+    assert list(work.train) == [render(row, tokenizer, [2]) for row in read_rows(Path(str(data.train)))]
     assert work.mixture.sources[0].rows == "1-4"
     assert workload.rows_line(data) == "rows: 4 to train on (completion), 2 held out (completion)"
-    assert workload.train_rows(data) == read_rows(Path(str(data.train)))
+    assert list(workload.train_rows(data)) == read_rows(Path(str(data.train)))
 
 
 def test_a_mixture_goes_with_the_adapter(tiny_model: Artifact, tmp_path: Path) -> None:

@@ -208,24 +208,19 @@ def pad(rows: Sequence[dict[str, Any]], token: int = 0) -> dict[str, Tensor]:
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rendered rows as the Trainer wants them; `places` say where each stands in the whole data."""
+    """Rendered rows as the Trainer wants them, each made when it is asked for; `places` choose some of them."""
 
     def __init__(self, rows: Sequence[Rendered], places: Sequence[int] | None = None) -> None:
         self.column_names = ["input_ids", "labels", "place"]
-        self._rows = [
-            {
-                "input_ids": list(r.ids),
-                "labels": [t if k else IGNORE for t, k in zip(r.ids, r.labels, strict=True)],
-                "place": place,
-            }
-            for place, r in zip(places or range(len(rows)), rows, strict=True)
-        ]
+        self._rows, self._places = rows, range(len(rows)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
+        row = self._rows[place := self._places[index]]
+        labels = [token if learned else IGNORE for token, learned in zip(row.ids, row.labels, strict=True)]
+        return {"input_ids": list(row.ids), "labels": labels, "place": place}
 
 
 @dataclass(frozen=True)
@@ -255,8 +250,8 @@ class Split:
                 f"{len(others) - len(train)} copies of rows set aside for early stopping were left out of training"
             )
         return cls(
-            Rows([rows[i] for i in train], train),
-            Rows([rows[i] for i in aside], aside),
+            Rows(rows, train),
+            Rows(rows, aside),
             sum(len(rows[i].ids) for i in train) / len(train),
             fallbacks,
         )

@@ -47,6 +47,8 @@ def make_calibration(
     while len(stream) < (n_samples - n_general) * n_tokens:
         for index in rng.permutation(len(task)):
             stream += task[index]
+            if len(stream) >= (n_samples - n_general) * n_tokens:
+                break
     rows = [stream[i * n_tokens : (i + 1) * n_tokens] for i in range(n_samples - n_general)]
     starts: list[int] = np.linspace(0, len(general) - n_tokens, n_general).astype(int).tolist()
     rows += [list(general[start : start + n_tokens]) for start in starts]

@@ -10,33 +10,44 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.data.checks import refuse_leaks
+from edgetune.data.checks import prompt_digest, refuse_leaks
 from edgetune.data.formats import Format, Row, parse_all, parse_row, read_rows
 from edgetune.data.records import Record
+from edgetune.data.spool import RowSpool
 from edgetune.errors import DataError
 from edgetune.recipe_data import Balance, Data, Decay, Mix, Split, TrainSource
 
 DAY_S = 86_400.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A row of one source, and the fields that a mixture may go by."""
+    """Where a row of one source is, and the fields that a mixture may go by."""
 
-    row: Row
     source: int  # index of its source
-    group: str | None = None
+    place: int  # in the spool of its source
+    line: int
+    form: Format
+    asked: bytes  # digest of its prompt
+    group: bytes | None = None  # digest of its group, where rows are split
     date: float | None = None  # seconds since 1970
     label: str | None = None
+    spool: RowSpool = field(default_factory=RowSpool, compare=False, repr=False)
+
+    @property
+    def row(self) -> Row:
+        """The row as it was read, from disk."""
+        return self.spool[self.place]
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def compose(data: Data) -> Composed:
         path = Path(data.heldout)
         heldout = read_rows(path, data.format, data.heldout_rows)
         for source, part in zip(data.sources, parts, strict=True):
-            refuse_leaks([entry.row for entry in part], heldout, Path(source.path), path)
+            refuse_leaks(((entry.asked, entry.line) for entry in part), heldout, Path(source.path), path)
     if isinstance(data.train, str) and data.mix is None:
         return Composed(parts[0], heldout, found, split, leaks)
     return Composed(draw(parts, data.sources, data.mix or Mix()), heldout, found, split, leaks)
@@ -148,15 +159,17 @@ def _read(source: TrainSource, index: int, data: Data) -> list[Entry]:
     path, mix = Path(source.path), data.mix or Mix()
     form: Format = data.format if source.format == "auto" else source.format
     decay, balance = (None, None) if source.replay else (mix.decay, mix.balance)
-    group = data.split.group if data.split is not None and not source.replay else None
+    split = data.split if not source.replay else None
+    spool = RowSpool()
 
     def parse(record: Record) -> Entry:
         row = parse_row(record, form)
         return Entry(
-            row, index,
-            group=_value(record, group, "split.group") if group is not None else None,
+            index, spool.append(row), row.line, row.form, prompt_digest(row),
+            group=_group(record, row, split) if split is not None else None,
             date=_date(record, decay) if decay is not None else None,
-            label=_label(record, row, balance) if balance is not None else None,
+            label=sys.intern(_label(record, row, balance)) if balance is not None else None,
+            spool=spool,
         )  # fmt: skip
 
     return list(parse_all(path, data.train_rows, parse))
@@ -206,29 +219,29 @@ def _split(parts: Sequence[list[Entry]], data: Data) -> tuple[list[list[Entry]],
     split = data.split
     assert split is not None, "only a recipe with a split gets here"
     learned = [entry for part, source in zip(parts, data.sources, strict=True) if not source.replay for entry in part]
-    sizes = Counter(_group(entry) for entry in learned)
+    sizes = Counter(entry.group for entry in learned if entry.group is not None)
     if len(sizes) < 2:
         raise DataError(f"split: the training rows are one group only ({len(learned)} rows); name another split.group")
     held = _held_groups(sizes, split, len(learned))
-    heldout = [entry for entry in learned if _group(entry) in held]
-    asked = {entry.row.prompt.casefold() for entry in heldout}
+    heldout = [entry for entry in learned if entry.group in held]
+    asked = {entry.asked for entry in heldout}
     rest = [
-        [e for e in part if source.replay or _group(e) not in held]
+        [entry for entry in part if source.replay or entry.group not in held]
         for part, source in zip(parts, data.sources, strict=True)
     ]
-    kept = [[entry for entry in part if entry.row.prompt.casefold() not in asked] for part in rest]
+    kept = [[entry for entry in part if entry.asked not in asked] for part in rest]
     return kept, heldout, sum(map(len, rest)) - sum(map(len, kept))
 
 
-def _group(entry: Entry) -> str:
-    return entry.group if entry.group is not None else entry.row.prompt.casefold()
+def _group(record: Record, row: Row, split: Split) -> bytes:
+    name = _value(record, split.group, "split.group") if split.group is not None else row.prompt.casefold()
+    return hashlib.sha256(f"{split.seed}:{name}".encode()).digest()
 
 
-def _held_groups(sizes: Counter[str], split: Split, n_rows: int) -> set[str]:
-    order = sorted(sizes, key=lambda group: hashlib.sha256(f"{split.seed}:{group}".encode()).digest())
-    held: set[str] = set()
+def _held_groups(sizes: Counter[bytes], split: Split, n_rows: int) -> set[bytes]:
+    held: set[bytes] = set()
     taken = 0
-    for group in order[:-1]:  # one group at least is trained on
+    for group in sorted(sizes)[:-1]:  # one group at least is trained on
         if held and taken + sizes[group] / 2 > split.share * n_rows:
             break
         held.add(group)

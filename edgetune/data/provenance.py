@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from edgetune.artifact import file_digest, json_digest, write_text
+from edgetune.artifact import file_digest, list_digest, write_text
 from edgetune.data.formats import Row
 from edgetune.data.mixture import Composed, Entry
 from edgetune.recipe_data import Data
@@ -78,28 +78,28 @@ def spell(lines: Sequence[int]) -> str:
     return " ".join(words)
 
 
-def content_digest(rows: Sequence[Row]) -> str:
+def content_digest(rows: Iterable[Row]) -> str:
     """Digest of what rows say, wherever they stand."""
-    return json_digest([[row.as_dicts, row.text, list(row.tools), sorted(row.muted)] for row in rows])
+    return list_digest([row.as_dicts, row.text, list(row.tools), sorted(row.muted)] for row in rows)
 
 
 def _origins(data: Data, found: Sequence[int], entries: Sequence[Entry]) -> list[SourceRows]:
-    parts: list[list[Row]] = [[] for _ in data.sources]
+    parts: list[list[Entry]] = [[] for _ in data.sources]
     for entry in entries:
-        parts[entry.source].append(entry.row)
-    return [_rows(source.path, n, rows) for source, n, rows in zip(data.sources, found, parts, strict=True)]
+        parts[entry.source].append(entry)
+    return [_rows(source.path, n, part) for source, n, part in zip(data.sources, found, parts, strict=True)]
 
 
-def _rows(path: str, found: int, rows: Sequence[Row]) -> SourceRows:
-    lines = [row.line for row in rows]
+def _rows(path: str, found: int, entries: Sequence[Entry]) -> SourceRows:
+    lines = [entry.line for entry in entries]
     file = Path(path)
     return SourceRows(
         path=path,
         sha256=file_digest(file) if file.is_file() else None,
-        formats=dict(Counter(row.form for row in rows)),
+        formats=dict(Counter(entry.form for entry in entries)),
         found=found,
         used=len(set(lines)),
         drawn=len(lines),
         rows=spell(lines),
-        digest=content_digest(rows),
+        digest=content_digest(entry.row for entry in entries),
     )

@@ -6,11 +6,11 @@ text, then each answer. So the ids of training are the ids of inference, whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgetune.artifact import json_digest
+from edgetune.artifact import list_digest
 from edgetune.data.formats import Row
 from edgetune.errors import DataError
 
@@ -38,9 +38,9 @@ class Rendered:
         return "".join(str(int(learned)) for learned in self.labels)
 
 
-def rows_digest(rows: Sequence[Rendered]) -> str:
+def rows_digest(rows: Iterable[Rendered]) -> str:
     """Digest of token ids and label masks."""
-    return json_digest([[list(row.ids), [int(k) for k in row.labels]] for row in rows])
+    return list_digest([row.ids, [int(k) for k in row.labels]] for row in rows)
 
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Rendered:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from edgetune.data.checks import fit, refuse_leaks
+from edgetune.data.checks import prompt_digest, refuse_leaks
 from edgetune.data.formats import Format, Row, detect, read_rows
 from edgetune.data.general import general_text
-from edgetune.data.render import Rendered
 from edgetune.errors import DataError
 
 ASKED = {"role": "user", "content": "hi"}
@@ -202,18 +201,12 @@ def conversation(asked: str, line: int) -> Row:
 
 
 def test_a_leak_is_seen_through_case_and_space_and_another_answer(tmp_path: Path) -> None:
-    train = [conversation("Dim the  light", 1), conversation("boil", 2), Row((), "a  Text", 3)]
+    found = [conversation("Dim the  light", 1), conversation("boil", 2), Row((), "a  Text", 3)]
+    train = [(prompt_digest(row), row.line) for row in found]
     refuse_leaks(train, [conversation("dim the lights", 1), Row((), "a text more", 2)], tmp_path / "t", tmp_path / "h")
     leaks = [conversation("new", 1), conversation("DIM THE\nLIGHT ", 5), Row((), "A text", 6)]
     with pytest.raises(DataError, match=r"h line 5 is also .*t line 1 \(2 such rows\); remove them from the training"):
         refuse_leaks(train, leaks, tmp_path / "t", tmp_path / "h")
-
-
-def test_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
-    rows = [Rendered(tuple(range(n)), (True,) * n, 0, "", n) for n in (3, 8, 5)]
-    assert fit(rows, 5, tmp_path) == ([rows[0], rows[2]], 1)
-    with pytest.raises(DataError, match=r"every row is longer than max_length=2 tokens \(shortest 3\); raise it$"):
-        fit(rows, 2, tmp_path)
 
 
 def test_general_text_of_ones_own(tmp_path: Path) -> None:
