@@ -131,7 +131,7 @@ def benchmark(data: Path, store: Path, steps: int, n_heldout: int, asked: int, o
     test = rows_of(data / "snips" / "test.jsonl")[:n_heldout]
     known = {row["input"].casefold() for row in test}
     fresh = [row for row in rows_of(data / "snips" / "train.jsonl") if row["input"].casefold() not in known]
-    tuned_steps = min(TUNED_STEPS, 20 * steps)
+    tuned_steps = min(TUNED_STEPS, 2 * steps)
     n_tuned = (tuned_steps + 2) * TUNED["batch_size"]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

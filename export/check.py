@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from edgetune.backends import require
 from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, SourceError, StageError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, checks
+from edgetune.export.gguf_vocab import composes
 from edgetune.export.parity import Logits, Tolerance, hold, parity, torch_logits
 
 
@@ -50,7 +52,8 @@ def check(path: Path, reference: Artifact, *, max_kl: float) -> list[Check]:
         if path.is_dir() and (path / "genai_config.json").is_file():
             facts, tokenize, logits = _onnx(path, rows)
         elif path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-            facts, tokenize, logits = _gguf(path, texts, rows, Path(scratch))
+            given = [normalize("NFC", text) for text in texts] if composes(reference.path) else texts
+            facts, tokenize, logits = _gguf(path, dict(zip(texts, given, strict=True)), rows, Path(scratch))
         else:
             raise SourceError(f"{path} is neither a .gguf file nor an ONNX folder with genai_config.json")
         found = [_tried(name, one) for name, one in checks(golden, facts, tokenize).items()]
@@ -85,11 +88,11 @@ def _logits(reference: Artifact, rows: list[list[int]], found: Iterable[Logits],
 Opened = tuple[RuntimeFacts, Callable[[str], list[int]], Iterable[Logits]]
 
 
-def _gguf(path: Path, texts: list[str], rows: list[list[int]], work: Path) -> Opened:
+def _gguf(path: Path, texts: dict[str, str], rows: list[list[int]], work: Path) -> Opened:
     from edgetune.export.gguf_child import run_child
 
     require("llama_cpp")
-    job = {"file": str(path), "texts": texts, "rows": rows, "folder": str(work)}
+    job = {"file": str(path), "texts": list(texts.values()), "rows": rows, "folder": str(work)}
     try:
         said: dict[str, Any] = run_child("edgetune.export.gguf_probe", job, work / "probe.json")
     except StageError as error:

@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 
 from edgetune import artifact, backends
 from edgetune.artifact import Artifact, draft, require_space
+from edgetune.compress.architectures import check_architecture
 from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
 from edgetune.export import modelfile
 from edgetune.export.gguf_child import n_cpus, run_child
 from edgetune.export.gguf_codes import choose_codes
+from edgetune.export.gguf_families import family, gguf_name, query_width
 from edgetune.export.gguf_types import BLOCK, PLAIN, UNWEIGHED, choose_types
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
 from edgetune.export.gguf_write import (
     Weights,
-    architecture,
     folder_weights,
-    gguf_name,
     read_config,
-    tensors,
     write_gguf,
+    written_shapes,
 )
 from edgetune.progress import Report, silent
 from edgetune.recipe import GgufExport
@@ -40,10 +40,15 @@ TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn ste
 
 def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
     """Refuse, before any work, what cannot be exported. Raises UnsupportedError or MissingBackendError."""
-    architecture(model_config)
+    family(model_config)
     backends.require("gguf")
     if config.type not in PLAIN:
         backends.require("llama_cpp")
+    if config.gptq or (config.imatrix and config.type not in UNWEIGHED):
+        try:
+            check_architecture(dict(model_config))
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}; without gptq and with imatrix: false it can be exported") from error
     if not config.gptq:
         return
     if config.type in UNWEIGHED:
@@ -59,10 +64,12 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
 
 def _widths(model_config: Mapping[str, Any]) -> dict[str, int]:
     """Columns of a block's matrices, by what decides them."""
-    n_heads, hidden = int(model_config["num_attention_heads"]), int(model_config["hidden_size"])
-    head = int(model_config.get("head_dim") or hidden // n_heads)
     inner = int(model_config["intermediate_size"])
-    return {"hidden_size": hidden, "intermediate_size": inner, "kv_heads": n_heads * head}
+    return {
+        "hidden_size": int(model_config["hidden_size"]),
+        "intermediate_size": inner,
+        "kv_heads": query_width(model_config),
+    }
 
 
 def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Collection[str]) -> None:
@@ -106,7 +113,7 @@ def run(
     weights = _weights(source, model_config)
     vocabulary = read_vocabulary(source.path, int(model_config["vocab_size"]))
     golden = Golden.read(source.path)
-    shapes = {name: weights.shapes[hf] for name, hf in tensors(weights, model_config)}
+    shapes = written_shapes(weights, model_config)
     types, fallbacks = choose_types(shapes, config.type, gptq=config.gptq)
     require_space(out.parent, _n_bytes(shapes, weights))
     with draft(
@@ -135,9 +142,7 @@ def run(
                 pending.notes |= notes
                 pending.fallbacks += fell_back
             progress(0, 1, "verify")
-            pending.notes |= verify(
-                file, config.type, types, weights, model_config, golden, vocabulary.stop_ids, pending.work
-            )
+            pending.notes |= verify(file, config.type, types, weights, model_config, golden, vocabulary, pending.work)
         finally:
             shutil.rmtree(pending.work, ignore_errors=True)  # large, and quicker made again than trusted
         shutil.copyfile(source.path / GOLDEN_FILE, pending.path / GOLDEN_FILE)
@@ -174,8 +179,8 @@ def _quantize(
     moments: Mapping[str, NDArray[Any]] | None, model_config: Mapping[str, Any],
 ) -> int:  # fmt: skip
     """Quantize the plain file in `work`; give how many matrices were weighed by their inputs."""
-    arch = architecture(model_config)
-    named = {gguf_name(f"{module}.weight", arch): values for module, values in (moments or {}).items()}
+    of = family(model_config)
+    named = {gguf_name(f"{module}.weight", of): values for module, values in (moments or {}).items()}
     used = {name: values for name, values in named.items() if types.get(name, "F32") not in UNWEIGHED}
     if used:
         arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in used.items()}

@@ -21,18 +21,15 @@ from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import ArtifactError, UnsupportedError
 from edgetune.export.gguf_child import run_child
+from edgetune.export.gguf_families import change, family, gguf_name
 from edgetune.export.gguf_types import choose_types
 from edgetune.export.gguf_verify import tolerance
 from edgetune.export.gguf_vocab import read_vocabulary
 from edgetune.export.gguf_write import (
-    architecture,
     folder_weights,
-    gguf_name,
-    permute,
     read_config,
-    rotated_heads,
-    tensors,
     write_gguf,
+    written_shapes,
 )
 from edgetune.export.parity import hold, parity, torch_logits
 from edgetune.progress import Report, silent
@@ -81,7 +78,7 @@ def write(
 ) -> None:
     """Write A [r, C] and B [R, r] of each tensor (by its GGUF name)."""
     gguf = backends.require("gguf")
-    writer = gguf.GGUFWriter(None, architecture(model_config).name)
+    writer = gguf.GGUFWriter(None, family(model_config).name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -122,15 +119,16 @@ def _pairs(folder: Path, model_config: Mapping[str, Any]) -> dict[str, tuple[NDA
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
-    arch, pairs = architecture(model_config), {}
+    of, pairs = family(model_config), {}
     for key, A in sorted(stored.items()):
         if not key.endswith(".lora_A.weight"):
             continue
         module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         B = stored[key.replace(".lora_A.", ".lora_B.")].astype(np.float32)
-        n_heads = rotated_heads(f"{module}.weight", model_config, arch)
-        place = gguf_name(f"{module}.weight", arch)
-        pairs[place] = (np.ascontiguousarray(A, np.float32), permute(B, n_heads) if n_heads else B)
+        moved = change(f"{module}.weight", of)
+        if moved is not None and moved.rows_only:
+            B = moved.there(B, model_config)
+        pairs[gguf_name(f"{module}.weight", of)] = (np.ascontiguousarray(A, np.float32), B)
     unknown = [key for key in stored if not re.search(r"\.lora_[AB]\.weight$", key)]
     if unknown or len(stored) != 2 * len(pairs):
         raise UnsupportedError(f"{folder / WEIGHTS} holds {(unknown or ['half a pair'])[0]}, more than plain LoRA")
@@ -146,8 +144,7 @@ def _prove(
 
     golden = Golden.read(adapter.path)
     weights = folder_weights(base.path, model_config)
-    shapes = {name: weights.shapes[hf] for name, hf in tensors(weights, model_config)}
-    types, _ = choose_types(shapes, weights.dtype)
+    types, _ = choose_types(written_shapes(weights, model_config), weights.dtype)
     vocabulary = read_vocabulary(base.path, int(model_config["vocab_size"]))
     write_gguf(work / "base.gguf", weights, model_config, vocabulary, types, lambda *_: None)
     rows = [c.ids for c in golden.conversations] + [t.ids for t in golden.texts]
@@ -157,5 +154,5 @@ def _prove(
     model = PeftModel.from_pretrained(model, str(adapter.path)).eval()
     reference = (torch_logits(model, row) for row in rows)
     found = parity(reference, (np.load(work / f"{index}.npy") for index in range(len(rows))))
-    hold(found, tolerance(weights.dtype), f"{file.name} on a base in {weights.dtype}")
-    return found.note(tolerance(weights.dtype))
+    hold(found, tolerance(weights.dtype, family(model_config).activation), f"{file.name} on a base in {weights.dtype}")
+    return found.note(tolerance(weights.dtype, family(model_config).activation))

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from edgetune.artifact import Artifact
 from edgetune.backends import require
 from edgetune.export.gguf_blocks import CODED, Grid, read_blocks, with_codes
-from edgetune.export.gguf_write import Weights, architecture, permute, rotated_heads, tensors, unpermute
+from edgetune.export.gguf_families import change, family
+from edgetune.export.gguf_write import Weights, tensors
 from edgetune.progress import Report
 
 if TYPE_CHECKING:
@@ -42,20 +43,19 @@ def choose_codes(
     from edgetune.compress.layerwise import load_model, quantize_blocks
 
     gguf = require("gguf")
-    arch = architecture(model_config)
+    of = family(model_config)
     reader = gguf.GGUFReader(file, "r+")
     written = {tensor.name: tensor for tensor in reader.tensors}
     stored = {hf: written[name] for name, hf in tensors(weights, model_config)}
-    heads = {hf: rotated_heads(hf, model_config, arch) for hf in stored}
 
     def found(name: str) -> tuple[str, NDArray[np.uint8], Grid]:
         """Type, codes and grid of a layer, rows in Transformers' order."""
-        tensor, n_heads = stored[f"{name}.weight"], heads[f"{name}.weight"]
+        tensor, moved = stored[f"{name}.weight"], change(f"{name}.weight", of)
         kind = tensor.tensor_type.name
         codes, grid = read_blocks(kind, tensor.data, int(tensor.shape[0]))
-        if n_heads:
-            scale, minimum = unpermute(grid.scale, n_heads), unpermute(grid.minimum, n_heads)
-            codes, grid = unpermute(codes, n_heads), Grid(scale, minimum, grid.max_code)
+        if moved is not None:
+            codes, scale, minimum = (moved.back(part, model_config) for part in (codes, grid.scale, grid.minimum))
+            grid = Grid(scale, minimum, grid.max_code)
         return kind, codes, grid
 
     def solve(
@@ -72,11 +72,12 @@ def choose_codes(
     results = quantize_blocks(model, rows, solve, work=work, key=key, device=device, progress=progress, fast=True)
     n_chosen = 0
     for name, result in results.items():
-        tensor, n_heads = stored[f"{name}.weight"], heads[f"{name}.weight"]
+        tensor, moved = stored[f"{name}.weight"], change(f"{name}.weight", of)
         if tensor.tensor_type.name == KEPT:
             continue
         codes = result.quantized.q.numpy()
-        data = with_codes(tensor.tensor_type.name, tensor.data, permute(codes, n_heads) if n_heads else codes)
+        codes = moved.there(codes, model_config) if moved is not None else codes
+        data = with_codes(tensor.tensor_type.name, tensor.data, codes)
         tensor.data[...] = data.reshape(tensor.data.shape)
         n_chosen += 1
     reader.data.flush()

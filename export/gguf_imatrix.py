@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.backends import require
-from edgetune.export.gguf_write import architecture, gguf_name
+from edgetune.export.gguf_families import family, gguf_name
 
 
 def write_imatrix(
@@ -23,15 +23,15 @@ def write_imatrix(
     where a layer has no place in a GGUF file.
     """
     gguf = require("gguf")
-    arch = architecture(model_config)
+    of = family(model_config)
     n_tokens = shape[0] * shape[1]
-    writer = gguf.GGUFWriter(None, arch.name)
+    writer = gguf.GGUFWriter(None, of.name)
     writer.add_type(gguf.GGUFType.IMATRIX)
     writer.add_array(gguf.Keys.IMatrix.DATASETS, [rows])
     writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, shape[0])
     writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, shape[1])
     for module, mean in sorted(moments.items()):
-        name = gguf_name(f"{module}.weight", arch)
+        name = gguf_name(f"{module}.weight", of)
         writer.add_tensor(f"{name}.in_sum2", np.asarray(mean * n_tokens, np.float32)[None])  # [1 matrix, C]
         writer.add_tensor(f"{name}.counts", np.full((1, 1), n_tokens, np.float32))
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -26,14 +26,15 @@ class Mix:
     head: str
     embedding: str  # where it is not tied to the head
     down: str | None = None  # every down projection, where not as `base` and `more` say
+    qkv: str | None = None  # a joint projection of queries, keys and values
 
 
 # As llama.cpp mixes them (llama-quant.cpp, llama_tensor_get_type_impl).
 MIXES: dict[str, Mix] = {
     "Q8_0": Mix("Q8_0", "Q8_0", "Q8_0", "Q8_0"),
     "Q6_K": Mix("Q6_K", "Q6_K", "Q6_K", "Q6_K"),
-    "Q5_K_M": Mix("Q5_K", "Q6_K", "Q6_K", "Q5_K"),
-    "Q4_K_M": Mix("Q4_K", "Q6_K", "Q6_K", "Q4_K"),
+    "Q5_K_M": Mix("Q5_K", "Q6_K", "Q6_K", "Q5_K", qkv="Q6_K"),
+    "Q4_K_M": Mix("Q4_K", "Q6_K", "Q6_K", "Q4_K", qkv="Q5_K"),
     "Q4_1": Mix("Q4_1", "Q4_1", "Q6_K", "Q4_1"),
     "Q4_0": Mix("Q4_0", "Q4_0", "Q6_K", "Q4_0"),
 }
@@ -65,7 +66,7 @@ def choose_types(
     replaced: Counter[tuple[int, str, str]] = Counter()
     n_matrices = sum(len(shape) > 1 for shape in shapes.values())
     for name, shape in shapes.items():
-        if len(shape) == 1:
+        if len(shape) == 1 or name == "position_embd.weight":
             types[name] = "F32"
         elif target in PLAIN:
             types[name] = target
@@ -97,6 +98,8 @@ def _of_mix(mix: Mix, name: str, n_layers: int, tied: bool) -> str:
         return mix.embedding
     if mix.down and name.endswith("ffn_down.weight"):
         return mix.down
+    if mix.qkv and name.endswith("attn_qkv.weight"):
+        return mix.qkv
     layer = re.match(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight$", name)
     return mix.more if layer and _more_bits(int(layer[1]), n_layers) else mix.base
 

@@ -45,6 +45,7 @@ class Vocabulary:
     stop_ids: list[int]
     chat_template: str
     remarks: list[str] = field(default_factory=list)
+    composes: bool = False  # the tokenizer composes characters (NFC) before it splits; llama.cpp does not
 
 
 def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
@@ -70,13 +71,20 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
         if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             remarks.append(f"added token {entry['content']!r} strips its neighbours in training, not in llama.cpp")
-    if tokenizer.get("normalizer"):
-        remarks.append("the tokenizer composes characters (NFC) in training, llama.cpp does not")
+    composes = bool(tokenizer.get("normalizer"))
+    if composes:
+        remarks.append("the tokenizer composes characters (NFC) in training, llama.cpp does not: give it composed text")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = {**model["vocab"], **{t["content"]: t["id"] for t in added}}
     stops = _stop_ids(folder)
     special = _special(settings, ids, stops)
-    return Vocabulary(pre, tokens, types, merges, special, stops, _template(folder, settings), remarks)
+    return Vocabulary(pre, tokens, types, merges, special, stops, _template(folder, settings), remarks, composes)
+
+
+def composes(folder: Path) -> bool:
+    """Tell whether a tokenizer composes characters (NFC), which no runtime but Transformers does."""
+    normalizer = _json(folder / "tokenizer.json").get("normalizer") or {}
+    return any(step.get("type") == "NFC" for step in normalizer.get("normalizers", [normalizer]))
 
 
 def _supported(tokenizer: dict[str, Any], folder: Path) -> str:

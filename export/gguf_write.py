@@ -1,6 +1,6 @@
-"""A Transformers checkpoint as a GGUF file: names, hyperparameters, vocabulary, and tensors one by one.
+"""A Transformers checkpoint as a GGUF file: hyperparameters, vocabulary, and tensors one by one.
 
-What differs between architectures is data, in `ARCHITECTURES`. Shapes: R out-features, C in-features.
+What differs between families is data, in `gguf_families`. Shapes: R out-features, C in-features.
 """
 
 from __future__ import annotations
@@ -17,43 +17,23 @@ from numpy.typing import NDArray
 
 from edgetune.backends import require
 from edgetune.errors import SourceError, StageError, UnsupportedError
+from edgetune.export.gguf_families import (
+    Family,
+    change,
+    common,
+    family,
+    gguf_name,
+    head_width,
+    longrope,
+    rope,
+    rope_tensors,
+    rotated_width,
+    written_shape,
+)
 from edgetune.export.gguf_vocab import Vocabulary
 
 Array = NDArray[Any]
-
-# Transformers name of a module -> GGUF name; `{}` is the layer
-_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp calls an architecture and what it wants otherwise than Transformers."""
-
-    name: str
-    permute_rope: bool  # rotates neighbouring pairs where Transformers rotates halves
-    extra: Mapping[str, str]  # module names beside _BLOCK
-    square: bool = False  # loads only where all query heads together are as wide as the hidden size
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture("llama", True, {}),
-    "MistralForCausalLM": Architecture("llama", True, {}),
-    "Qwen2ForCausalLM": Architecture("qwen2", False, {}, square=True),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3", False, {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-    ),
-}
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -63,79 +43,6 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     dtype: str  # what all matrices are stored as: F32, F16 or BF16
     get: Callable[[str], Any]  # -> torch.Tensor
-
-
-def architecture(model_config: Mapping[str, Any]) -> Architecture:
-    """Give the table's entry for a config.json. Raises UnsupportedError for what cannot be written."""
-    named = (model_config.get("architectures") or [model_config.get("model_type")])[0]
-    if named not in ARCHITECTURES:
-        raise UnsupportedError(f"{named} cannot be exported to GGUF here; supported: {', '.join(ARCHITECTURES)}")
-    if model_config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"hidden_act={model_config['hidden_act']!r} cannot be exported to GGUF; silu can")
-    windowed = model_config.get("sliding_window") and model_config.get("use_sliding_window", True)
-    if windowed and int(model_config["sliding_window"]) < int(model_config["max_position_embeddings"]):
-        raise UnsupportedError(
-            f"sliding_window={model_config['sliding_window']} is not applied by llama.cpp for {named}; "
-            "set max_position_embeddings to the window, or export to ONNX"
-        )
-    hidden, queries = int(model_config.get("hidden_size") or 0), _query_width(model_config)
-    if ARCHITECTURES[named].square and queries != hidden:
-        raise UnsupportedError(
-            f"{named} with queries of {queries} and hidden_size={hidden} is not loaded by llama.cpp; "
-            "make them equal, or export to ONNX"
-        )
-    kind = rope(model_config)[1]
-    if kind not in ("default", "linear", "llama3"):
-        raise UnsupportedError(
-            f"rope type {kind!r} cannot be exported to GGUF here; supported: default, linear, llama3"
-        )
-    return ARCHITECTURES[named]
-
-
-def _query_width(model_config: Mapping[str, Any]) -> int:
-    n_heads, hidden = int(model_config.get("num_attention_heads") or 1), int(model_config.get("hidden_size") or 0)
-    return n_heads * int(model_config.get("head_dim") or hidden // n_heads)
-
-
-def rope(model_config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]]:
-    """Give theta, type and parameters, from Transformers 5's `rope_parameters` or the older keys."""
-    found = dict(model_config.get("rope_parameters") or model_config.get("rope_scaling") or {})
-    theta = found.get("rope_theta", model_config.get("rope_theta", 10000.0))
-    return float(theta), str(found.get("rope_type", found.get("type", "default"))), found
-
-
-def gguf_name(name: str, arch: Architecture) -> str:
-    """Translate `model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`. Raises UnsupportedError."""
-    module, _, suffix = name.rpartition(".")
-    if module in _OUTSIDE:
-        return f"{_OUTSIDE[module]}.{suffix}"
-    layer = re.match(r"model\.layers\.(\d+)\.(.+)$", module)
-    inner = ({**_BLOCK, **arch.extra}).get(layer[2]) if layer else None
-    if layer is None or inner is None or suffix not in ("weight", "bias"):
-        raise UnsupportedError(f"tensor {name} has no place in a GGUF file of architecture {arch.name}")
-    return f"blk.{layer[1]}.{inner}.{suffix}"
-
-
-def permute(array: Array, n_heads: int) -> Array:
-    """Reorder the rows of each head from halves to neighbouring pairs; [R, C] or [R]."""
-    paired = array.reshape(n_heads, 2, array.shape[0] // n_heads // 2, *array.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
-
-
-def unpermute(array: Array, n_heads: int) -> Array:
-    """Undo `permute`."""
-    paired = array.reshape(n_heads, array.shape[0] // n_heads // 2, 2, *array.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
-
-
-def rotated_heads(name: str, model_config: Mapping[str, Any], arch: Architecture) -> int | None:
-    """Give the number of heads whose rows must be permuted in this tensor, or None."""
-    if not arch.permute_rope:
-        return None
-    n_heads = int(model_config["num_attention_heads"])
-    if ".q_proj." in name:
-        return n_heads
-    return int(model_config.get("num_key_value_heads") or n_heads) if ".k_proj." in name else None
 
 
 def folder_weights(folder: Path, model_config: Mapping[str, Any]) -> Weights:
@@ -168,14 +75,20 @@ def folder_weights(folder: Path, model_config: Mapping[str, Any]) -> Weights:
 
 def tensors(weights: Weights, model_config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Give (GGUF name, Transformers name) of each tensor, in the order of the file."""
-    arch = architecture(model_config)
-    pairs = [(gguf_name(name, arch), name) for name in weights.shapes]
+    of = family(model_config)
+    pairs = [(gguf_name(name, of), name) for name in weights.shapes if not name.endswith(_BUFFERS)]
 
     def order(pair: tuple[str, str]) -> tuple[int, str]:
         layer = re.match(r"blk\.(\d+)\.", pair[0])
         return (int(layer[1]) if layer else -1, pair[0])
 
     yield from sorted(pairs, key=order)
+
+
+def written_shapes(weights: Weights, model_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Give the shape of each tensor of the file, by its GGUF name."""
+    of = family(model_config)
+    return {name: written_shape(weights.shapes[hf], hf, of) for name, hf in tensors(weights, model_config)}
 
 
 def write_gguf(
@@ -187,76 +100,86 @@ def write_gguf(
     Raises StageError where a value does not fit float16 or is not finite.
     """
     gguf = require("gguf")
-    arch = architecture(model_config)
-    writer = gguf.GGUFWriter(None, arch.name)
+    of = family(model_config)
+    writer = gguf.GGUFWriter(None, of.name)
     _hyperparameters(gguf, writer, model_config)
     _vocabulary(gguf, writer, vocabulary)
     largest = max((types[name] for name in types), key=["F32", "BF16", "F16"].index)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if largest == "F32" else gguf.LlamaFileType[f"MOSTLY_{largest}"])
     pairs = list(tensors(weights, model_config))
-    factors = _rope_factors(model_config)
+    extra = rope_tensors(model_config)
     for name, source in pairs:
         kind = gguf.GGMLQuantizationType[types[name]]
-        shape = weights.shapes[source]
+        shape = written_shape(weights.shapes[source], source, of)
         width = 4 if types[name] == "F32" else 2
         writer.add_tensor_info(name, shape, np.dtype(f"u{width}"), width * int(np.prod(shape)), raw_dtype=kind)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for name, factors in extra.items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, (name, source) in enumerate(pairs):
         progress(done, len(pairs), "write")
-        array = _stored(weights.get(source), types[name], name)
-        n_heads = rotated_heads(source, model_config, arch)
-        writer.write_tensor_data(permute(array, n_heads) if n_heads else array)
-    if factors is not None:
+        writer.write_tensor_data(_written(weights.get(source), source, types[name], model_config, of))
+    for factors in extra.values():
         writer.write_tensor_data(factors)
     writer.close()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json. Raises SourceError."""
+    """Read config.json, see `common`. Raises SourceError."""
     try:
         found: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    return found
+    return common(found)
 
 
-def _stored(tensor: Any, kind: str, name: str) -> Array:
+def _written(tensor: Any, name: str, kind: str, model_config: Mapping[str, Any], of: Family) -> Array:
     """One tensor in the bytes that the file holds; bfloat16 as uint16, for numpy has none."""
     import torch
 
     if not torch.isfinite(tensor).all():
         raise StageError(f"{name} holds values that are not finite")
-    stored = tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).contiguous()
-    if not torch.isfinite(stored).all():
+    moved = change(name, of)
+    if moved is not None and not moved.rows_only:  # computed, or turned: before it is rounded
+        tensor = torch.from_numpy(moved.there(tensor.float().numpy(), model_config))
+    rounded = tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).contiguous()
+    if not torch.isfinite(rounded).all():
         raise StageError(f"{name} holds {tensor.abs().max().item():.3g}, float16 ends at 65504; use BF16")
-    array: Array = (stored.view(torch.int16) if kind == "BF16" else stored).numpy()
-    return array
+    array: Array = (rounded.view(torch.int16) if kind == "BF16" else rounded).numpy()
+    return moved.there(array, model_config) if moved is not None and moved.rows_only else array
 
 
 def _hyperparameters(gguf: Any, writer: Any, config: Mapping[str, Any]) -> None:
-    n_heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    head = int(config.get("head_dim") or hidden // n_heads)
-    theta, kind, scaling = rope(config)
+    of, n_heads, head = family(config), int(config["num_attention_heads"]), head_width(config)
     writer.add_type("model")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
+    writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(n_heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or n_heads)
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    if of.layer_norm:
+        writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
+    else:
+        writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_dimension_count(head)
+    of.write(writer, config)
+    if not of.rotated:
+        return
+    theta, kind, scaling = rope(config)
+    writer.add_rope_dimension_count(rotated_width(config))
     writer.add_rope_freq_base(theta)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
+    if kind == "longrope":
+        length, factor = longrope(config)
+        writer.add_rope_scaling_orig_ctx_len(length)
+        writer.add_rope_scaling_attn_factors(factor)
 
 
 def _vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary) -> None:
@@ -275,19 +198,3 @@ def _vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(False)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
-
-
-def _rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
-    """Llama 3's scaling as a divisor for each frequency (transformers, modeling_rope_utils)."""
-    theta, kind, scaling = rope(config)
-    if kind != "llama3":
-        return None
-    head = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
-    wave = 2 * np.pi * theta ** (np.arange(0, head, 2) / head)
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    old, factor = float(scaling["original_max_position_embeddings"]), float(scaling["factor"])
-    smooth = (old / wave - low) / (high - low)
-    divisors = np.where(
-        wave < old / high, 1.0, np.where(wave > old / low, factor, 1 / ((1 - smooth) / factor + smooth))
-    )
-    return divisors.astype(np.float32)

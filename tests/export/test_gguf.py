@@ -15,10 +15,11 @@ from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, SourceError, StageError, UnsupportedError
 from edgetune.export import gguf
 from edgetune.export.gguf_child import run_child
+from edgetune.export.gguf_families import family, gguf_name, permute, rope, unpermute
 from edgetune.export.gguf_types import choose_types, fitting
 from edgetune.export.gguf_verify import _WEIGHT_ERROR, check_types
 from edgetune.export.gguf_vocab import read_vocabulary
-from edgetune.export.gguf_write import architecture, folder_weights, gguf_name, permute, read_config, rope, unpermute
+from edgetune.export.gguf_write import folder_weights, read_config
 from edgetune.recipe import GgufExport
 from tests.conftest import make_tiny_model
 
@@ -175,11 +176,11 @@ def test_wrong_weights_are_seen(
 ) -> None:
     from edgetune.export import gguf_write
 
-    stored = gguf_write._stored
+    written = gguf_write._written
     if wrong == "_permuted":
-        monkeypatch.setattr(gguf_write, "permute", lambda array, _: array)
+        monkeypatch.setattr(gguf_write, "change", lambda *_: None)
     else:
-        monkeypatch.setattr(gguf_write, "_stored", lambda *args: stored(*args) * np.float32(1.01))
+        monkeypatch.setattr(gguf_write, "_written", lambda *args: written(*args) * np.float32(1.01))
     with pytest.raises(ContractError, match="differs from its source by"):
         export("F32", tiny_model, tmp_path / "out")
 
@@ -267,7 +268,7 @@ def test_permute_and_names() -> None:
     for array in (rng.normal(size=(24, 5)), rng.normal(size=24)):
         assert not np.array_equal(permute(array, 3), array)
         np.testing.assert_array_equal(unpermute(permute(array, 3), 3), array)
-    llama = architecture({"architectures": ["LlamaForCausalLM"]})
+    llama = family({"architectures": ["LlamaForCausalLM"]})
     assert gguf_name("model.layers.12.self_attn.o_proj.weight", llama) == "blk.12.attn_output.weight"
     with pytest.raises(UnsupportedError, match=r"q_norm.* has no place"):
         gguf_name("model.layers.0.self_attn.q_norm.weight", llama)
