@@ -1,15 +1,18 @@
-"""A byte-level BPE tokenizer, as tokenizer.json holds it, in the terms of a GGUF file."""
+"""A BPE tokenizer, byte-level or SentencePiece's, as tokenizer.json holds it, in the terms of a GGUF file."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import SourceError, UnsupportedError
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+SPACE = "\u2581"  # stands for a blank in SentencePiece's pieces
+_NO_MERGE = -1e4  # score of a piece that no merge gives
 
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
@@ -45,6 +48,8 @@ class Vocabulary:
     stop_ids: list[int]
     chat_template: str
     remarks: list[str] = field(default_factory=list)
+    scores: list[float] | None = None  # of SentencePiece's pieces; None for byte-level BPE
+    space_prefix: bool = False  # a blank goes before a text, and before what follows a special token
     composes: bool = False  # the tokenizer composes characters (NFC) before it splits; llama.cpp does not
 
 
@@ -56,7 +61,8 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     tokenizer = _json(folder / "tokenizer.json")
     settings = _json(folder / "tokenizer_config.json")
     model = tokenizer["model"]
-    pre = _supported(tokenizer, folder)
+    pieces = bool(model.get("byte_fallback"))
+    pre, prefix = ("default", _space_prefix(tokenizer, folder)) if pieces else (_supported(tokenizer, folder), False)
     tokens = [f"[PAD{i}]" for i in range(n_vocab)]
     types = [UNUSED] * n_vocab
     added = tokenizer.get("added_tokens", [])
@@ -64,21 +70,25 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     if last >= n_vocab:
         raise SourceError(f"{folder}: the tokenizer has an id {last}, the embedding {n_vocab} rows")
     for text, token in model["vocab"].items():
-        tokens[token], types[token] = text, NORMAL
+        tokens[token], types[token] = text, _kind(text, model) if pieces else NORMAL
     remarks = []
     for entry in added:
         tokens[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
         if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             remarks.append(f"added token {entry['content']!r} strips its neighbours in training, not in llama.cpp")
-    composes = bool(tokenizer.get("normalizer"))
-    if composes:
+    composed = composes(folder)
+    if composed:
         remarks.append("the tokenizer composes characters (NFC) in training, llama.cpp does not: give it composed text")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = {**model["vocab"], **{t["content"]: t["id"] for t in added}}
     stops = _stop_ids(folder)
     special = _special(settings, ids, stops)
-    return Vocabulary(pre, tokens, types, merges, special, stops, _template(folder, settings), remarks, composes)
+    scores = _scores(tokens, merges) if pieces else None
+    return Vocabulary(
+        pre, tokens, types, [] if pieces else merges, special, stops, _template(folder, settings), remarks, scores,
+        prefix, composed,
+    )  # fmt: skip
 
 
 def composes(folder: Path) -> bool:
@@ -87,11 +97,42 @@ def composes(folder: Path) -> bool:
     return any(step.get("type") == "NFC" for step in normalizer.get("normalizers", [normalizer]))
 
 
+def _kind(piece: str, model: dict[str, Any]) -> int:
+    if piece == model.get("unk_token"):
+        return UNKNOWN
+    return BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else NORMAL
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Give each piece the rank of the merge that gives it first: llama.cpp merges by scores, the highest first."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+    return [-float(ranks[token]) if token in ranks else _NO_MERGE for token in tokens]
+
+
+def _space_prefix(tokenizer: dict[str, Any], folder: Path) -> bool:
+    """Tell whether a blank goes before a text. Raises UnsupportedError for steps that llama.cpp does not take."""
+    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    if tokenizer["model"].get("type") != "BPE":
+        raise UnsupportedError(f"{folder}: a tokenizer of type {tokenizer['model'].get('type')} is not written to GGUF")
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepends = {"type": "Prepend", "prepend": SPACE} in steps
+    unknown = [step for step in steps if step not in (blank, {"type": "Prepend", "prepend": SPACE})]
+    if pre.get("type") == "Metaspace" and not steps and not pre.get("split"):
+        return bool(pre.get("prepend_scheme", "always") != "never")
+    no_split = pre.get("type") == "Split" and pre.get("pattern") == {"String": " "}  # no blank is left to split at
+    if unknown or blank not in steps or (pre and not no_split):
+        said = json.dumps(unknown or pre)[:160]
+        raise UnsupportedError(f"{folder}: llama.cpp has no such step before SentencePiece's merges: {said}")
+    return prepends
+
+
 def _supported(tokenizer: dict[str, Any], folder: Path) -> str:
     model = tokenizer["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = f"{model.get('type')} with byte fallback" if model.get("byte_fallback") else model.get("type")
-        raise UnsupportedError(f"{folder}: a tokenizer of type {kind} is not written to GGUF; byte-level BPE is")
+    if model.get("type") != "BPE":
+        raise UnsupportedError(f"{folder}: a tokenizer of type {model.get('type')} is not written to GGUF; BPE is")
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UnsupportedError(f"{folder}: llama.cpp has no normalizer {normalizer} before byte-level BPE")

@@ -184,10 +184,12 @@ def _hyperparameters(gguf: Any, writer: Any, config: Mapping[str, Any]) -> None:
 
 def _vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("gpt2" if vocabulary.scores is None else "llama")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     for short, token in vocabulary.special.items():
@@ -195,6 +197,6 @@ def _vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary) -> None:
     # A rendered conversation is whole: what the template writes is all that training saw.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)

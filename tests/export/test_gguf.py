@@ -219,7 +219,7 @@ def test_what_cannot_be_exported_is_refused_first(tiny_model: Artifact, change: 
     [
         (lambda t: t["pre_tokenizer"]["pretokenizers"].pop(0), None, "gpt-2"),
         (lambda t: t["pre_tokenizer"].update(pretokenizers=[{"type": "Whitespace"}]), UnsupportedError, "Whitespace"),
-        (lambda t: t["model"].update(byte_fallback=True), UnsupportedError, "BPE with byte fallback"),
+        (lambda t: t["model"].update(type="Unigram"), UnsupportedError, "tokenizer of type Unigram"),
         (lambda t: t.update(normalizer={"type": "Lowercase"}), UnsupportedError, "normalizer Lowercase"),
         (lambda t: t["added_tokens"][0].update(id=600), SourceError, "an id 600, the embedding 512 rows"),
     ],
