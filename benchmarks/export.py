@@ -33,7 +33,7 @@ from edgetune.compress.layerwise import load_model, second_moments
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.general import general_text
 from edgetune.export import gguf
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.machine import describe
 

@@ -34,7 +34,8 @@ from edgetune.artifact import Store, write_text
 from edgetune.compress import quantize
 from edgetune.export import onnx
 from edgetune.found import find
-from edgetune.recipe import OnnxExport, Rtn
+from edgetune.recipe import Rtn
+from edgetune.recipe_export import OnnxExport
 from edgetune.runtime.child import timed
 from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.machine import LoadMeter, describe

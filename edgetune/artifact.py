@@ -24,7 +24,9 @@ from edgetune.errors import ArtifactError, DiskSpaceError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-Kind = Literal["model", "adapter", "gptq", "gguf", "gguf-adapter", "onnx", "tensorrt", "evidence", "bundle"]
+Kind = Literal[
+    "model", "adapter", "gptq", "gguf", "gguf-adapter", "onnx", "onnx-adapter", "tensorrt", "evidence", "bundle"
+]
 
 
 class FileEntry(BaseModel):

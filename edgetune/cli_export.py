@@ -31,6 +31,10 @@ def export(
         str, typer.Option(help="onnx: int4 or int8 (from a gptq artifact), fp32, fp16; tensorrt: int4, fp16")
     ] = "int4",
     builder: Annotated[str, typer.Option(help="onnx: genai, or own for any shape, fp16 and int8")] = "genai",
+    adapters: Annotated[bool, typer.Option("--adapters", help="onnx, builder own: room for LoRA adapters")] = False,
+    graph: Annotated[
+        Path | None, typer.Option(help="onnx, of an adapter: folder of its base's graph, made with --adapters")
+    ] = None,
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="tensorrt: such as 8.6, may be repeated; 8.0, 8.6, 8.9 and 12.0")
     ] = None,
@@ -53,7 +57,8 @@ def export(
         raise UsageError("give --out, the folder to write, or --check, a file to look at")
     config = single.export_config(
         format, type, precision, builder, compute_capability, max_length,
-        weighed=rows is not None or imatrix is not None, gptq=gptq, n_samples=n_samples, general_share=general_share,
+        adapters=adapters, weighed=rows is not None or imatrix is not None, gptq=gptq, n_samples=n_samples,
+        general_share=general_share,
     )  # fmt: skip
     weighing = single.Weighing(rows, imatrix, seed, device)
-    typer.echo(single.export(config, source, out, weighing, console()).path)
+    typer.echo(single.export(config, source, out, weighing, graph, console()).path)

@@ -30,6 +30,8 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
         return [ours, f"vllm serve {place} --quantization gptq"]
     if artifact.manifest.kind == "gguf-adapter":
         return [f"llama-server -m BASE.gguf --lora {place / 'adapter.gguf'} --jinja"]
+    if artifact.manifest.kind == "onnx-adapter":
+        return [f"adapters = og.Adapters(model); adapters.load('{place / 'adapter.onnx_adapter'}', 'NAME')  # python"]
     if artifact.manifest.kind == "adapter":  # its base lies beside it in the store
         return [ours]
     return [ours, f"vllm serve {place}"]

@@ -18,7 +18,8 @@ from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
-from edgetune.recipe import Bench, Calibration, Candidate, Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe import Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe_export import Calibration
 from edgetune.recipe_training import LORA, Adapt, Prefer
 from edgetune.training_memory import RECOMPUTING, Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
 

@@ -12,7 +12,8 @@ from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Calibration, Candidate, CompressStep, Distill, GgufExport, Prune, Recipe
+from edgetune.recipe import Candidate, CompressStep, Distill, Prune, Recipe
+from edgetune.recipe_export import Calibration, GgufExport
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
 from edgetune.workload import Workload

@@ -13,20 +13,13 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_export import Calibration, Export
 from edgetune.recipe_quantize import GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer, Training
 
 NewTokens = Annotated[int, Field(ge=2)]
-
-
-class Calibration(Closed):
-    """Token rows that show a layer its inputs: training rows under their template, and a share of general text."""
-
-    n_samples: Count = 128
-    n_tokens: Count = Field(256, description="tokens in each sample; short rows are packed into it")
-    general_share: Share = 0.25
 
 
 class Rtn(Closed):
@@ -115,56 +108,6 @@ class CompressStep(Closed):
     def quantizer(self) -> Rtn | Gptq | None:
         """The method where it makes integers, which no other step can read."""
         return None if isinstance(self.method, Prune | Distill) else self.method
-
-
-class GgufExport(Closed):
-    """A GGUF file for llama.cpp."""
-
-    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"] = "Q4_K_M"
-    imatrix: bool = Field(True, description="weigh the rounding by the second moments of the calibration rows")
-    gptq: bool = Field(
-        False, exclude_if=lambda value: not value,
-        description="choose the codes by GPTQ, on the scales that llama.cpp found; as many bytes, less lost",
-    )  # fmt: skip
-    calibration: Calibration = Calibration()
-
-
-class OnnxExport(Closed):
-    """An ONNX folder for ONNX Runtime and onnxruntime-genai."""
-
-    precision: Literal["fp32", "fp16", "int8", "int4"] = "int4"
-    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(4, description="MatMulNBits: 4 computes with int8 activations")
-    head_bits: Literal[4, 8] = Field(8, description="bits of the output head, which GPTQ leaves alone")
-    builder: Literal["genai", "own"] = Field(
-        "genai", description="who writes the graph: onnxruntime-genai, or edgetune itself, for any shape, fp16 and int8"
-    )
-
-
-class TensorrtExport(Closed):
-    """A TensorRT engine for NVIDIA GPUs, for one row at a time."""
-
-    precision: Literal["fp16", "int4"] = "fp16"
-    compute_capability: (
-        Annotated[list[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]], Field(min_length=1)] | None
-    ) = Field(None, description="GPUs that one file is built for; 8.0, 8.6, 8.9 and 12.0 if absent")
-    max_length: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="most tokens of context; 2048 or, where it has fewer, all that the model has if absent"
-    )
-    library: Literal["tensorrt-rtx", "tensorrt"] = Field(
-        "tensorrt-rtx", description="tensorrt-rtx builds on any machine, tensorrt for the GPU of this one"
-    )
-
-
-class Export(Closed):
-    """The format that ships: exactly one key."""
-
-    gguf: GgufExport | None = None
-    onnx: OnnxExport | None = None
-    tensorrt: TensorrtExport | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Export:
-        return exactly_one(self)
 
 
 class Candidate(Closed):

@@ -15,7 +15,8 @@ from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.errors import UsageError
 from edgetune.progress import reporting
-from edgetune.recipe import Calibration, CompressStep, Gptq, Rtn, parse_as
+from edgetune.recipe import CompressStep, Gptq, Rtn, parse_as
+from edgetune.recipe_export import Calibration
 
 QUANTIZERS = ("rtn", "gptq")  # what one step can do alone; pruning and distilling belong to a recipe
 

@@ -12,7 +12,8 @@ from edgetune.commands import run_commands
 from edgetune.errors import UsageError
 from edgetune.export.gguf_types import UNWEIGHED
 from edgetune.progress import reporting
-from edgetune.recipe import Calibration, Export, GgufExport, parse_as
+from edgetune.recipe import parse_as
+from edgetune.recipe_export import Calibration, Export, GgufExport
 from edgetune.runtime.engine import why_not_run
 from edgetune.single import base_of, calibration_rows, refuse_existing
 
@@ -29,7 +30,7 @@ class Weighing:
 
 def export_config(
     form: str, type_: str, precision: str, builder: str, compute_capability: list[str] | None, max_length: int | None,
-    *, weighed: bool, gptq: bool, n_samples: int, general_share: float,
+    *, adapters: bool, weighed: bool, gptq: bool, n_samples: int, general_share: float,
 ) -> Export:  # fmt: skip
     """Check the flags of `export` as a recipe's keys are checked. Raises RecipeError, UsageError."""
     settings: dict[str, dict[str, object]] = {
@@ -37,7 +38,7 @@ def export_config(
             "type": type_, "imatrix": weighed or gptq, "gptq": gptq,
             "calibration": {"n_samples": n_samples, "general_share": general_share},
         },
-        "onnx": {"precision": precision, "builder": builder},
+        "onnx": {"precision": precision, "builder": builder, "adapters": adapters},
         "tensorrt": {"precision": precision, "compute_capability": compute_capability, "max_length": max_length},
     }  # fmt: skip
     if form not in settings:
@@ -49,11 +50,15 @@ def export_config(
     return parse_as(Export, {form: settings[form]}, "export")
 
 
-def export(config: Export, source: Artifact, out: Path, weighing: Weighing, console: Console) -> Artifact:
-    """Write what `config` says. An adapter is written as it is, beside its base. Raises UsageError."""
+def export(
+    config: Export, source: Artifact, out: Path, weighing: Weighing, graph: Path | None, console: Console
+) -> Artifact:
+    """Write what `config` says. An adapter is written as it is, beside its base or `graph`. Raises UsageError."""
     refuse_existing(out)
     if source.manifest.kind == "adapter":
-        return _adapter(config, source, out, console)
+        return _adapter(config, source, out, graph, console)
+    if graph is not None:
+        raise UsageError(f"--graph is for an adapter, {source.path} is of kind {source.manifest.kind}")
     if config.gguf is not None:
         return _gguf(config.gguf, source, out, weighing, console)
     with reporting(console, "export") as progress:
@@ -71,18 +76,26 @@ def export(config: Export, source: Artifact, out: Path, weighing: Weighing, cons
         return onnx.run(config.onnx, source, out, progress=progress)
 
 
-def _adapter(config: Export, adapter: Artifact, out: Path, console: Console) -> Artifact:
+def _adapter(config: Export, adapter: Artifact, out: Path, graph: Path | None, console: Console) -> Artifact:
+    if config.tensorrt is not None:
+        raise UsageError(f"{adapter.path} is an adapter; gguf and onnx take it as it is, tensorrt the merged model")
+    base = Artifact.open(base_of(adapter)[0])
+    if config.onnx is not None:
+        from edgetune.export import onnx_adapter
+
+        if graph is None:
+            raise UsageError(f"give --graph, the folder of an ONNX graph of {base.path} made with --adapters")
+        with reporting(console, "export") as progress:
+            return onnx_adapter.run(adapter, base, Artifact.open(graph), out, progress=progress)
     from edgetune.export import gguf_adapter
 
-    if config.gguf is None:
-        raise UsageError(f"{adapter.path} is an adapter; it can be written as gguf, the others take the merged model")
+    assert config.gguf is not None, "an export has exactly one key"
     if config.gguf.imatrix:
         raise UsageError("an adapter is written in float32; leave --rows, --imatrix and --gptq out")
-    base, _ = base_of(adapter)
     with reporting(console, "export") as progress:
-        made = gguf_adapter.run(adapter, Artifact.open(base), out, progress=progress)
+        made = gguf_adapter.run(adapter, base, out, progress=progress)
     run = run_commands(made, out)[0]
-    console.print(f"note: beside its base, exported from {base}: {run}", highlight=False, soft_wrap=True)
+    console.print(f"note: beside its base, exported from {base.path}: {run}", highlight=False, soft_wrap=True)
     return made
 
 

@@ -20,8 +20,8 @@ from edgetune.data.render import Rendered, render
 from edgetune.data.spool import RenderedRows
 from edgetune.data.windows import render_windows
 from edgetune.errors import DataError
-from edgetune.recipe import Calibration
 from edgetune.recipe_data import Data
+from edgetune.recipe_export import Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,8 +1,9 @@
 """How the linear layers, the embedding and the head of a decoder are written into an ONNX graph.
 
-`FloatLayers` as they are; `NBitsLayers` as integers that ONNX Runtime multiplies (MatMulNBits); `BlockLayers` as int4
-that a DequantizeLinear reads in blocks, which is what TensorRT takes. None rounds a layer that the checkpoint has in
-integers. Shapes: R out-features, C in-features, G groups of n columns, V vocabulary.
+`FloatLayers` as they are, `AdaptedLayers` with room for a LoRA adapter; `NBitsLayers` as integers that ONNX Runtime
+multiplies (MatMulNBits); `BlockLayers` as int4 that a DequantizeLinear reads in blocks, which is what TensorRT takes.
+None rounds a layer that the checkpoint has in integers. Shapes: R out-features, C in-features, G groups of n columns,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,6 +67,21 @@ class FloatLayers:
         shape = file.node("Concat", "/lm_head/shape", [shape, vocabulary], axis=0)
         logits = file.node("Cast", "/lm_head/Cast", [logits], to=file.type("FLOAT"))
         file.node("Reshape", "/lm_head/Reshape", [logits, shape], ["logits"])
+
+
+class AdaptedLayers(FloatLayers):
+    """Each linear layer of a block also adds (x A) B, factors [C, r] and [r, R] that a run may give; none is r = 0."""
+
+    def product(self, x: str, module: str, name: str) -> str:
+        file, weight = self.file, self.array(f"{module}.weight")
+        made = file.node("MatMul", f"{name}/MatMul", [x, file.weight(f"{module}.weight", weight.T)])
+        (R, C), rank = weight.shape, f"{module}.rank"  # of each layer: an adapter need not have all
+        empty = np.empty((0, 0), weight.dtype)
+        A = file.optional(lora_input(module, "A"), self.dtype, [C, rank], empty.reshape(C, 0))
+        B = file.optional(lora_input(module, "B"), self.dtype, [rank, R], empty.reshape(0, R))
+        low = file.node("MatMul", f"{name}/lora_A/MatMul", [x, A])
+        added = file.node("MatMul", f"{name}/lora_B/MatMul", [low, B])
+        return file.node("Add", f"{name}/lora/Add", [made, added])
 
 
 class NBitsLayers(FloatLayers):
@@ -149,6 +165,11 @@ class BlockLayers(FloatLayers):
         weight = self.file.node("DequantizeLinear", f"{name}/DequantizeLinear", [stored, scales], axis=0,
                                 block_size=C // G)  # fmt: skip
         return self.file.node("MatMul", f"{name}/MatMul", [x, weight])
+
+
+def lora_input(module: str, factor: Literal["A", "B"]) -> str:
+    """Name the input that takes a factor of a LoRA adapter."""
+    return f"{module}.lora_{factor}.weight"
 
 
 def node_name(module: str) -> str:

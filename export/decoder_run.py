@@ -29,8 +29,11 @@ def open_graph(graph: Path, n_threads: int = 0) -> Any:
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def graph_logits(session: Any, ids: Array, mask: Array, cuts: Sequence[int] = ()) -> Logits:
-    """Read rows [B, S], 0 in `mask` where padded, in chunks that end at `cuts`; gives all logits [B, S, V]."""
+def graph_logits(session: Any, ids: Array, mask: Array, cuts: Sequence[int] = (), *, options: Any = None) -> Logits:
+    """Read rows [B, S], 0 in `mask` where padded, in chunks that end at `cuts`; gives all logits [B, S, V].
+
+    `options` are ONNX Runtime's of each run, such as the active adapter.
+    """
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     cache = {
         given.name: np.zeros((len(ids), given.shape[1], 0, given.shape[3]), DTYPES[given.type])
@@ -41,7 +44,7 @@ def graph_logits(session: Any, ids: Array, mask: Array, cuts: Sequence[int] = ()
     for start, stop in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
         new = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop],
                "position_ids": positions[:, start:stop]}  # fmt: skip
-        first, *present = session.run(None, new | cache)
+        first, *present = session.run(None, new | cache, options)
         cache = dict(zip(cache, present, strict=True))
         logits.append(first)
     return np.concatenate(logits, 1)

@@ -19,7 +19,7 @@ from edgetune.errors import UnsupportedError
 from edgetune.export import modelfile
 from edgetune.export.gguf_child import n_cpus, run_child
 from edgetune.export.gguf_codes import choose_codes
-from edgetune.export.gguf_families import family, gguf_name, query_width
+from edgetune.export.gguf_families import common, family, gguf_name, query_width
 from edgetune.export.gguf_types import BLOCK, PLAIN, UNWEIGHED, choose_types
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
@@ -31,7 +31,7 @@ from edgetune.export.gguf_write import (
     written_shapes,
 )
 from edgetune.progress import Report, silent
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 
 STAGE = "export.gguf/3"
 FILE = "model.gguf"
@@ -40,6 +40,7 @@ TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn ste
 
 def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
     """Refuse, before any work, what cannot be exported. Raises UnsupportedError or MissingBackendError."""
+    model_config = common(model_config)
     family(model_config)
     backends.require("gguf")
     if config.type not in PLAIN:
@@ -79,7 +80,7 @@ def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Coll
     """
     if config.type in PLAIN:
         return
-    for key, width in _widths(model_config).items():
+    for key, width in _widths(common(model_config)).items():
         if key in chosen and width % BLOCK["Q8_0"]:
             raise UnsupportedError(
                 f"prune.{key} leaves rows of {width}, {config.type} packs weights by {BLOCK['Q8_0']}; "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 import numpy as np
@@ -18,7 +18,12 @@ from edgetune.export.gguf_child import run_child
 from edgetune.export.gguf_families import ROPE_TENSORS, family, stored, written_shape
 from edgetune.export.gguf_vocab import Vocabulary
 from edgetune.export.gguf_write import Weights, tensors
-from edgetune.export.parity import Tolerance, hold, parity, torch_logits
+from edgetune.export.parity import Logits, Tolerance, hold, parity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PART, LOGITS = 2**24, 2**28  # numbers that are dequantized at once; bytes of logits
 
 # Root mean square error of a tensor, relative to the tensor: far above what rounding costs, far below a wrong tensor.
 _WEIGHT_ERROR = {"F32": 1e-6, "F16": 0.001, "BF16": 0.005, "Q8_0": 0.02, "Q6_K": 0.08, "Q5_K": 0.15, "Q5_1": 0.15}
@@ -53,40 +58,94 @@ def check_types(file: Path, types: Mapping[str, str]) -> None:
         raise ContractError(f"{file.name}: tensor {name} has type {found.get(name)}, {types.get(name)} was asked for")
 
 
-def reference_model(file: Path, weights: Weights, model_config: Mapping[str, Any]) -> Any:
-    """Give a Transformers model with the weights of the file, dequantized to float32.
+class FileWeights(Mapping[str, "Tensor"]):
+    """The weights of a file by their Transformers names, dequantized to float32 when they are asked for.
 
-    Each tensor is compared with its source on the way. Raises ContractError where one is another tensor.
+    Each is compared with its source the first time. Raises ContractError where one is another tensor.
+    """
+
+    def __init__(self, file: Path, weights: Weights, model_config: Mapping[str, Any]) -> None:
+        self._gguf = require("gguf")
+        self._file, self._weights, self._config, self._of = file, weights, model_config, family(model_config)
+        written = {tensor.name: tensor for tensor in self._gguf.GGUFReader(file).tensors}
+        pairs = list(tensors(weights, model_config))
+        self._places = {re.sub("^embed_out", "lm_head", hf): (hf, written[name]) for name, hf in pairs}  # as in memory
+        if model_config.get("tie_word_embeddings"):
+            embedding = next((hf, written[name]) for name, hf in pairs if name == "token_embd.weight")
+            self._places.setdefault("lm_head.weight", embedding)
+        self._seen: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        source, tensor = self._places[name]
+        shape = written_shape(self._weights.shapes[source], source, self._of)
+        array = np.empty(shape, np.float32)
+        for part in _parts(shape):
+            rows = self._gguf.quants.dequantize(tensor.data[part], tensor.tensor_type)
+            array[part] = np.asarray(rows, np.float32).reshape(array[part].shape)
+        found = torch.from_numpy(np.ascontiguousarray(stored(array, source, self._config, self._of)))
+        if source not in self._seen:
+            self._compare(source, found, tensor)
+            self._seen.add(source)
+        return found
+
+    def _compare(self, source: str, found: Tensor, tensor: Any) -> None:
+        wanted, error, size = self._weights.get(source), 0.0, 0.0
+        for part in _parts(tuple(found.shape)):
+            given = wanted[part].float()
+            size += float(given.square().sum())
+            error += float((found[part] - given).square().sum())
+        relative = (error / max(size, 1e-30)) ** 0.5
+        if not relative <= _WEIGHT_ERROR[tensor.tensor_type.name]:
+            kind = tensor.tensor_type.name
+            raise ContractError(
+                f"{self._file.name}: {tensor.name} ({kind}) differs from its source by {relative:.3g} of its norm"
+            )
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut the first axis so that a part holds PART numbers at most, or one row."""
+    step = max(1, PART // max(1, int(np.prod(shape[1:]))))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def file_logits(
+    file: Path, weights: Weights, model_config: Mapping[str, Any], rows: Sequence[Sequence[int]]
+) -> Iterator[Logits]:
+    """Give torch's float32 logits [T, V] of each row, with the weights of the file.
+
+    A module's weights are in memory while it computes, so the largest tensor bounds them; rows are read together as far
+    as their logits fit into LOGITS. Raises ContractError where a weight is another than its source's, or missing.
     """
     import torch
     from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    gguf = require("gguf")
-    of = family(model_config)
-    written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    state: dict[str, Any] = {}
-    for name, source in tensors(weights, model_config):
-        tensor = written[name]
-        array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        array = array.reshape(written_shape(weights.shapes[source], source, of))
-        found = torch.from_numpy(stored(array, source, model_config, of).copy())
-        wanted = weights.get(source).float()
-        error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-        if not error <= _WEIGHT_ERROR[tensor.tensor_type.name]:
-            raise ContractError(
-                f"{file.name}: {name} ({tensor.tensor_type.name}) differs from its source by {error:.3g} of its norm"
-            )
-        state[re.sub("^embed_out", "lm_head", source)] = found  # GPT-NeoX's name on disk and in memory
+    found = FileWeights(file, weights, model_config)
     settings = {k: v for k, v in model_config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+    left = [name for name, _ in model.named_parameters() if name not in found]
     if left:
         raise ContractError(f"{file.name}: {', '.join(left[:3])} of the model is in no tensor of the file")
-    return model.eval()
+    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=found)
+    at_once = max(1, LOGITS // (4 * int(model_config["vocab_size"]) * max(map(len, rows))))
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
+        ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)  # a row does not see what fills it up
+        for row, given in zip(ids, part, strict=True):
+            row[: len(given)] = torch.tensor(given)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits.float().numpy()
+        yield from (one[: len(given)] for one, given in zip(logits, part, strict=True))
 
 
 def verify(
@@ -108,8 +167,7 @@ def verify(
     facts = RuntimeFacts(frozenset(said["stop_ids"]), said["bos_id"], said["adds_bos"], said["chat_template"])
     tokenized = dict(zip(texts, said["ids"], strict=True))
     contract = check_contract(golden, facts, tokenized.__getitem__)
-    model = reference_model(file, weights, model_config)
-    reference = (torch_logits(model, row) for row in rows)
+    reference = file_logits(file, weights, model_config, rows)
     runtime = (np.load(work / f"{index}.npy") for index in range(len(rows)))
     result = parity(reference, runtime)
     held = tolerance(target, family(model_config).activation)

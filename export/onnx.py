@@ -34,7 +34,8 @@ from edgetune.export.onnx_graph import (
 )
 from edgetune.export.onnx_own import build_own, check_own, read_embedding
 from edgetune.export.parity import HALF, Tolerance, hold, parity, torch_logits
-from edgetune.recipe import Gptq, OnnxExport, Rtn
+from edgetune.recipe import Gptq, Rtn
+from edgetune.recipe_export import OnnxExport
 
 STAGE = "export.onnx/1"
 GRAPH = "model.onnx"
@@ -59,6 +60,8 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
     """Refuse, before any work, what cannot be exported. Raises UnsupportedError naming the nearest that can."""
     if config.builder == "own":
         check_own(config, model_config)
+    elif config.adapters:
+        raise UnsupportedError("adapters: true is for builder own, whose graph takes their factors as inputs")
     else:
         _check_genai(config, model_config)
     if config.precision in ("fp32", "fp16"):

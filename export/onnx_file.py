@@ -44,6 +44,11 @@ class OnnxFile:
         self._inputs.append(self._onnx.helper.make_tensor_value_info(name, self.type(dtype), shape))
         return name
 
+    def optional(self, name: str, dtype: str, shape: list[str | int], default: Array) -> str:
+        """Add an input that stands for `default`, a small array, where a run gives none."""
+        self.constant(name, default)
+        return self.input(name, dtype, shape)
+
     def output(self, name: str, dtype: str, shape: list[str | int]) -> str:
         self._outputs.append(self._onnx.helper.make_tensor_value_info(name, self.type(dtype), shape))
         return name

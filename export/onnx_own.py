@@ -18,10 +18,10 @@ from edgetune.artifact import Artifact, write_text
 from edgetune.backends import require
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export.decoder_graph import FusedGraph
-from edgetune.export.decoder_layers import EMBEDDING, HEAD_BITS, HEAD_BLOCK, FloatLayers, NBitsLayers
+from edgetune.export.decoder_layers import EMBEDDING, HEAD_BITS, HEAD_BLOCK, AdaptedLayers, FloatLayers, NBitsLayers
 from edgetune.export.decoder_source import Sizes, check_decoder, open_source
 from edgetune.export.onnx_file import OnnxFile
-from edgetune.recipe import OnnxExport
+from edgetune.recipe_export import OnnxExport
 
 SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -29,6 +29,8 @@ SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "
 def check_own(config: OnnxExport, model_config: dict[str, Any]) -> None:
     """Refuse, before any work, what our graph cannot hold. Raises UnsupportedError."""
     sizes = check_decoder(model_config)
+    if config.adapters and config.precision not in ("fp32", "fp16"):
+        raise UnsupportedError(f"adapters: true is for precision fp32 and fp16, {config.precision} was asked for")
     if config.precision in ("int8", "int4"):
         if config.head_bits != HEAD_BITS:
             raise UnsupportedError(f"builder own writes the head at {HEAD_BITS} bits, head_bits={config.head_bits} was "
@@ -48,7 +50,8 @@ def build_own(config: OnnxExport, source: Artifact, graph: Path) -> None:
         if opened.quantized:
             FusedGraph(file, NBitsLayers(file, opened, "FLOAT", config.accuracy_level)).write()
         else:
-            FusedGraph(file, FloatLayers(file, opened, "FLOAT16" if config.precision == "fp16" else "FLOAT")).write()
+            kind = AdaptedLayers if config.adapters else FloatLayers
+            FusedGraph(file, kind(file, opened, "FLOAT16" if config.precision == "fp16" else "FLOAT")).write()
     check_whole(graph)
     _write_genai_config(source.path, opened.sizes, graph)
     copy_tokenizer(source, graph.parent)

@@ -28,7 +28,8 @@ from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.onnx_own import check_whole, copy_tokenizer
 from edgetune.export.parity import HALF, hold, parity, torch_logits
-from edgetune.recipe import Gptq, Rtn, TensorrtExport
+from edgetune.recipe import Gptq, Rtn
+from edgetune.recipe_export import TensorrtExport
 from edgetune.runtime.engine import why_not_run
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 
 from edgetune.artifact import Artifact
 from edgetune.export import gguf
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from edgetune.runtime.worker import Job, Worker
 
 pytest.importorskip("llama_cpp")

@@ -12,7 +12,7 @@ import pytest
 
 from edgetune.artifact import Artifact
 from edgetune.export import gguf
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("onnxruntime_genai")

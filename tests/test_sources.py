@@ -18,7 +18,7 @@ from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.errors import SourceError
 from edgetune.gguf_header import read_header
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 
 
 @pytest.fixture

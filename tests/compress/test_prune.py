@@ -26,7 +26,8 @@ from edgetune.compress import layerwise
 from edgetune.compress.prune import cut, shapes, stage, width
 from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import GgufExport, Gptq, OnnxExport, Prune
+from edgetune.recipe import Gptq, Prune
+from edgetune.recipe_export import GgufExport, OnnxExport
 from tests.conftest import make_tiny_model
 from tests.oracles import students_float64 as oracle
 

@@ -12,7 +12,7 @@ from edgetune.data.golden import Golden
 from edgetune.errors import SourceError
 from edgetune.export import gguf, onnx
 from edgetune.export.check import check
-from edgetune.recipe import GgufExport, OnnxExport
+from edgetune.recipe_export import GgufExport, OnnxExport
 from tests.conftest import Call, make_tiny_model
 
 pytest.importorskip("llama_cpp")

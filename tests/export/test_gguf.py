@@ -20,7 +20,7 @@ from edgetune.export.gguf_types import choose_types, fitting
 from edgetune.export.gguf_verify import _WEIGHT_ERROR, check_types
 from edgetune.export.gguf_vocab import read_vocabulary
 from edgetune.export.gguf_write import folder_weights, read_config
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from tests.conftest import make_tiny_model
 
 pytest.importorskip("gguf")

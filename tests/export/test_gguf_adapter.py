@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def test_llama_cpp_with_it_is_peft_with_it(tiny_model: Artifact, tmp_path: Path,
 
 def test_another_scale_is_refused(tiny_model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter")
-    monkeypatch.setattr(gguf_adapter, "_alpha", lambda settings: 1.1 * settings["lora_alpha"])
+    lora = gguf_adapter.read_lora(adapter)
+    monkeypatch.setattr(gguf_adapter, "read_lora", lambda _: replace(lora, alpha=1.1 * lora.alpha))
     with pytest.raises(ContractError, match=r"adapter\.gguf on a base in F32"):
         run(adapter, tiny_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -63,7 +65,7 @@ def test_another_scale_is_refused(tiny_model: Artifact, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"use_dora": True}, "DoRA has no place"),
+        ({"use_dora": True}, "DoRA cannot be exported"),
         ({"bias": "lora_only"}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
@@ -87,8 +89,10 @@ def test_the_verb_finds_the_base_in_the_adapters_store(call: Call, tiny_model: A
     assert said.strip().endswith(str(tmp_path / "out"))
     code, _, err = call("export", str(adapter.path), "--out", str(tmp_path / "b"), "--rows", "rows.jsonl")
     assert (code, "an adapter is written in float32" in err) == (2, True)
-    code, _, err = call("export", str(adapter.path), "--out", str(tmp_path / "b"), "--format", "onnx")
-    assert (code, "the others take the merged model" in err) == (2, True)
+    code, _, err = call(
+        "export", str(adapter.path), "--out", str(tmp_path / "b"), "--format", "tensorrt", "--precision", "fp16"
+    )
+    assert (code, "tensorrt the merged model" in err) == (2, True)
 
 
 def _copy(source: Artifact, out: Path, config: dict[str, Any]) -> Artifact:

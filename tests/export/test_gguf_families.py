@@ -22,7 +22,7 @@ from edgetune.export.gguf_families import (
     written,
     written_shape,
 )
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from tests.conftest import tiny_tokenizer
 
 pytest.importorskip("gguf")

@@ -13,7 +13,7 @@ from edgetune.data.golden import make_golden
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export import gguf
 from edgetune.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, read_vocabulary
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from tests.conftest import CHAT_TEMPLATE, WORDS
 
 pytest.importorskip("gguf")

@@ -17,7 +17,8 @@ from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, StageError, UnsupportedError
 from edgetune.export import onnx as onnx_export
 from edgetune.export.onnx_graph import head_of, prove_integers, read_packed
-from edgetune.recipe import Gptq, OnnxExport, Rtn
+from edgetune.recipe import Gptq, Rtn
+from edgetune.recipe_export import OnnxExport
 from tests.conftest import make_tiny_model
 
 onnx = pytest.importorskip("onnx")

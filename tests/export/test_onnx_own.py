@@ -14,7 +14,8 @@ from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export import onnx as onnx_export
 from edgetune.export.onnx_file import OnnxFile
-from edgetune.recipe import Gptq, OnnxExport, Rtn
+from edgetune.recipe import Gptq, Rtn
+from edgetune.recipe_export import OnnxExport
 from edgetune.runtime.engine import TokenRow, greedy
 from tests.conftest import make_tiny_model
 

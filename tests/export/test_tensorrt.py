@@ -20,7 +20,8 @@ from edgetune.export.decoder_source import open_source
 from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.tensorrt_build import refusal
-from edgetune.recipe import Gptq, Rtn, TensorrtExport
+from edgetune.recipe import Gptq, Rtn
+from edgetune.recipe_export import TensorrtExport
 from edgetune.runtime.engine import why_not_run
 
 pytest.importorskip("onnx")

@@ -14,7 +14,8 @@ from edgetune import past
 from edgetune.artifact import Artifact
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.export import gguf
-from edgetune.recipe import Bench, GgufExport
+from edgetune.recipe import Bench
+from edgetune.recipe_export import GgufExport
 from edgetune.runtime import history
 from edgetune.runtime.evidence import Failure, Latency, Timings
 from edgetune.runtime.latency import make_prompts, measure

@@ -11,7 +11,7 @@ import pytest
 from edgetune.artifact import Artifact
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.export import gguf
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from edgetune.runtime.engine import Engine, RowsEngine, Traffic, greedy, load_engine
 from edgetune.runtime.roofline import weight_bytes
 from edgetune.runtime.worker import Job

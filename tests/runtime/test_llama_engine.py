@@ -15,7 +15,7 @@ from edgetune.data.golden import Golden
 from edgetune.errors import EngineError
 from edgetune.export import gguf
 from edgetune.export.parity import torch_logits
-from edgetune.recipe import GgufExport
+from edgetune.recipe_export import GgufExport
 from edgetune.runtime.engine import TokenRow, load_engine
 from edgetune.runtime.engines import llama_engine
 from edgetune.runtime.engines.llama_engine import LlamaEngine

@@ -167,7 +167,7 @@ def real_server(tiny_model: Artifact, tmp_path: Path) -> Iterator[str]:
     pytest.importorskip("uvicorn")
     pytest.importorskip("starlette_context")
     from edgetune.export import gguf
-    from edgetune.recipe import GgufExport
+    from edgetune.recipe_export import GgufExport
 
     made = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "gguf", moments=None, calibration_digest=None)
     with socket.socket() as free:

@@ -190,7 +190,7 @@ def test_the_real_engine_gives_the_logits_of_transformers(tiny_model: Artifact, 
     from transformers import AutoModelForCausalLM
 
     from edgetune.export import tensorrt
-    from edgetune.recipe import TensorrtExport
+    from edgetune.recipe_export import TensorrtExport
 
     made = tensorrt.run(TensorrtExport(max_length=64), tiny_model, tmp_path / "engine")
     engine = load_engine("tensorrt", made.path, n_ctx=64, n_threads=1)
