@@ -14,7 +14,7 @@ from typing import Any
 from edgetune.artifact import MANIFEST, Artifact, file_digest, json_digest
 from edgetune.errors import UnsupportedError, UsageError
 from edgetune.gguf_header import read_header
-from edgetune.quant_config import is_gptq
+from edgetune.quant_config import is_quantized
 from edgetune.runtime.engine import ALSO_RUN_BY, ENGINE_OF_KIND
 from edgetune.runtime.worker import Job
 
@@ -88,7 +88,7 @@ def _kind(folder: Path) -> str:
             "`edgetune export` or the onnxruntime-genai builder"
         )
     if (folder / MODEL_CONFIG).is_file():
-        return "gptq" if is_gptq(folder) else "model"
+        return "gptq" if is_quantized(folder) else "model"
     graphs = list(folder.glob("*.gguf"))
     if len(graphs) == 1:
         read_header(graphs[0])

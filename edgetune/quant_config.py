@@ -7,9 +7,11 @@ from pathlib import Path
 
 from edgetune.errors import UnsupportedError, UsageError
 
+QUANTIZED = ("gptq", "compressed-tensors")
 
-def is_gptq(folder: Path) -> bool:
-    """Tell a GPTQ checkpoint from a plain one, whoever made it.
+
+def is_quantized(folder: Path) -> bool:
+    """Tell a checkpoint of integers from a plain one, whoever made it.
 
     Raises UsageError where config.json cannot be read and UnsupportedError where it names another method.
     """
@@ -18,6 +20,6 @@ def is_gptq(folder: Path) -> bool:
         method = (config.get("quantization_config") or {}).get("quant_method")
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
-    if method not in (None, "gptq"):
-        raise UnsupportedError(f"{folder} is quantized as {method!r}; plain and gptq checkpoints can be run")
-    return method == "gptq" or (folder / "quantize_config.json").is_file()
+    if method not in (None, *QUANTIZED):
+        raise UnsupportedError(f"{folder} is quantized as {method!r}; plain and {' and '.join(QUANTIZED)} can be run")
+    return method in QUANTIZED or (folder / "quantize_config.json").is_file()

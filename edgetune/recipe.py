@@ -14,7 +14,7 @@ from edgetune.closed import Closed, Count, M, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
 from edgetune.recipe_export import Calibration, Export
-from edgetune.recipe_quantize import GptqOptions
+from edgetune.recipe_quantize import CheckpointOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer, Training
@@ -22,7 +22,7 @@ from edgetune.recipe_training import Adapt, Prefer, Training
 NewTokens = Annotated[int, Field(ge=2)]
 
 
-class Rtn(Closed):
+class Rtn(CheckpointOptions):
     """Round to nearest."""
 
     bits: Literal[2, 3, 4, 8] = 4

@@ -9,6 +9,15 @@ from pydantic import Field
 from edgetune.closed import Closed, Share
 
 
+class CheckpointOptions(Closed):
+    """How integers are written."""
+
+    checkpoint: Literal["gptq", "compressed-tensors"] = Field(
+        "gptq", exclude_if=lambda value: value == "gptq",
+        description="format of the checkpoint: AutoGPTQ's, or pack-quantized of compressed-tensors",
+    )  # fmt: skip
+
+
 class GptqOptions(Closed):
     """Each switched on by its own key; docs/quantization.md has what each is worth."""
 

@@ -87,7 +87,7 @@ def open_source(artifact: Artifact) -> Source:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from edgetune.compress.checkpoint import PARTS, read_config, read_gptq
+    from edgetune.compress.checkpoint import PARTS, read_config, read_layers
 
     check_decoder(read_config(artifact.path))
     config = AutoConfig.from_pretrained(artifact.path, local_files_only=True)
@@ -97,7 +97,7 @@ def open_source(artifact: Artifact) -> Source:
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     names = frozenset(name for name in tensors if name.rpartition(".")[2] not in PARTS)
-    layers = read_gptq(artifact.path) if artifact.manifest.kind == "gptq" else {}
+    layers = read_layers(artifact.path) if artifact.manifest.kind == "gptq" else {}
     bits = config.quantization_config["bits"] if layers else 0
     return Source(
         sizes, rotation.inv_freq.float().numpy(), float(rotation.attention_scaling), names,

@@ -81,6 +81,9 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
         nearest = min((16, 32, 64, 128, 256), key=lambda size: abs(size - quantized.group_size))
         raise UnsupportedError(f"MatMulNBits has no group_size={quantized.group_size}; "
                                f"use {64 if quantized.group_size == -1 else nearest}")  # fmt: skip
+    if config.builder == "genai" and quantized.checkpoint != "gptq":
+        raise UnsupportedError("the genai builder reads checkpoints in AutoGPTQ's format; leave checkpoint out, or use "
+                               "builder: own")  # fmt: skip
     if isinstance(quantized, Gptq) and quantized.desc_act and not quantized.static_groups:
         raise UnsupportedError("desc_act without static_groups takes columns out of their groups, which no ONNX "
                                "Runtime kernel reads fast; set static_groups: true")  # fmt: skip
@@ -238,10 +241,10 @@ def _reference(config: OnnxExport, source: Artifact, graph: Path, notes: dict[st
 
         stored = torch.float32 if config.precision == "fp32" else torch.float16
         return AutoModelForCausalLM.from_pretrained(source.path, dtype=stored, local_files_only=True).float().eval()
-    from edgetune.compress.checkpoint import load_dequantized, read_gptq
+    from edgetune.compress.checkpoint import load_dequantized, read_layers
 
     packed = read_packed(graph)
-    notes["integers"] = {"layers": prove_integers(packed, read_gptq(source.path)), "differences": 0}
+    notes["integers"] = {"layers": prove_integers(packed, read_layers(source.path)), "differences": 0}
     reference = load_dequantized(source.path, torch.float32)
     head = head_of(packed)
     if head.bits != config.head_bits:

@@ -1,4 +1,6 @@
-"""The AutoGPTQ checkpoint format, version 1: one safetensors file, read by transformers, gptqmodel, vLLM and others.
+"""Quantized checkpoints: AutoGPTQ's format, and through `pack_quantized` that of compressed-tensors.
+
+AutoGPTQ's, version 1, is one safetensors file, read by transformers, gptqmodel, vLLM and others:
 
     NAME.qweight int32 [C * bits / 32, R]    NAME.scales float16 [G, R]
     NAME.qzeros  int32 [G, R * bits / 32]    NAME.g_idx  int32   [C]
@@ -14,7 +16,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgetune.artifact import Artifact, write_text
+from edgetune.compress import pack_quantized
 from edgetune.compress.architectures import SUPPORTED, check_architecture
 from edgetune.compress.packing import check_pack, pack, unpack
 from edgetune.compress.scheme import Quantized, Scheme
@@ -29,14 +32,16 @@ from edgetune.errors import ArtifactError, StageError, UnsupportedError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = (*GPTQ_PARTS, *pack_quantized.PARTS)
+Form = Literal["gptq", "compressed-tensors"]
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
     "chat_template*", "additional_chat_templates/*", "generation_config.json", "golden.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
-def write_gptq(
+def write_checkpoint(
     folder: Path,
     source: Artifact,
     layers: Mapping[str, Quantized],
@@ -46,11 +51,13 @@ def write_gptq(
     desc_act: bool = False,
     static_groups: bool = False,
     damp_percent: float | None = None,
+    form: Form = "gptq",
 ) -> None:
     """Write a checkpoint of `source` with the weights of `layers` (by full name) quantized.
 
     `desc_act` and the rest say how it was made. The file's own `desc_act` says what a reader has to know: whether
-    columns have left their groups, which static groups avoid. Raises StageError where a value leaves float16.
+    columns have left their groups, which static groups avoid. Raises StageError where a value leaves float16,
+    UnsupportedError where the format cannot hold a layer.
     """
     tensors: dict[str, Tensor] = {}
     config = read_config(source.path)
@@ -65,7 +72,12 @@ def write_gptq(
     assert taken == set(layers), set(layers) - taken
     for name, layer in layers.items():
         check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(layer, scheme.bits).items()}
+        parts = (
+            _packed(layer, scheme.bits)
+            if form == "gptq"
+            else pack_quantized.packed(name, layer, scheme.bits, sym=scheme.sym)
+        )
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     ordered = any(not torch.equal(layer.g_idx, _plain(layer)) for layer in layers.values())
     quantization = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
@@ -74,18 +86,21 @@ def write_gptq(
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},
     }  # fmt: skip
+    if form == "compressed-tensors":
+        quantization = pack_quantized.quantization_config(scheme, method)
     config |= {name: "float16" for name in ("dtype", "torch_dtype") if name in config} or {"dtype": "float16"}
     config["quantization_config"] = quantization
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
+    if form == "gptq":
+        write_text(folder / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
     for name in source.manifest.files:
         if any(fnmatch.fnmatch(name, pattern) for pattern in CARRIED):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
 
 
-def read_gptq(folder: Path) -> dict[str, Quantized]:
+def read_layers(folder: Path) -> dict[str, Quantized]:
     """Read the quantized layers of a checkpoint, by full name.
 
     Raises ArtifactError where it is damaged, UnsupportedError where it is of another kind.
@@ -94,7 +109,7 @@ def read_gptq(folder: Path) -> dict[str, Quantized]:
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Give the transformers model that a checkpoint stands for, in plain float weights. Raises as `read_gptq`."""
+    """Give the transformers model that a checkpoint stands for, in plain float weights. Raises as `read_layers`."""
     import transformers
 
     layers, state = _read(folder)
@@ -128,7 +143,7 @@ def open_weights(folder: Path) -> list[Any]:
 
 def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """Give the quantized layers and all other tensors."""
-    bits, offset = _settings(folder)
+    form, bits, offset = _settings(folder)
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -141,20 +156,23 @@ def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
                     others[name] = stored.get_tensor(name)
     if not parts:
         raise ArtifactError(f"{folder} holds no quantized layer")
-    return {name: _unpacked(folder, name, found, bits, offset) for name, found in parts.items()}, others
+    return {name: _unpacked(folder, name, found, form, bits, offset) for name, found in parts.items()}, others
 
 
-def _settings(folder: Path) -> tuple[int, int]:
-    """Give bits, and what is to be added to a stored zero point."""
+def _settings(folder: Path) -> tuple[Form, int, int]:
+    """Give format, bits, and what is to be added to a stored zero point."""
     config = read_config(folder).get("quantization_config")
     config = config or _read_json(folder / "quantize_config.json")
+    if config.get("quant_method") == pack_quantized.METHOD:
+        return "compressed-tensors", pack_quantized.read_bits(config, str(folder)), 0
     method, form = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
     if method != "gptq" or form not in ("gptq", "gptq_v2"):
-        raise UnsupportedError(f"{folder} is quantized as {method}/{form}; gptq/gptq and gptq/gptq_v2 can be read")
+        raise UnsupportedError(f"{folder} is quantized as {method}/{form}; gptq/gptq, gptq/gptq_v2 and "
+                               "compressed-tensors can be read")  # fmt: skip
     bits = config.get("bits")
     if bits not in (2, 3, 4, 8) or config.get("dynamic") or config.get("pack_dtype", "int32") != "int32":
         raise UnsupportedError(f"{folder}: one of 2, 3, 4, 8 bits for all layers in int32 words can be read")
-    return bits, 1 if form == "gptq" else 0
+    return "gptq", bits, 1 if form == "gptq" else 0
 
 
 def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
@@ -167,20 +185,25 @@ def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
     }
 
 
-def _unpacked(folder: Path, name: str, parts: dict[str, Tensor], bits: int, offset: int) -> Quantized:
+def _unpacked(folder: Path, name: str, parts: dict[str, Tensor], form: Form, bits: int, offset: int) -> Quantized:
     try:
-        q = unpack(parts["qweight"], bits).T.contiguous().to(torch.uint8)
-        zero_point = (unpack(parts["qzeros"].T.contiguous(), bits) + offset) % 2**bits
-        scales = parts["scales"].T.contiguous()
-        (R, C), G = q.shape, scales.shape[1]
-        g_idx = parts.get("g_idx", torch.arange(C, dtype=torch.int32) // (C // G))
-        fits = scales.shape == zero_point.shape == (R, G) and g_idx.shape == (C,)
-        sound = fits and bool(torch.isfinite(scales).all()) and int(g_idx.min()) >= 0 and int(g_idx.max()) < G
+        made = _of_gptq(parts, bits, offset) if form == "gptq" else pack_quantized.unpacked(parts, bits)
+        (R, C), G, g_idx = made.q.shape, made.scales.shape[1], made.g_idx
+        fits = made.scales.shape == made.zero_point.shape == (R, G) and g_idx.shape == (C,)
+        sound = fits and bool(torch.isfinite(made.scales).all()) and int(g_idx.min()) >= 0 and int(g_idx.max()) < G
     except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise ArtifactError(f"{folder}: layer {name} is damaged or lacks a tensor ({error})") from error
     if not sound:
         raise ArtifactError(f"{folder}: layer {name} is damaged: shapes, scales or g_idx do not fit each other")
-    return Quantized(q, scales, zero_point, g_idx)
+    return made
+
+
+def _of_gptq(parts: dict[str, Tensor], bits: int, offset: int) -> Quantized:
+    q = unpack(parts["qweight"], bits).T.contiguous().to(torch.uint8)
+    zero_point = (unpack(parts["qzeros"].T.contiguous(), bits) + offset) % 2**bits
+    scales = parts["scales"].T.contiguous()
+    C, G = q.shape[1], scales.shape[1]
+    return Quantized(q, scales, zero_point, parts.get("g_idx", torch.arange(C, dtype=torch.int32) // (C // G)))
 
 
 def _plain(layer: Quantized) -> Tensor:

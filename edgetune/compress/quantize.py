@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
+from edgetune.compress.vllm_rules import broken_rules
 from edgetune.data.contract import hold
 from edgetune.errors import UnsupportedError
 from edgetune.progress import Report, silent
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
     from edgetune.data.calibration import CalibrationSet
 
-RTN_STAGE = "compress.rtn/1"
-GPTQ_STAGE = "compress.gptq/1"
+RTN_STAGE = "compress.rtn/2"
+GPTQ_STAGE = "compress.gptq/2"
 
 
 def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
     """Refuse what cannot be done, from the model's `config.json` alone. Raises UnsupportedError naming the layer."""
     from edgetune.compress.packing import check_pack
 
+    ordered = isinstance(config, Gptq) and config.desc_act and not config.static_groups
+    if ordered and config.checkpoint == "compressed-tensors":
+        raise UnsupportedError("compressed-tensors keeps columns in their groups; set static_groups: true")
     for name, (out_features, in_features) in linear_shapes(model_config).items():
         check_group(name, in_features, config.group_size)
         check_pack(name, out_features, in_features, config.bits)
@@ -52,12 +56,12 @@ def run(
     seed: int = 0,
     progress: Report = silent,
 ) -> Artifact:
-    """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the AutoGPTQ format.
+    """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the format that the recipe names.
 
     GPTQ needs `calibration`; rounding does not read it. A run that was killed goes on after its last finished
     block and ends in the same bytes. Raises UnsupportedError before any work, StageError naming the layer.
     """
-    from edgetune.compress.checkpoint import read_config, write_gptq
+    from edgetune.compress.checkpoint import read_config, write_checkpoint
     from edgetune.compress.layerwise import load_model, quantize_blocks
 
     model_config = read_config(source.path)
@@ -88,7 +92,7 @@ def run(
                 "method": "gptq", "desc_act": config.desc_act, "static_groups": config.static_groups,
                 "damp_percent": config.damp_percent,
             }  # fmt: skip
-        write_gptq(pending.path, source, layers, scheme, **how)
+        write_checkpoint(pending.path, source, layers, scheme, form=config.checkpoint, **how)
         hold(pending.path)
         errors = {name: result.relative_error for name, result in results.items()}
         pending.seed, pending.calibration = seed, digest
@@ -98,7 +102,10 @@ def run(
             "bits_per_weight": _bits_per_weight(scheme, model_config),
         }  # fmt: skip
         pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
-        pending.notes = {"relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6)}
+        pending.notes = {
+            "relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6),
+            "vllm": broken_rules(config.checkpoint, scheme, linear_shapes(model_config)),
+        }  # fmt: skip
     return pending.artifact
 
 

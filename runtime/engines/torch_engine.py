@@ -20,7 +20,7 @@ from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
 from edgetune.nf4 import keep_layout, nf4_config
 from edgetune.packed import TOKENS, Layout, can_pack, common_prefix, multiple, packed_attention
-from edgetune.quant_config import is_gptq
+from edgetune.quant_config import is_quantized
 from edgetune.runtime.engine import Logits, TokenRow, check_tokens, first_line, greedy
 
 BATCH_TOKENS = 2048  # padded tokens of one forward pass
@@ -270,7 +270,7 @@ def _load_base(path: Path, dtype: torch.dtype, device: str, quantize_base: bool)
     if manifest.is_file():
         kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
     else:
-        kind = "gptq" if (path / "config.json").is_file() and is_gptq(path) else "model"
+        kind = "gptq" if (path / "config.json").is_file() and is_quantized(path) else "model"
     if kind == "adapter":
         raise UsageError(f"{path} is an adapter; give the base folder as path and this folder as `adapter`")
     if kind == "gptq":

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgetune.artifact import Artifact
-from edgetune.compress.checkpoint import load_dequantized, read_gptq
+from edgetune.compress.checkpoint import load_dequantized, read_layers
 from edgetune.compress.packing import check_pack, pack, unpack
 from edgetune.compress.quantize import run
 from edgetune.errors import ArtifactError, UnsupportedError
@@ -86,14 +86,14 @@ def test_settings_are_said_twice_and_the_tokenizer_comes_along(rounded: Artifact
 
 
 def test_version_two_is_read_as_it_is(folder: Path) -> None:
-    before = read_gptq(folder)
+    before = read_layers(folder)
     stored = load_file(folder / "model.safetensors")
     for name in stored:
         if name.endswith("qzeros"):
             stored[name] += 0x11111111
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     change(folder, checkpoint_format="gptq_v2")
-    after = read_gptq(folder)
+    after = read_layers(folder)
     for name, layer in before.items():
         assert torch.equal(layer.zero_point, after[name].zero_point)
         assert torch.equal(layer.dequantize(), after[name].dequantize())
@@ -103,7 +103,7 @@ def test_version_two_is_read_as_it_is(folder: Path) -> None:
 def test_what_cannot_be_read_is_refused(folder: Path, settings: dict[str, object]) -> None:
     change(folder, **settings)
     with pytest.raises(UnsupportedError, match="can be read"):
-        read_gptq(folder)
+        read_layers(folder)
 
 
 def test_damage_is_one_line(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_damage_is_one_line(folder: Path) -> None:
     for cut in (0, 4, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:cut])
         with pytest.raises(ArtifactError) as caught:
-            read_gptq(folder)
+            read_layers(folder)
         assert "\n" not in str(caught.value)
     weights.unlink()
     with pytest.raises(ArtifactError, match="missing"):
@@ -120,7 +120,7 @@ def test_damage_is_one_line(folder: Path) -> None:
     weights.write_bytes(whole)
     (folder / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"config\.json cannot be read"):
-        read_gptq(folder)
+        read_layers(folder)
 
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
@@ -130,7 +130,7 @@ def test_tensors_that_do_not_fit_are_refused(folder: Path, part: str) -> None:
     stored[name] = stored[name][:-1].contiguous() if part != "g_idx" else stored[name] + 7
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"layer model\.layers\.1\.self_attn\.q_proj is damaged"):
-        read_gptq(folder)
+        read_layers(folder)
 
 
 def test_a_missing_tensor_is_refused(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from edgetune.artifact import Artifact
 from edgetune.compress import layerwise
 from edgetune.compress.architectures import SHARED_INPUTS
-from edgetune.compress.checkpoint import read_gptq
+from edgetune.compress.checkpoint import read_layers
 from edgetune.compress.gptaq import corrected
 from edgetune.compress.gptq import gptq_quantize
 from edgetune.compress.hessian import Hessian, inverse_factor, output_loss
@@ -174,9 +174,9 @@ def test_a_cut_walk_of_two_models_ends_in_the_same_bytes(tiny_model: Artifact, t
     plain = run(Gptq(group_size=32, sym=False), tiny_model, tmp_path / "plain", calibration=ROWS)
     assert any(
         not torch.equal(ours.q, theirs.q)
-        for ours, theirs in zip(read_gptq(whole.path).values(), read_gptq(plain.path).values(), strict=True)
+        for ours, theirs in zip(read_layers(whole.path).values(), read_layers(plain.path).values(), strict=True)
     )
-    for layer in read_gptq(whole.path).values():  # exporters want each column in its group's place
+    for layer in read_layers(whole.path).values():  # exporters want each column in its group's place
         assert torch.equal(layer.g_idx, torch.arange(layer.q.shape[1], dtype=torch.int32) // 32)
 
 

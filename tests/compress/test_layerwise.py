@@ -25,7 +25,7 @@ from transformers import (
 from edgetune.artifact import Artifact
 from edgetune.compress import layerwise
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
-from edgetune.compress.checkpoint import load_dequantized, read_gptq
+from edgetune.compress.checkpoint import load_dequantized, read_layers
 from edgetune.compress.finished import LayerResult
 from edgetune.compress.hessian import Hessian
 from edgetune.compress.layerwise import load_model, quantize_blocks, second_moments
@@ -63,7 +63,7 @@ def test_from_model_to_checkpoint_and_back(config: Gptq | Rtn, tiny_model: Artif
     seen: list[tuple[int, int, str]] = []
     made = run(config, tiny_model, tmp_path / "out", calibration=ROWS, seed=3, progress=lambda *now: seen.append(now))
     assert seen == [(1, 2, "model.layers.0"), (2, 2, "model.layers.1")]
-    layers = read_gptq(made.path)
+    layers = read_layers(made.path)
     model = load_model(tiny_model)  # float32, so it holds the weights exactly
     assert list(linear_shapes(model.config.to_dict())) == sorted(
         layers, key=list(linear_shapes(model.config.to_dict())).index
@@ -77,17 +77,17 @@ def test_from_model_to_checkpoint_and_back(config: Gptq | Rtn, tiny_model: Artif
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
-    is_gptq = isinstance(config, Gptq)
+    is_quantized = isinstance(config, Gptq)
     manifest = made.manifest
     assert manifest.identity == planned_identity(config, tiny_model.identity, ROWS.digest)
     assert (manifest.kind, manifest.seed) == ("gptq", 3)
-    assert manifest.calibration == (ROWS.digest if is_gptq else None)
+    assert manifest.calibration == (ROWS.digest if is_quantized else None)
     assert manifest.scheme is not None
     assert manifest.scheme["bits"] == config.bits
     assert config.bits < manifest.scheme["bits_per_weight"] < config.bits + 1
     assert set(manifest.notes["relative_error"]) == set(layers)
     stored = json.loads((made.path / "quantize_config.json").read_text())
-    assert stored["desc_act"] == (is_gptq and config.desc_act and not config.static_groups)
+    assert stored["desc_act"] == (is_quantized and config.desc_act and not config.static_groups)
 
 
 def with_results(source: Artifact, results: dict[str, LayerResult]) -> Any:

@@ -62,9 +62,9 @@ def test_float_export_gives_the_logits_of_transformers(make: Callable[[str], Art
 
 
 def test_int4_export_holds_the_checkpoint_bit_for_bit(make: Callable[[str], Artifact]) -> None:
-    from edgetune.compress.checkpoint import read_gptq
+    from edgetune.compress.checkpoint import read_layers
 
-    layers = read_gptq(make("gptq").path)
+    layers = read_layers(make("gptq").path)
     packed = read_packed(make("int4").path / "model.onnx")
     assert prove_integers(packed, layers) == 14
     fused = packed["/model/layers.1/attn/qkv_proj/MatMulNBits"]  # the oracle is the checkpoint's own dequantizer

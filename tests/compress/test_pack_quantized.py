@@ -1,0 +1,153 @@
+"""compressed-tensors' format: its own library reads what we write, and what it says is read back; vLLM's rules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgetune.artifact import Artifact
+from edgetune.compress import pack_quantized
+from edgetune.compress.checkpoint import load_dequantized, read_layers
+from edgetune.compress.quantize import check, run
+from edgetune.compress.scheme import Scheme
+from edgetune.compress.vllm_rules import broken_rules
+from edgetune.errors import UnsupportedError
+from edgetune.found import find
+from edgetune.recipe import Gptq, Rtn
+from edgetune.runtime.engine import load_engine
+
+SCHEMES: list[dict[str, Any]] = [
+    {"bits": 4, "group_size": 32, "sym": True},
+    {"bits": 4, "group_size": 32, "sym": False},
+    {"bits": 8, "group_size": 64, "sym": True},
+    {"bits": 4, "group_size": -1, "sym": True},
+    {"bits": 3, "group_size": 32, "sym": False},
+]
+
+
+def made(source: Artifact, out: Path, scheme: dict[str, Any], form: Any = "compressed-tensors") -> Artifact:
+    return run(Rtn(checkpoint=form, **scheme), source, out)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_holds_what_autogptqs_format_holds(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    ours, plain = (read_layers(made(tiny_model, tmp_path / form, scheme, form).path)
+                   for form in ("compressed-tensors", "gptq"))  # fmt: skip
+    assert ours.keys() == plain.keys()
+    for name, layer in ours.items():
+        for part in ("q", "scales", "zero_point", "g_idx"):
+            assert torch.equal(getattr(layer, part).int(), getattr(plain[name], part).int()), (name, part)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_its_own_library_unpacks_the_same_weights(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from safetensors.torch import load_file
+
+    folder = made(tiny_model, tmp_path / "out", scheme).path
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    theirs = QuantizationScheme(**config["config_groups"]["group_0"])
+    tensors = load_file(folder / "model.safetensors")
+    for name, layer in read_layers(folder).items():
+        own = {part: tensors[f"{name}.{part}"] for part in pack_quantized.PARTS if f"{name}.{part}" in tensors}
+        found = PackedQuantizationCompressor.decompress(own, theirs)["weight"]
+        torch.testing.assert_close(found.float(), layer.dequantize(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme["sym"]])
+def test_transformers_reads_it(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    """Symmetric ones: with zero points, version 0.20 prepares places for them that are not packed, and refuses."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    folder = made(tiny_model, tmp_path / "out", scheme).path
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found, wanted = theirs(ids).logits, load_dequantized(folder)(ids).logits
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+
+
+def test_engines_run_it_as_any_checkpoint(tiny_model: Artifact, tmp_path: Path) -> None:
+    folder = made(tiny_model, tmp_path / "out", SCHEMES[0]).path
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "manifest.json").unlink()  # as someone else's
+    found = find(copy)
+    assert found.kind == "gptq"
+    engine = load_engine(found.engines[0], copy, n_ctx=64, n_threads=1)
+    logits = engine.score([5, 6, 7])
+    wanted = load_dequantized(folder)(torch.tensor([[5, 6, 7]])).logits[0]
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-2, rtol=0)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "naive-quantized"},
+        {"config_groups": {}},
+        {"config_groups": {"a": {"weights": {"type": "float", "num_bits": 4, "strategy": "group"}}}},
+        {"config_groups": {"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"},
+                                 "input_activations": {"num_bits": 8}}}},
+    ],
+)  # fmt: skip
+def test_another_kind_is_one_line(tiny_model: Artifact, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = made(tiny_model, tmp_path / "out", SCHEMES[0]).path
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="of compressed-tensors, pack-quantized with one group of layers can be"):
+        read_layers(folder)
+
+
+def test_columns_that_left_their_groups_are_refused(tiny_model: Artifact) -> None:
+    from edgetune.compress.checkpoint import read_config
+
+    config = Gptq(checkpoint="compressed-tensors", group_size=32, desc_act=True, static_groups=False)
+    with pytest.raises(UnsupportedError, match="set static_groups: true"):
+        check(config, read_config(tiny_model.path))
+    layer = next(iter(read_layers_of(tiny_model).values()))
+    layer.g_idx[0], layer.g_idx[-1] = int(layer.g_idx[-1]), int(layer.g_idx[0])
+    with pytest.raises(UnsupportedError, match="keeps columns in their groups"):
+        pack_quantized.packed("layer", layer, 4, sym=True)
+
+
+def read_layers_of(source: Artifact) -> Any:
+    from edgetune.compress.rtn import rtn_quantize
+
+    return {"layer": rtn_quantize(torch.randn(64, 64), Scheme(4, 32, sym=True))}
+
+
+def test_the_genai_builder_is_told(tiny_model: Artifact) -> None:
+    from edgetune.compress.checkpoint import read_config
+    from edgetune.export import onnx
+    from edgetune.recipe_export import OnnxExport
+
+    config = read_config(tiny_model.path)
+    with pytest.raises(UnsupportedError, match="reads checkpoints in AutoGPTQ's format"):
+        onnx.check(OnnxExport(), config, Rtn(group_size=32, checkpoint="compressed-tensors"))
+    onnx.check(OnnxExport(builder="own"), config, Rtn(group_size=32, checkpoint="compressed-tensors"))
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "shape", "reads", "marlin"),
+    [
+        ("gptq", Scheme(4, 64, sym=True), (128, 256), [], []),
+        ("gptq", Scheme(4, 64, sym=False), (128, 256), [], ["zero points"]),
+        ("compressed-tensors", Scheme(4, 64, sym=False), (128, 256), [], []),
+        ("compressed-tensors", Scheme(3, 64, sym=True), (128, 256), ["of 3 bits; vLLM reads 4, 8"], ["3 bits"]),
+        ("gptq", Scheme(2, 16, sym=True), (576, 576), [], ["2 bits", "group_size 16", "x is 576 x 576"]),
+    ],
+)
+def test_vllms_rules(form: str, scheme: Scheme, shape: tuple[int, int], reads: list[str], marlin: list[str]) -> None:
+    found = broken_rules(form, scheme, {"x": shape})
+    for told, wanted in ((found["reads"], reads), (found["marlin"], marlin)):
+        assert len(told) == len(wanted), told
+        assert all(part in line for part, line in zip(wanted, told, strict=True)), told
