@@ -27,7 +27,8 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
             f"python -c \"import onnxruntime_genai as og; og.Model('{place}')\"  # loads in onnxruntime-genai",
         ]
     if artifact.manifest.kind == "gptq":
-        return [ours, f"vllm serve {place} --quantization gptq"]
+        form = artifact.manifest.config.get("checkpoint", "gptq")
+        return [ours, f"vllm serve {place} --quantization {form}"]
     if artifact.manifest.kind == "gguf-adapter":
         return [f"llama-server -m BASE.gguf --lora {place / 'adapter.gguf'} --jinja"]
     if artifact.manifest.kind == "onnx-adapter":

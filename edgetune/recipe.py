@@ -283,7 +283,8 @@ def load_recipe(path: Path) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise RecipeError(f"{path}{line}: not valid YAML ({reason})") from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(raw, dict):
