@@ -47,6 +47,34 @@ class Batch:
     def want_last(self) -> None:
         self.want[self.struct.n_tokens - 1] = 1
 
-    def one(self, token: int, position: int) -> None:
-        self.token[0], self.pos[0], self.sequence[0], self.want[0] = token, position, 0, 1
+
+class OneToken(Batch):
+    """A batch of one token that wants its logits: what does not change from token to token is set once."""
+
+    def __init__(self, struct: Any) -> None:
+        super().__init__(struct, 1)
+        self.want[0] = 1
         self.struct.n_tokens = 1
+
+    def set(self, token: int, position: int) -> None:
+        self.token[0], self.pos[0] = token, position
+
+
+class LastLogits:
+    """The logits of the last position of a context, [V], copied: llama.cpp's next call overwrites them.
+
+    The view that is copied is made once for each address: caches are cold after each token, so every call counts.
+    """
+
+    def __init__(self, lib: Any, n_vocab: int) -> None:
+        ask = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        self._ask = ask(("llama_get_logits_ith", lib.llama_cpp._lib))
+        self._kind = ctypes.c_float * n_vocab
+        self._address: int | None = None
+        self._view: NDArray[np.float32] | None = None
+
+    def of(self, context: Any) -> NDArray[np.float32]:
+        address = self._ask(context, -1)
+        if address != self._address or self._view is None:
+            self._address, self._view = address, np.ctypeslib.as_array(self._kind.from_address(address))
+        return self._view.copy()

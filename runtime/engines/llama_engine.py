@@ -19,7 +19,7 @@ import numpy as np
 from edgetune.backends import require
 from edgetune.errors import EngineError, UsageError
 from edgetune.runtime.engine import Logits, OneByOne, TokenRow
-from edgetune.runtime.engines.llama_batch import Batch
+from edgetune.runtime.engines.llama_batch import Batch, LastLogits, OneToken
 
 N_BATCH = 512  # tokens of one decode call, and of one physical batch
 N_ROWS = 31  # rows of one batch of score_rows; sequence 0 holds what they share
@@ -53,7 +53,8 @@ class LlamaEngine(OneByOne):
         # A position beyond what the model was trained for gives logits, and wrong ones.
         self.n_ctx = min(n_ctx, int(self._lib.llama_model_n_ctx_train(model)))
         self._n_threads, self._flash, self._kv_type, self._n_ubatch = n_threads, flash_attention, kv_type, n_ubatch
-        self._batch = Batch(self._lib.llama_batch, N_BATCH)
+        self._batch, self._one = Batch(self._lib.llama_batch, N_BATCH), OneToken(self._lib.llama_batch)
+        self._last = LastLogits(self._lib, self._n_vocab)
         self._adapter: Any = None  # goes with the model
         self._ctx: Any = None
         self._score_ctx: Any = None
@@ -184,14 +185,15 @@ class LlamaEngine(OneByOne):
                 self._batch.want_last()
             self._decode(self._ctx)
             self._n_past += len(part)
-        return self._last_logits()
+        return self._last.of(self._ctx)
 
     def decode(self, token: int) -> Logits:
-        self._check(self._n_past + 1, (token,))
-        self._batch.one(token, self._n_past)
-        self._decode(self._ctx)
+        if self._model is None or self._n_past >= self.n_ctx or not 0 <= token < self._n_vocab:
+            self._check(self._n_past + 1, (token,))
+        self._one.set(token, self._n_past)
+        self._decode(self._ctx, self._one)
         self._n_past += 1
-        return self._last_logits()
+        return self._last.of(self._ctx)
 
     def prefill_rows(self, rows: Sequence[Sequence[int]]) -> Logits:
         for ids in rows:
@@ -325,14 +327,11 @@ class LlamaEngine(OneByOne):
                 out[filled : filled + n_wanted] = np.ctypeslib.as_array(pointer, (n_wanted, self._n_vocab))
                 filled += n_wanted
 
-    def _decode(self, context: Any) -> None:
-        status = self._lib.llama_decode(context, self._batch.struct)
+    def _decode(self, context: Any, batch: Batch | None = None) -> None:
+        struct = (batch or self._batch).struct
+        status = self._lib.llama_decode(context, struct)
         if status != 0:
-            raise EngineError(f"llama_decode gave {status} on {self._batch.struct.n_tokens} tokens: {_last_words()}")
-
-    def _last_logits(self) -> Logits:
-        pointer = self._lib.llama_get_logits_ith(self._ctx, -1)
-        return np.array(np.ctypeslib.as_array(pointer, (self._n_vocab,)))  # the next call overwrites theirs
+            raise EngineError(f"llama_decode gave {status} on {struct.n_tokens} tokens: {_last_words()}")
 
 
 def gguf_file(path: Path) -> Path:
