@@ -2,14 +2,15 @@
 
     python benchmarks/methods.py                    # 40 steps of 16 rows each, 100 held-out rows
     python benchmarks/methods.py --quick            # 2 steps, 8 held-out rows
-    python benchmarks/methods.py --only "qlora;dora"
+    python benchmarks/methods.py --only "qlora;dora" --keep   # the other cases of --out stay in it
     python benchmarks/methods.py --data DIR         # where snips/{train,test}.jsonl lie
 
 SmolLM2-135M on voice commands (snips). Each method is a process of its own, one after the other, with the learning rate
 that its kind wants, and sees the same rows. Held-out rows are scored with the adapter on the base that it was trained
 on, `full` with its model: exact match (at every position of the answer the likeliest token is the gold one), loss a
 token of the answer. Of general text (Python's own manual, the half that nothing is estimated on) the KL divergence a
-token from the base without an adapter, so that what 4 bits cost is no part of it. Seconds are CPU-seconds of the
+token from the base without an adapter, so that what 4 bits cost is no part of it. `replay` puts rows of the other half
+in the place of that share of the commands. Seconds are CPU-seconds of the
 training, the loading of the base included; peak memory is the process's.
 """
 
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora", "learning_rate": 1e-3},
     "qlora, l2 0.001": {"method": "qlora", "learning_rate": 1e-3, "l2": 0.001},
     "qlora, ewc 1": {"method": "qlora", "learning_rate": 1e-3, "ewc": 1.0},
+    "qlora, replay 0.2": {"method": "qlora", "learning_rate": 1e-3, "replay": 0.2},
     "lora": {"method": "lora", "learning_rate": 1e-3},
     "rslora": {"method": "rslora", "r": 64, "learning_rate": 3e-4},
     "dora": {"method": "dora", "learning_rate": 1e-3},
@@ -58,24 +60,28 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
     from edgetune.data.formats import read_rows
     from edgetune.data.general import general_text
     from edgetune.data.golden import Golden
-    from edgetune.data.render import render
+    from edgetune.data.render import Rendered, render
     from edgetune.runtime.engine import TokenRow
     from edgetune.runtime.engines.torch_engine import TorchEngine
     from edgetune.workload import token_ids
 
-    config = Adapt(
-        batch_size=ROWS, max_steps=steps, eval_steps=steps, eval_rows=ROWS, report_to=[], **CASES[case]
-    )  # fmt: skip
+    settings = dict(CASES[case])
+    replay = settings.pop("replay", 0.0)
+    config = Adapt(batch_size=ROWS, max_steps=steps, eval_steps=steps, eval_rows=ROWS, report_to=[], **settings)
     source, golden = Artifact.open(base), Golden.read(base)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     train, held = (
         [render(row, tokenizer, golden.stop_ids) for row in read_rows(data / "snips" / f"{name}.jsonl", limit=n)]
         for name, n in (("train", (steps + 4) * ROWS), ("test", heldout))
     )
+    calibrate = token_ids(tokenizer, general_text(None, "calibrate"))
+    n_replayed, width = round(replay * len(train)), GENERAL[1] // 2
+    windows = [tuple(calibrate[i * width : (i + 1) * width]) for i in range(n_replayed)]
+    train[len(train) - n_replayed :] = [Rendered(w, (False, *[True] * (width - 1)), 1, "", 0) for w in windows]
     began = os.times()
     with tempfile.TemporaryDirectory() as scratch:
         made = sft.run(config, source, Path(scratch) / "made", rows=train, golden=golden,
-                       general=token_ids(tokenizer, general_text(None, "calibrate")))  # fmt: skip
+                       general=calibrate)  # fmt: skip
         ended = os.times()
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         n_rows, n_tokens = GENERAL
@@ -116,7 +122,7 @@ def log_softmax(logits: Any) -> Any:
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: int, out: Path) -> None:
+def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: int, out: Path, *, keep: bool) -> None:
     """Run the cases one after the other, write what they found, and print a table and one line."""
     from edgetune import sources
     from edgetune.runtime.machine import LoadMeter, describe
@@ -137,6 +143,8 @@ def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: in
         told[case] = json.loads(done.stdout.splitlines()[-1])
         print(line(case, told[case]), flush=True)
     load = meter.stop()
+    if keep and out.is_file():
+        told = {case: found for case, found in json.loads(out.read_bytes())["cases"].items() if case not in told} | told
     found = {
         "machine": describe().model_dump(),
         "load": load.model_dump(),
@@ -168,6 +176,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out rows that are scored")
     parser.add_argument("--quick", action="store_true", help="2 steps, 8 held-out rows")
     parser.add_argument("--only", help="cases, apart by semicolons")
+    parser.add_argument("--keep", action="store_true", help="let other cases stay in --out")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
@@ -183,7 +192,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"--only: no case {unknown[0]!r}; choose among {'; '.join(CASES)}")
     steps, heldout = (2, 8) if given.quick else (given.steps, given.heldout)
-    benchmark(cases, given.data, given.store, steps, heldout, given.out)
+    benchmark(cases, given.data, given.store, steps, heldout, given.out, keep=given.keep)
 
 
 if __name__ == "__main__":
