@@ -9,12 +9,10 @@ import pytest
 
 from edgetune.artifact import Artifact
 from edgetune.data.check.findings import DataReport
-from tests import test_cli
+from tests.conftest import Call
 from tests.data.test_check import FAULTY, HELD
 from tests.data.test_formats import write
-from tests.test_cli import Call, child
-
-call = test_cli.call  # the fixture
+from tests.test_cli import child
 
 RECIPE = """
 name: a

@@ -7,9 +7,11 @@ a tenth of a second of system time in a step of 8 short rows of a 135M model.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
 _KEEP, _USUAL_TRIM, _USUAL_MMAPS = 2**31 - 1, 128 * 1024, 65536
@@ -19,6 +21,14 @@ def give_back() -> None:
     """Give what is free back to the kernel. glibc only."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int | None:
+    """Give what this process has in memory, where the kernel tells (Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from edgetune.adapt import processes
+from edgetune.adapt.allocator import give_back, resident_bytes
 from edgetune.artifact import write_text
 from edgetune.progress import Report
 
@@ -143,6 +144,21 @@ def read_speed(file: Path, made: str) -> list[list[float]]:
         return []
     curve: list[list[float]] = found["tokens_per_s"] if found.get("identity") == made else []
     return curve
+
+
+class KeptWithin(TrainerCallback):  # type: ignore[misc]
+    """Gives freed memory back where a step left the process with more than it was predicted to need.
+
+    Batches differ in length, so that what one frees has holes which the next does not fit into. `limit` is in bytes.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if (resident_bytes() or 0) > self._limit:
+            give_back()
+            self._limit = max(self._limit, 1.2 * (resident_bytes() or 0))  # what is in use is not given back
 
 
 class GradualUnfreezing(TrainerCallback):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgetune import training_memory
 from edgetune.adapt import methods, out_of_memory, processes
-from edgetune.adapt.callbacks import GradualUnfreezing, SpeedLog
+from edgetune.adapt.callbacks import GradualUnfreezing, KeptWithin, SpeedLog
 from edgetune.adapt.ewc import N_TOKENS, Consolidation, general_rows
 from edgetune.adapt.pull import Pull
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
@@ -24,7 +24,7 @@ from edgetune.data.checks import refuse_untaught
 from edgetune.data.golden import Golden
 from edgetune.data.provenance import Mixture
 from edgetune.data.render import Rendered, rows_digest
-from edgetune.errors import DataError
+from edgetune.errors import DataError, UnsupportedError
 from edgetune.progress import Report, silent
 from edgetune.recipe_training import Adapt
 from edgetune.sources import copy_tokenizer
@@ -97,6 +97,8 @@ def run(
             if config.memory_gb is not None:
                 at_once = min(training_memory.EVAL_ROWS, config.micro_batch_size or config.batch_size)
                 trainer.args.per_device_eval_batch_size = at_once
+            if (predicted := _predicted(config, source, rows, device)) is not None:
+                trainer.add_callback(KeptWithin(predicted))
             if config.unfreeze_steps is not None:
                 trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
             if log_folder is not None:
@@ -134,6 +136,19 @@ def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, Labelle
     """Load the base as its method trains it, and let its head see labelled positions only."""
     model = methods.attach(config, folder, device)
     return model, LabelledHead(methods.causal_of(model).get_output_embeddings())
+
+
+def _predicted(config: Adapt, source: Artifact, rows: Sequence[Rendered], device: str) -> float | None:
+    """Give the bytes that training is predicted to need on a CPU; None on a GPU, and for a family of unknown shape."""
+    if device.startswith("cuda"):
+        return None
+    try:
+        shape = training_memory.Shape.of(read_config(source.path))
+    except UnsupportedError:
+        return None
+    own = config.model_copy(update={"batch_size": config.batch_size // processes.count()})
+    lengths, width = training_memory.lengths_of(rows), training_memory.number_bytes(device)
+    return training_memory.peak_bytes(own, shape, lengths, device, width)
 
 
 def _pull(config: Adapt, model: nn.Module, guarded: Sequence[Sequence[int]], seed: int) -> Callable[[], Tensor] | None:
