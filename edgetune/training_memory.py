@@ -25,6 +25,8 @@ PROCESS = {"cpu": 1050 * MIB, "cuda": 600 * MIB}  # Python with all that trainin
 SHORT = 256  # tokens of a row up to which attention is by plain products on a CPU: packed.SHORT
 FUSED = ("llama", "mistral", "qwen2")
 LOSS_BYTES = 14  # a logit on the way back: in float32, log-probability, two gradients; the allocator's holes
+LENGTH_BYTES = 25 * MIB  # oneDNN's kernels in 16 bits for each length of a batch, made once and kept
+LENGTH_STEP = 32  # lengths come in its multiples: packed.TOKENS
 EVAL_ROWS = 32  # rows at once where training is watched, without a budget
 PASS_TOKENS = 256  # what a pass over the blocks costs beside its tokens, in tokens
 RECOMPUTING = 4 / 3  # time of a step with gradient checkpointing over one without
@@ -83,6 +85,12 @@ class Lengths:
         tokens = sum(n for n, _ in rows) + missing * rows[-1][0] + self.shared
         return tokens, sum(n for _, n in rows) + missing * rows[-1][1], rows[0][0] + self.shared
 
+    def spread(self, n_rows: int) -> int:
+        """Give how many tokens lie between the longest batch of `n_rows` rows and the shortest."""
+        if len(self.rows) < n_rows:  # only the longest are known, or rows come again
+            return 0
+        return sum(n for n, _ in self.rows[:n_rows]) - sum(n for n, _ in self.rows[-n_rows:])
+
 
 def lengths_of(rows: Sequence[Rendered]) -> Lengths:
     """Measure rendered rows."""
@@ -112,7 +120,11 @@ def peak_bytes(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: in
     backward, gradients = _backward(config, shape, lengths.most(micro), device, b), 4.0 * _trained(config, shape)
     # What is kept goes as gradients come, but for those that earlier rows of the step left.
     working = max(backward + gradients if micro < config.batch_size else max(backward, gradients), watching)
-    return PROCESS["cuda" if device.startswith("cuda") else "cpu"] + held + working
+    kernels = 0.0
+    if b == 2 and not device.startswith("cuda"):
+        n_lengths = 1 + lengths.spread(micro) // LENGTH_STEP
+        kernels = LENGTH_BYTES * min(n_lengths, config.max_steps or n_lengths)
+    return PROCESS["cuda" if device.startswith("cuda") else "cpu"] + held + working + kernels
 
 
 def _held(config: Adapt, shape: Shape, b: int) -> float:

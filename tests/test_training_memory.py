@@ -11,12 +11,24 @@ from typing import Any
 
 import pytest
 
+from edgetune import packed
 from edgetune.artifact import Artifact, Store
 from edgetune.compress.checkpoint import read_config
 from edgetune.errors import RecipeError, SourceError, UnsupportedError
 from edgetune.recipe_training import Adapt
 from edgetune.shape_plan import read_shape, shape_plan
-from edgetune.training_memory import GB, MIB, Lengths, Shape, fitted, number_bytes, peak_bytes, said
+from edgetune.training_memory import (
+    GB,
+    LENGTH_BYTES,
+    LENGTH_STEP,
+    MIB,
+    Lengths,
+    Shape,
+    fitted,
+    number_bytes,
+    peak_bytes,
+    said,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 LLAMA: dict[str, dict[str, Any]] = {
@@ -64,6 +76,20 @@ def test_the_longest_rows_make_the_largest_batch() -> None:
     lengths = Lengths.of([(10, 2), (90, 20), (30, 5)], shared=4)
     assert lengths.most(2) == (124, 25, 94)
     assert lengths.most(4) == (144, 29, 94)  # the last one comes again
+
+
+def test_each_length_of_a_batch_costs_its_kernels() -> None:
+    """In 16 bits on a CPU, as many as there are lengths, and no more than steps."""
+    shape, base = Shape.of(LLAMA["7B"]), Adapt(batch_size=2, eval_rows=1)
+    even, uneven = Lengths.of([(320, 20)] * 4), Lengths.of([(320, 20), (320, 20), (160, 5), (160, 5)])
+    assert (even.spread(2), uneven.spread(2), uneven.spread(8)) == (0, 320, 0)
+    found = [peak_bytes(base, shape, lengths, "cpu", 2) for lengths in (even, uneven)]
+    assert found[1] - found[0] == 10 * LENGTH_BYTES
+    few = base.model_copy(update={"max_steps": 3})
+    assert peak_bytes(few, shape, uneven, "cpu", 2) - found[0] == 2 * LENGTH_BYTES
+    for device, b in (("cpu", 4), ("cuda", 2)):
+        assert peak_bytes(base, shape, uneven, device, b) == peak_bytes(base, shape, even, device, b)
+    assert LENGTH_STEP == packed.TOKENS
 
 
 def test_a_budget_excludes_what_it_chooses() -> None:
