@@ -162,6 +162,12 @@ def sliding(config: Config) -> list[bool]:
     return [bool((index + 1) % every) for index in range(int(config["num_hidden_layers"]))]
 
 
+def _write_phi3(writer: Any, config: Config) -> None:
+    found = rope(config)[2].get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    writer.add_rope_scaling_orig_ctx_len(int(found or config["max_position_embeddings"]))
+    writer.add_sliding_window(int(config.get("sliding_window") or 0))  # llama.cpp applies none
+
+
 def _write_granite(writer: Any, config: Config) -> None:
     writer.add_attention_scale(float(config["attention_multiplier"]))
     writer.add_embedding_scale(float(config["embedding_multiplier"]))
@@ -199,7 +205,7 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family("llama", _LLAMA, _PAIRS),
     "Qwen2ForCausalLM": Family("qwen2", _LLAMA, {}, square=True),
     "Qwen3ForCausalLM": Family("qwen3", _LLAMA | _HEAD_NORMS, {}),
-    "Phi3ForCausalLM": Family("phi3", _PHI3, {}, square=True),
+    "Phi3ForCausalLM": Family("phi3", _PHI3, {}, square=True, write=_write_phi3),
     "GraniteForCausalLM": Family("granite", _LLAMA, _PAIRS, square=True, write=_write_granite),
     "Gemma2ForCausalLM": Family(
         "gemma2", _GEMMA, _PLUS_ONE, activation="gelu_pytorch_tanh", windows=True, write=_write_gemma,
@@ -314,15 +320,15 @@ def rope_tensors(config: Config) -> dict[str, NDArray[np.float32]]:
     return {"rope_freqs.weight": divisors.astype(np.float32)}
 
 
-def longrope(config: Config) -> tuple[int, float]:
-    """Give the context that LongRoPE (arXiv:2402.13753) was trained before it, and its factor on cos and sin."""
+def longrope_factor(config: Config) -> float:
+    """Give LongRoPE's factor on cosine and sine (arXiv:2402.13753)."""
     scaling = rope(config)[2]
     longest = int(config["max_position_embeddings"])
     old = int(scaling.get("original_max_position_embeddings") or config["original_max_position_embeddings"])
     factor = scaling.get("attention_factor")
     if factor is None:
         factor = math.sqrt(1 + math.log(longest / old) / math.log(old)) if longest > old else 1.0
-    return old, float(factor)
+    return float(factor)
 
 
 def gguf_name(name: str, of: Family) -> str:

@@ -24,7 +24,7 @@ from edgetune.export.gguf_families import (
     family,
     gguf_name,
     head_width,
-    longrope,
+    longrope_factor,
     rope,
     rope_tensors,
     rotated_width,
@@ -177,9 +177,7 @@ def _hyperparameters(gguf: Any, writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
     if kind == "longrope":
-        length, factor = longrope(config)
-        writer.add_rope_scaling_orig_ctx_len(length)
-        writer.add_rope_scaling_attn_factors(factor)
+        writer.add_rope_scaling_attn_factors(longrope_factor(config))
 
 
 def _vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary) -> None:

@@ -33,7 +33,7 @@ pytestmark = [
 # It knows a pre-tokenizer by a digest of real tokenizers' output, and some families by SentencePiece's file; a random
 # model has neither, and its tokenizer is byte-level in all of them.
 CONVERT = """
-import importlib.util, runpy, sys
+import importlib.util, json, runpy, sys
 from importlib.machinery import ModuleSpec
 nothing = importlib.util.module_from_spec(ModuleSpec("sentencepiece", None))
 nothing.SentencePieceProcessor = None
@@ -41,8 +41,10 @@ import transformers  # looks for sentencepiece, and shall not find this one
 sys.modules["sentencepiece"] = nothing
 import conversion
 from conversion import gemma, phi
-from conversion.base import TextModel
+from conversion.base import ModelBase, TextModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+if sys.argv.pop() == "raw":
+    ModelBase.load_hparams = staticmethod(lambda folder, *_: json.loads((folder / "config.json").read_bytes()))
 for one in (gemma.Gemma2Model, phi.Phi3MiniModel):
     one.set_vocab = lambda self: self._set_vocab_gpt2()
 sys.argv[0] = "convert"
@@ -56,6 +58,7 @@ OLDER_KEYS = {  # which it reads, and Transformers 5 no longer writes
 OTHERWISE = {  # what ours says otherwise, and why
     "general.",  # names, sizes and dates that no runtime reads
     "GGUF.",  # counts of keys and tensors
+    "tokenizer.ggml.pre",  # which it tells by a digest of real tokenizers' output
     "tokenizer.ggml.add_bos_token",  # a rendered conversation is whole, no runtime may add to it
     "tokenizer.ggml.add_eos_token",
     "tokenizer.ggml.add_space_prefix",
@@ -69,6 +72,7 @@ def upstream(model: Path, out: Path, more: dict[str, Any]) -> Any:
     config = json.loads((copy / "config.json").read_bytes())
     (copy / "config.json").write_text(json.dumps(config | more))
     arguments = [copy, "--outtype", "f32", "--outfile", out / "theirs.gguf", SOURCE / "convert_hf_to_gguf.py"]
+    arguments.append("raw" if more else "read")  # by Transformers, which leaves older keys out
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300,
         env=os.environ | {"PYTHONPATH": f"{SOURCE}:{SOURCE / 'gguf-py'}"},
