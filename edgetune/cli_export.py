@@ -51,6 +51,8 @@ def export(
     from edgetune.artifact import Artifact
 
     source = Artifact.open(artifact)
+    if check is not None and out is not None:
+        raise UsageError("--check writes nothing; leave --out away, or --check")
     if check is not None:
         raise typer.Exit(0 if single.check(check, source, max_kl, console()) else 3)
     if out is None:

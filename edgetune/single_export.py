@@ -45,6 +45,8 @@ def export_config(
         raise UsageError(f"format {form!r} is not known; use {' or '.join(settings)}")
     if form != "gguf" and (weighed or gptq):
         raise UsageError(f"--rows, --imatrix and --gptq are for gguf; {form} takes its integers from a gptq artifact")
+    if adapters and form != "onnx":
+        raise UsageError(f"--adapters is for onnx; {form} adapters lie beside any file of their base")
     if weighed and type_ in UNWEIGHED:
         raise UsageError(f"type {type_} is rounded without an importance matrix; leave --rows and --imatrix out")
     return parse_as(Export, {form: settings[form]}, "export")
@@ -90,6 +92,8 @@ def _adapter(config: Export, adapter: Artifact, out: Path, graph: Path | None, c
     from edgetune.export import gguf_adapter
 
     assert config.gguf is not None, "an export has exactly one key"
+    if graph is not None:
+        raise UsageError("--graph is for --format onnx; a GGUF adapter needs none")
     if config.gguf.imatrix:
         raise UsageError("an adapter is written in float32; leave --rows, --imatrix and --gptq out")
     with reporting(console, "export") as progress:

@@ -163,8 +163,7 @@ def sliding(config: Config) -> list[bool]:
 
 
 def _write_phi3(writer: Any, config: Config) -> None:
-    found = rope(config)[2].get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-    writer.add_rope_scaling_orig_ctx_len(int(found or config["max_position_embeddings"]))
+    writer.add_rope_scaling_orig_ctx_len(trained_length(config))
     writer.add_sliding_window(int(config.get("sliding_window") or 0))  # llama.cpp applies none
 
 
@@ -320,12 +319,16 @@ def rope_tensors(config: Config) -> dict[str, NDArray[np.float32]]:
     return {"rope_freqs.weight": divisors.astype(np.float32)}
 
 
+def trained_length(config: Config) -> int:
+    """Give the context that a model was trained with before its rotation was scaled to a longer one."""
+    key = "original_max_position_embeddings"
+    return int(rope(config)[2].get(key) or config.get(key) or config["max_position_embeddings"])
+
+
 def longrope_factor(config: Config) -> float:
     """Give LongRoPE's factor on cosine and sine (arXiv:2402.13753)."""
-    scaling = rope(config)[2]
-    longest = int(config["max_position_embeddings"])
-    old = int(scaling.get("original_max_position_embeddings") or config["original_max_position_embeddings"])
-    factor = scaling.get("attention_factor")
+    longest, old = int(config["max_position_embeddings"]), trained_length(config)
+    factor = rope(config)[2].get("attention_factor")
     if factor is None:
         factor = math.sqrt(1 + math.log(longest / old) / math.log(old)) if longest > old else 1.0
     return float(factor)

@@ -81,6 +81,9 @@ def test_the_verb_chooses_codes_by_gptq(call: Call, tiny_model: Artifact, rows: 
     [
         (("--type", "Q8_0", "--rows", "{rows}"), "rounded without an importance matrix"),
         (("--format", "onnx", "--rows", "{rows}"), "are for gguf"),
+        (("--adapters",), "--adapters is for onnx"),
+        (("--graph", "{rows}"), "--graph is for an adapter"),
+        (("--check", "{rows}"), "--check writes nothing"),
         (("--rows", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--imatrix", "{rows}"), "is there already"),
         (("--rows", "{rows}", "--n-samples", "0"), "n_samples"),
