@@ -3,12 +3,13 @@
     python benchmarks/adapt.py                      # 30 steps of each
     python benchmarks/adapt.py --quick              # 5 steps of each
     python benchmarks/adapt.py --data DIR           # where snips/train.jsonl lies
+    python benchmarks/adapt.py --device cuda --out benchmarks/results/adapt_cuda.json
 
-SmolLM2-135M, r = 16 on all linear layers, 16 rows a step. Each side is a process of its own that waits for its turn, so
-steps are interleaved and drift hits both alike; the first step of each is warm-up and is not counted. TRL runs without
-gradient checkpointing, which is its faster way, and on token ids and labels that were rendered here. `speedup_vs_trl`
-is the ratio of the median seconds of a step, `loss_gap` the largest relative difference of the mean loss of any
-quarter of the run.
+SmolLM2-135M (or `--model`), r = 16 on all linear layers, 16 rows a step. Each side is a process of its own that waits
+for its turn, so steps are interleaved and drift hits both alike; the first step of each is warm-up and is not counted.
+TRL runs without gradient checkpointing, which is its faster way, and on token ids and labels that were rendered here.
+`speedup_vs_trl` is the ratio of the median seconds of a step, `loss_gap` the largest relative difference of the mean
+loss of any quarter of the run. On a GPU the peak is what torch's allocator held of it, on a CPU it is resident memory.
 """
 
 from __future__ import annotations
@@ -51,9 +52,12 @@ def rendered(base: Path, data: Path, n: int) -> list[Any]:
     return [render(row, tokenizer, stop) for row in read_rows(data / "snips" / "train.jsonl", limit=n)]
 
 
-def child(side: str, base: Path, data: Path, steps: int, dense: bool) -> None:
+def child(side: str, base: Path, data: Path, steps: int, dense: bool, device: str) -> None:
     """Be one side: train, one step for each line of standard input, and tell its seconds and loss."""
+    import torch
     from transformers import TrainerCallback
+
+    gpu = device.startswith("cuda")
 
     class Turns(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -61,6 +65,8 @@ def child(side: str, base: Path, data: Path, steps: int, dense: bool) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if gpu:
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - self.began
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -73,27 +79,28 @@ def child(side: str, base: Path, data: Path, steps: int, dense: bool) -> None:
     rows = rendered(base, data, ROWS * steps)
     config = Adapt(r=16, batch_size=ROWS, max_steps=steps, learning_rate=1e-3, keep_dense=dense, report_to=[])
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = (_ours if side == "ours" else _trl)(config, base, rows, Path(scratch))
+        trainer = (_ours if side == "ours" else _trl)(config, base, rows, Path(scratch), device)
         trainer.add_callback(Turns())
         trainer.train()
     sys.stdin.readline()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    told.write(json.dumps({"peak_mib": int(peak.split()[1]) / 1024}) + "\n")
+    peak_mib = torch.cuda.max_memory_reserved() / 2**20 if gpu else int(peak.split()[1]) / 1024
+    told.write(json.dumps({"peak_mib": peak_mib}) + "\n")
     told.flush()
 
 
-def _ours(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
+def _ours(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: str) -> Any:
     import torch
 
     from edgetune.adapt import methods, sft
     from edgetune.adapt.trainer import CompletionTrainer, Rows, Split, make_trainer
 
     torch.manual_seed(0)
-    model, head = sft.attach(config, base, "cpu")
+    model, head = sft.attach(config, base, device)
     mean_tokens = sum(len(row.ids) for row in rows) / len(rows)
     trainer = make_trainer(
         CompletionTrainer, config, model, head, Split(Rows(rows), Rows(rows[:1]), mean_tokens, []),
-        methods.make_optimizer(config, model), work=scratch, device="cpu", seed=0, progress=lambda *_: None,
+        methods.make_optimizer(config, model), work=scratch, device=device, seed=0, progress=lambda *_: None,
         log_folder=None,
     )  # fmt: skip
     trainer.args.train_sampling_strategy = "sequential"  # as the other side
@@ -106,7 +113,7 @@ def _ours(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
     return trainer
 
 
-def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
+def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: str) -> Any:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -119,13 +126,13 @@ def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
 
     torch.manual_seed(0)
     lora = LoraConfig(r=config.r, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_base(base, "cpu", four_bit=True), lora)
+    model = get_peft_model(load_base(base, device, four_bit=True), lora)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     arguments = SFTConfig(
         output_dir=str(scratch), per_device_train_batch_size=ROWS, max_steps=config.max_steps or 1,
         learning_rate=config.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=-(-(config.max_steps or 1) // 20), max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=False, bf16=has_fast_bfloat16("cpu"), use_cpu=True, logging_steps=1,
+        gradient_checkpointing=False, bf16=has_fast_bfloat16(device), use_cpu=device == "cpu", logging_steps=1,
         save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential", max_length=None,
         dataloader_pin_memory=False, seed=0,
     )  # fmt: skip
@@ -138,9 +145,12 @@ def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path) -> Any:
     return trainer
 
 
-def start(side: str, base: Path, data: Path, steps: int, dense: bool, log: IO[bytes]) -> subprocess.Popen[str]:
+def start(
+    side: str, base: Path, data: Path, steps: int, dense: bool, device: str, log: IO[bytes]
+) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--base", str(base)]
-    command += ["--data", str(data), "--steps", str(steps), *(["--keep-dense"] if dense else [])]
+    command += ["--data", str(data), "--steps", str(steps), "--device", device]
+    command += ["--keep-dense"] if dense else []
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
@@ -160,14 +170,14 @@ def ask(process: subprocess.Popen[str], side: str, log: Path) -> dict[str, float
     return found
 
 
-def benchmark(data: Path, store: Path, steps: int, dense: bool, out: Path) -> None:
+def benchmark(model: str, data: Path, store: Path, steps: int, dense: bool, device: str, out: Path) -> None:
     """Run both sides in turns, write every sample, and print the ratio."""
     from edgetune import sources
     from edgetune.runtime.machine import LoadMeter, describe
 
     if not (data / "snips" / "train.jsonl").is_file():
         sys.exit(f"{data / 'snips' / 'train.jsonl'} is not there; give its folder's parent with --data")
-    source = sources.find(BASE)
+    source = sources.find(model)
     base: Artifact = Store(store).once(source.identity, lambda place: sources.run(source, place))[0]
     told: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
@@ -176,13 +186,13 @@ def benchmark(data: Path, store: Path, steps: int, dense: bool, out: Path) -> No
         try:
             for side in SIDES:
                 with logs[side].open("wb") as log:
-                    processes[side] = start(side, base.path, data, steps, dense, log)
+                    processes[side] = start(side, base.path, data, steps, dense, device, log)
             meter = LoadMeter()
             for step in range(steps):
                 for side in SIDES if step % 2 == 0 else SIDES[::-1]:
                     told[side].append(ask(processes[side], side, logs[side]))
                     now = told[side][-1]
-                    print(f"step {step + 1} {side}: {now['seconds']:.2f} s, loss {now['loss']:.4f}", flush=True)
+                    print(f"step {step + 1} {side}: {now['seconds']:.3f} s, loss {now['loss']:.4f}", flush=True)
             load = meter.stop()
             peaks = {side: ask(processes[side], side, logs[side])["peak_mib"] for side in SIDES}
         finally:
@@ -195,7 +205,14 @@ def benchmark(data: Path, store: Path, steps: int, dense: bool, out: Path) -> No
         "machine": describe().model_dump(),
         "load": load.model_dump(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "settings": {"base": BASE, "rows": ROWS, "steps": steps, "warmup": WARMUP, "keep_dense": dense},
+        "settings": {
+            "base": model,
+            "rows": ROWS,
+            "steps": steps,
+            "warmup": WARMUP,
+            "keep_dense": dense,
+            "device": device,
+        },
         "steps": told,
         "step_s": seconds,
         "peak_mib": peaks,
@@ -206,8 +223,8 @@ def benchmark(data: Path, store: Path, steps: int, dense: bool, out: Path) -> No
     if load.busy:
         print(f"the machine was busy: others used {load.others_during:.0%} of it")
     print(
-        f"speedup_vs_trl={seconds['trl'] / seconds['ours']:.2f} loss_gap={gap:.4f} ours_s={seconds['ours']:.2f} "
-        f"trl_s={seconds['trl']:.2f} ours_peak_mib={peaks['ours']:.0f} trl_peak_mib={peaks['trl']:.0f}"
+        f"speedup_vs_trl={seconds['trl'] / seconds['ours']:.2f} loss_gap={gap:.4f} ours_s={seconds['ours']:.3f} "
+        f"trl_s={seconds['trl']:.3f} ours_peak_mib={peaks['ours']:.0f} trl_peak_mib={peaks['trl']:.0f}"
     )
 
 
@@ -227,14 +244,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=31, help="optimizer steps of each side, one of them warm-up")
     parser.add_argument("--quick", action="store_true", help="6 steps of each side")
     parser.add_argument("--keep-dense", action="store_true", help="ours keeps dequantized weights")
+    parser.add_argument("--model", default=BASE, help="base, as in a recipe")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(given.child, given.base, given.data, given.steps, given.keep_dense)
+        child(given.child, given.base, given.data, given.steps, given.keep_dense, given.device)
     else:
-        benchmark(given.data, given.store, 6 if given.quick else given.steps, given.keep_dense, given.out)
+        steps = 6 if given.quick else given.steps
+        benchmark(given.model, given.data, given.store, steps, given.keep_dense, given.device, given.out)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ class Pipeline:
         `called` names the stage where the subject has no name of its own.
         """
         generate_rows = self.recipe.data.generated_rows if generate else 0
+        job = self._on_device(job)
         made = measure.accuracy_identity(
             job, [p.identity for p in parents], self.rows, self.text_rows, generate_rows=generate_rows,
             reference=reference.identity if reference else None,
@@ -146,6 +147,7 @@ class Pipeline:
 
     def score_tasks(self, job: Job, artifact: Artifact) -> Artifact:
         """Score one subject on the recipe's tasks."""
+        job = self._on_device(job)
         return self.stages.run(
             f"{job.name}: tasks",
             measure.tasks_identity(job, [artifact.identity], self.task_works),
@@ -233,12 +235,18 @@ class Pipeline:
         )  # fmt: skip
         return replace(job, size_bytes=self.base.size_bytes + artifact.size_bytes)
 
+    def _on_device(self, job: Job) -> Job:
+        """Let torch score where it trained; times are taken where the recipe's `runtime` says."""
+        if job.engine != "torch" or "device" in job.settings or self.recipe.device == "cpu":
+            return job
+        return replace(job, settings=job.settings | {"device": self.recipe.device})
+
     def _hops_before(self, reference: Artifact) -> list[tuple[str, Accuracy]]:
         """Score what comes before the reference, in the dtype of training."""
         hops = []
         for hop, name, artifact in self.trained.before(self.recipe):
             parents = [self.base, artifact] if name == "adapter" else [artifact]
-            job = self._job(name, artifact, dtype=str(compute_dtype("cpu")).removeprefix("torch."))
+            job = self._job(name, artifact, dtype=str(compute_dtype(self.recipe.device)).removeprefix("torch."))
             found = self.score(job, parents, generate=False, reference=reference)
             hops.append((hop, measure.read_accuracy(found)))
         return hops

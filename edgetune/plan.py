@@ -62,7 +62,9 @@ def preflight(recipe: Recipe) -> Preflight:
         for logger in part.report_to if part is not None else ():
             if logger != "tensorboard":
                 require(logger)
-    check_device(recipe.device)
+    runtimes = (found.runtime for found in recipe.candidates.values())
+    for device in (recipe.device, *(r.torch.device for r in runtimes if r is not None and r.torch is not None)):
+        check_device(device or "cpu")
     return Preflight(source, config)
 
 

@@ -211,7 +211,9 @@ class Recipe(Closed):
     base: str = Field(description="pkg:NAME, org/model, ./folder or ./file.gguf")
     revision: str | None = Field(None, description="commit or tag of a hub model")
     seed: int = 0
-    device: str = Field("cpu", description="torch device that trains and quantizes: cpu, cuda, cuda:1")
+    device: str = Field(
+        "cpu", description="torch device that trains, quantizes and scores what torch runs: cpu, cuda, cuda:1"
+    )
     data: Data
     adapt: Adapt | None = Adapt()
     prefer: Prefer | None = Field(None, exclude_if=lambda value: value is None)

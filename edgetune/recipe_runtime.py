@@ -43,6 +43,7 @@ class Torch(Closed):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="float32 where absent")
     compiled: bool | None = Field(None, description="through torch.compile; false where absent")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1; cpu where absent")
 
 
 class Runtime(Closed):

@@ -21,7 +21,8 @@ from edgetune.recipe_training import LORA, Adapt
 
 GB, MIB = 1e9, 1 << 20
 NF4_BYTES = 0.5 + 0.015  # a weight: 4 bits, and its share of a double-quantized scale (arXiv:2305.14314)
-PROCESS = {"cpu": 1050 * MIB, "cuda": 600 * MIB}  # Python with all that training imports; a CUDA context
+# Python with all that training imports; a CUDA context (770 MiB on an H100) and what torch's allocator rounds up.
+PROCESS = {"cpu": 1050 * MIB, "cuda": 900 * MIB}
 SHORT = 256  # tokens of a row up to which attention is by plain products on a CPU: packed.SHORT
 FUSED = ("llama", "mistral", "qwen2")
 LOSS_BYTES = 14  # a logit on the way back: in float32, log-probability, two gradients; the allocator's holes
@@ -158,9 +159,12 @@ def _kept(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str,
     attended = s.n_heads * longest if by_products else s.Q
     if s.fused and config.method in ("qlora", "lora", "rslora") and not config.dropout:
         return float(tokens * b * (4 * s.C + 2 * s.Q + 2 * s.K + 3 * s.I + 7 * config.r + attended))
-    kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended) + 8 * s.C
-    if config.method == "dora":  # peft's layer, in 32 bits: each linear layer's input, and its outputs twice and more
-        kept += 4 * (5 * s.C + s.Q + s.I) + 9 * (s.Q + 2 * s.K + 2 * s.C + 2 * s.I)
+    kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended)
+    if b < 4:
+        kept += 8 * s.C  # what a norm casts
+    if config.method == "dora":  # peft's layer: each linear layer's input, and its outputs twice and more
+        inputs, outputs = 5 * s.C + s.Q + s.I, s.Q + 2 * s.K + 2 * s.C + 2 * s.I
+        kept += 2 * inputs + outputs if device.startswith("cuda") else 4 * inputs + 9 * outputs  # 16 bits, or 32
     return float(tokens * kept)
 
 

@@ -120,7 +120,7 @@ ENGINES: dict[str, str] = {
     "onnxruntime-genai": "edgetune.runtime.engines.genai_engine:GenaiEngine",
 }
 
-ON_GPU = ("tensorrt",)  # engines that run on an NVIDIA GPU; all others run on the processor
+ON_GPU = ("tensorrt",)  # engines that run on an NVIDIA GPU only
 
 # artifact kind -> engine that ships it
 ENGINE_OF_KIND: dict[str, str] = {

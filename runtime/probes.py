@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, UnsupportedError
 from edgetune.recipe import Bench
 from edgetune.runtime import roofline, sensors
-from edgetune.runtime.engine import ON_GPU
 from edgetune.runtime.evidence import (
     ColdStart,
     CpuState,
@@ -184,7 +183,7 @@ def _memory(job: Job, work: _Work) -> MemoryPhases:
 
 
 def _energy(job: Job, work: _Work) -> Energy:
-    n_tokens, on_gpu = len(work.ids) + len(work.fed), job.engine in ON_GPU
+    n_tokens, on_gpu = len(work.ids) + len(work.fed), job.on_gpu
     why = sensors.EnergyMeter().why_not
     if why is not None and not on_gpu:
         return Energy(joules=None, seconds=0.0, n_tokens=n_tokens, reason=why)
@@ -200,6 +199,8 @@ def _energy(job: Job, work: _Work) -> Energy:
 
 
 def _roofline(job: Job, timed: Latency, work: _Work, bandwidth: float) -> Roofline:
+    if job.on_gpu:
+        raise UnsupportedError("the bandwidth that was measured is the processor's; a GPU has no roofline here")
     with Worker(job) as worker:
         worker.load(n_ctx=work.n_ctx, timeout_s=work.timeout_s)
         told = worker.call("traffic", timeout_s=work.timeout_s)

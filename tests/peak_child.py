@@ -20,7 +20,13 @@ from edgetune.recipe_training import Adapt
 def main() -> None:
     """Read the command line, train, tell."""
     base, config = Artifact.open(Path(sys.argv[1])), Adapt.model_validate_json(sys.argv[2])
-    n_rows, n_tokens, n_labels = map(int, sys.argv[3:])
+    train(base, config, *map(int, sys.argv[3:]))
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    print(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024)
+
+
+def train(base: Artifact, config: Adapt, n_rows: int, n_tokens: int, n_labels: int, device: str = "cpu") -> None:
+    """Train on rows of random tokens, the last `n_labels` of which are learned."""
     golden, draw = Golden.read(base.path), random.Random(0)
     labels = tuple(place >= n_tokens - n_labels for place in range(n_tokens))
     rows = []
@@ -28,9 +34,7 @@ def main() -> None:
         ids = (*(draw.randrange(300, 500) for _ in range(n_tokens - 1)), golden.stop_ids[0])
         rows.append(Rendered(ids, labels, n_tokens - n_labels, "", line + 1))
     with tempfile.TemporaryDirectory() as scratch:
-        sft.run(config, base, Path(scratch) / "made", rows=rows, golden=golden)
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    print(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024)
+        sft.run(config, base, Path(scratch) / "made", rows=rows, golden=golden, device=device)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,12 @@ _KEEP, _USUAL_TRIM, _USUAL_MMAPS = 2**31 - 1, 128 * 1024, 65536
 
 
 def give_back() -> None:
-    """Give what is free back to the kernel. glibc only."""
+    """Give what is free back: to the kernel (glibc only), and a GPU's to what else runs on it."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+    torch = sys.modules.get("torch")  # a plan loads none
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def resident_bytes() -> int | None:

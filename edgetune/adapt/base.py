@@ -25,7 +25,8 @@ def load_base(folder: Path, device: str, *, four_bit: bool, dtype: torch.dtype |
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        device_map={"": torch.device(device)} if device != "cpu" else None,
+        # Without a map a 4-bit base goes to the first GPU that is there, whatever device was asked for.
+        device_map={"": torch.device(device)} if four_bit or device != "cpu" else None,
         quantization_config=nf4_config(dtype) if four_bit else None,
         local_files_only=True,
     )

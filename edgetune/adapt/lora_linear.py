@@ -94,6 +94,8 @@ class FusedLora(nn.Module):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         A, B = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[index, union-attr]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # or its product and its gradient differ in dtype
         y: Tensor = LoraProduct.apply(x.contiguous(), A, B, self.scaling[name], self)  # type: ignore[index, no-untyped-call]
         return y
 

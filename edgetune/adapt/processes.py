@@ -10,11 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact, Draft, Store, draft
 from edgetune.errors import RecipeError, UsageError
 from edgetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def count() -> int:
@@ -67,6 +70,20 @@ def join(device: str) -> None:
 def own_device(device: str) -> str:
     """Give the GPU of this process where the recipe says cuda."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if count() > 1 and device == "cuda" else device
+
+
+def hold_to(arguments: TrainingArguments, device: str) -> None:
+    """Keep a trainer of one process on its GPU: transformers takes the first one, and spreads a batch over all."""
+    import torch
+
+    place = torch.device(device)
+    if count() > 1 or place.type != "cuda":
+        return
+    assert arguments.device.type == "cuda", "it has looked for its devices"
+    if place.index is not None:
+        torch.cuda.set_device(place)
+    arguments.__dict__["_setup_devices"] = torch.device("cuda", torch.cuda.current_device())
+    arguments._n_gpu = 1
 
 
 def wait() -> None:

@@ -327,6 +327,7 @@ def make_trainer(
         seed=seed,
         log_level="error",
     )
+    processes.hold_to(arguments, device)
     callbacks: list[Any] = [
         CheckpointSeal(),
         ProgressReport(progress, tokens_per_step=data.mean_tokens * config.batch_size),

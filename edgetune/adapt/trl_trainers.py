@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from edgetune.adapt import processes
 from edgetune.adapt.rewards import Score, score_of
 from edgetune.backends import require
 from edgetune.data.render import Rendered
@@ -38,9 +39,9 @@ def make(
     build = {"kto": _kto, "orpo": _orpo, "grpo": _grpo}.get(config.method, _dpo)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that trl still uses
-        trainer = build(config, examples, settings, tokenizer)(
-            model=base, peft_config=lora, processing_class=tokenizer, callbacks=callbacks
-        )
+        ready = build(config, examples, settings, tokenizer)
+        processes.hold_to(ready.keywords["args"], str(base.device))
+        trainer = ready(model=base, peft_config=lora, processing_class=tokenizer, callbacks=callbacks)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # trl rounds it to bfloat16 on a 4-bit base, and loses small updates
             parameter.data = parameter.data.float()

@@ -116,6 +116,21 @@ def test_what_is_merged_gives_the_logits_of_the_adapter_on_its_base(
     np.testing.assert_allclose(together, apart, atol=0.15 * float(np.abs(apart - base).max()) + 0.02)  # 16 bits
 
 
+def test_our_layer_takes_32_bits_under_autocast(tiny_model: Artifact) -> None:
+    """As trl's ORPO gives it on a GPU: its norms are in 32 bits, its products in 16."""
+    model, _ = sft.attach(Adapt(method="lora", r=4, **SMALL), tiny_model.path, "cpu")
+    layer = next(module for module in model.modules() if isinstance(module, FusedLora))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)  # type: ignore[index, union-attr]
+    x, found = torch.randn(5, 64), []
+    for autocast in (False, True):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layer(own).float().square().sum().backward()
+        assert own.grad is not None
+        found.append(own.grad)
+    torch.testing.assert_close(found[1], found[0], atol=0.03 * float(found[0].abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_our_layers_give_pefts_loss_and_gradient_or_step_aside(
     tiny_model: Artifact, rows: list[Rendered], monkeypatch: pytest.MonkeyPatch, method: str

@@ -101,7 +101,7 @@ def test_gpus_are_read_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fakes_in_child")
 def test_an_engine_on_a_gpu_has_the_energy_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.runtime.probes.ON_GPU", ("gpu",))
+    monkeypatch.setattr("edgetune.runtime.worker.ON_GPU", ("gpu",))
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     bench = BENCH.model_copy(update={"probes": ["energy"]})
     found = measure([fake_job("here"), fake_job("there", engine="gpu")], bench, PROMPTS)
