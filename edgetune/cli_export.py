@@ -14,6 +14,7 @@ from edgetune.terminal import console, quiet
 
 @app.command()
 def export(
+    context: typer.Context,
     artifact: Annotated[Path, typer.Argument(help="folder of a model, gptq or adapter artifact")],
     out: Annotated[Path | None, typer.Option(help="folder to write; it must not exist", show_default=False)] = None,
     format: Annotated[str, typer.Option(help="gguf, onnx or tensorrt")] = "gguf",
@@ -51,16 +52,21 @@ def export(
     from edgetune.artifact import Artifact
 
     source = Artifact.open(artifact)
+    origins = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, origin in origins.items() if origin is not None and origin.name == "COMMANDLINE"}
+    weighed = rows is not None or imatrix is not None
     if check is not None and out is not None:
         raise UsageError("--check writes nothing; leave --out away, or --check")
     if check is not None:
+        single.refuse_unread(given, "--check")
         raise typer.Exit(0 if single.check(check, source, max_kl, console()) else 3)
     if out is None:
         raise UsageError("give --out, the folder to write, or --check, a file to look at")
     config = single.export_config(
         format, type, precision, builder, compute_capability, max_length,
-        adapters=adapters, weighed=rows is not None or imatrix is not None, gptq=gptq, n_samples=n_samples,
+        adapters=adapters, weighed=weighed, gptq=gptq, n_samples=n_samples,
         general_share=general_share,
     )  # fmt: skip
+    single.refuse_unread(given, single.way(format, source.manifest.kind, calibrated=weighed or gptq))
     weighing = single.Weighing(rows, imatrix, seed, device)
     typer.echo(single.export(config, source, out, weighing, graph, console()).path)

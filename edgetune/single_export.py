@@ -17,6 +17,18 @@ from edgetune.recipe_export import Calibration, Export, GgufExport
 from edgetune.runtime.engine import why_not_run
 from edgetune.single import base_of, calibration_rows, refuse_existing
 
+# Flags that each way of `export` reads, beside the artifact, --out and --format. Others that were given are refused.
+CALIBRATED = ("rows", "gptq", "imatrix", "general_share", "n_samples", "seed", "device")
+READ = {
+    "--check": ("check", "max_kl"),
+    "gguf, of an adapter": (),
+    "onnx, of an adapter": ("graph",),
+    "gguf": ("type", *CALIBRATED),
+    "gguf without --rows, --imatrix or --gptq": ("type",),
+    "onnx": ("precision", "builder", "adapters"),
+    "tensorrt": ("precision", "compute_capability", "max_length"),
+}
+
 
 @dataclass(frozen=True)
 class Weighing:
@@ -26,6 +38,20 @@ class Weighing:
     imatrix: Path | None
     seed: int
     device: str
+
+
+def way(form: str, kind: str, *, calibrated: bool) -> str:
+    """Name a way of exporting, as READ does."""
+    if kind == "adapter":
+        return f"{form}, of an adapter"
+    return form if calibrated or form != "gguf" else "gguf without --rows, --imatrix or --gptq"
+
+
+def refuse_unread(given: set[str], way: str) -> None:
+    """Raise UsageError where a flag was given that this way of exporting does not read."""
+    unread = sorted(given - {"artifact", "out", "format", *READ.get(way, given)})
+    if unread:
+        raise UsageError(f"--{unread[0].replace('_', '-')} is not read by {way}; leave it out")
 
 
 def export_config(
@@ -59,8 +85,6 @@ def export(
     refuse_existing(out)
     if source.manifest.kind == "adapter":
         return _adapter(config, source, out, graph, console)
-    if graph is not None:
-        raise UsageError(f"--graph is for an adapter, {source.path} is of kind {source.manifest.kind}")
     if config.gguf is not None:
         return _gguf(config.gguf, source, out, weighing, console)
     with reporting(console, "export") as progress:
@@ -92,10 +116,6 @@ def _adapter(config: Export, adapter: Artifact, out: Path, graph: Path | None, c
     from edgetune.export import gguf_adapter
 
     assert config.gguf is not None, "an export has exactly one key"
-    if graph is not None:
-        raise UsageError("--graph is for --format onnx; a GGUF adapter needs none")
-    if config.gguf.imatrix:
-        raise UsageError("an adapter is written in float32; leave --rows, --imatrix and --gptq out")
     with reporting(console, "export") as progress:
         made = gguf_adapter.run(adapter, base, out, progress=progress)
     run = run_commands(made, out)[0]

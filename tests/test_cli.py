@@ -226,6 +226,17 @@ def test_a_place_that_cannot_be_written(call: Call, tmp_path: Path) -> None:
             ("export", "{base}", "--out", "{out}", "--format", "tensorrt"),
             "precision int4 writes a checkpoint's integers",
         ),
+        (
+            ("export", "{base}", "--out", "{out}", "--seed", "3"),
+            "--seed is not read by gguf without --rows",
+        ),
+        (("export", "{base}", "--out", "{out}", "--graph", "g"), "--graph is not read by gguf"),
+        (("export", "{base}", "--out", "{out}", "--max-kl", "1"), "--max-kl is not read by gguf"),
+        (("export", "{base}", "--check", "{out}", "--type", "F16"), "--type is not read by --check; leave it out"),
+        (
+            ("export", "{base}", "--out", "{out}", "--format", "onnx", "--type", "F16"),
+            "--type is not read by onnx; leave it out",
+        ),
         (("export", "{base}", "--out", "{base}"), "is there already; choose another folder or remove it"),
         (("compress", "./nowhere", "--out", "{out}"), "base './nowhere': no such folder"),
     ],

@@ -88,7 +88,7 @@ def test_the_verb_finds_the_base_in_the_adapters_store(call: Call, tiny_model: A
     assert code == 0, err
     assert said.strip().endswith(str(tmp_path / "out"))
     code, _, err = call("export", str(adapter.path), "--out", str(tmp_path / "b"), "--rows", "rows.jsonl")
-    assert (code, "an adapter is written in float32" in err) == (2, True)
+    assert (code, "--rows is not read by gguf, of an adapter" in err) == (2, True)
     code, _, err = call(
         "export", str(adapter.path), "--out", str(tmp_path / "b"), "--format", "tensorrt", "--precision", "fp16"
     )

@@ -82,7 +82,7 @@ def test_the_verb_chooses_codes_by_gptq(call: Call, tiny_model: Artifact, rows: 
         (("--type", "Q8_0", "--rows", "{rows}"), "rounded without an importance matrix"),
         (("--format", "onnx", "--rows", "{rows}"), "are for gguf"),
         (("--adapters",), "--adapters is for onnx"),
-        (("--graph", "{rows}"), "--graph is for an adapter"),
+        (("--graph", "{rows}"), "--graph is not read by gguf"),
         (("--check", "{rows}"), "--check writes nothing"),
         (("--rows", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--imatrix", "{rows}"), "is there already"),
