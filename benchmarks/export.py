@@ -1,13 +1,14 @@
-"""Our GGUF Q4_K_M against llama.cpp's own, with its own importance matrix and without: bytes and KL to the float model.
+"""Our GGUF and ONNX files against those of llama.cpp and onnxruntime-genai: bytes and KL to the float model.
 
     python benchmarks/export.py            # 48 calibration rows, 16 measured ones
     python benchmarks/export.py --quick    # 8 and 4
+    python benchmarks/export.py --only onnx    # the other part of --out stays in it
 
 The model is SmolLM2 off the grid that its file came from (`folded.py`). Rows of 512 tokens: the first half of Python's
 language reference calibrates, of its second half the divergence is measured, in llama.cpp, from torch's float32.
 Stock: `llama-imatrix` and `llama-quantize` of the same llama.cpp (`peers.py`), on the float16 file of our writer.
 Ours: `type: Q4_K_M` as recipes name it, and the same with `gptq: true`. Ratios are those of the latter; all four files
-are read with the same threads. Nothing is timed.
+are read with the same threads; no GGUF file is timed. The ONNX part: `onnx_sides.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_sides
 import peers
 from folded import folded
 from numpy.typing import NDArray
@@ -38,8 +40,8 @@ from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.machine import describe
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
-TYPE, TOKENS = "Q4_K_M", 512
-PACKAGES = ("edgetune", "torch", "transformers", "gguf", "llama-cpp-python")
+TYPE, TOKENS, ROUNDS = "Q4_K_M", 512, 12
+PACKAGES = ("edgetune", "torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
 
 
 def make_rows(model: Path, n_calibration: int, n_measured: int) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
@@ -104,21 +106,19 @@ def divergence(
     return found
 
 
-def benchmark(n_calibration: int, n_measured: int, threads: int, out: Path) -> None:
-    """Make the four files, measure, write every row's figure."""
-    began, model = time.monotonic(), folded()
-    calibration, measured, text = make_rows(model.path, n_calibration, n_measured)
-    with tempfile.TemporaryDirectory(prefix="edgetune-export-") as temporary:
-        folder = Path(temporary)
-        plain = gguf.run(GgufExport(type="F16", imatrix=False), model, folder / "plain", moments=None).path / gguf.FILE
-        files = {
-            "stock": stock(plain, folder, None, threads),
-            "stock, imatrix": stock(plain, folder, text, threads),
-            "ours": ours(model, folder, calibration, gptq=False),
-            "ours, gptq": ours(model, folder, calibration, gptq=True),
-        }
-        sizes = {name: file.stat().st_size for name, file in files.items()}
-        rows = divergence(files, model, measured, threads)
+def compare_gguf(
+    model: Artifact, folder: Path, calibration: NDArray[np.int64], measured: NDArray[np.int64], text: str, threads: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Make the four files and measure them; give the totals, and every row's figure."""
+    plain = gguf.run(GgufExport(type="F16", imatrix=False), model, folder / "plain", moments=None).path / gguf.FILE
+    files = {
+        "stock": stock(plain, folder, None, threads),
+        "stock, imatrix": stock(plain, folder, text, threads),
+        "ours": ours(model, folder, calibration, gptq=False),
+        "ours, gptq": ours(model, folder, calibration, gptq=True),
+    }
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    rows = divergence(files, model, measured, threads)
     kl = {name: float(np.mean(found)) for name, found in rows.items()}
     for name in files:
         print(f"{name:<16} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
@@ -127,23 +127,39 @@ def benchmark(n_calibration: int, n_measured: int, threads: int, out: Path) -> N
         "gguf_kl_ratio_without": kl["ours, gptq"] / kl["stock"],
         "gguf_bytes_ratio": sizes["ours, gptq"] / sizes["stock, imatrix"],
     }
-    found = {
+    return totals, {"type": TYPE, "bytes": sizes, "kl": rows}
+
+
+def benchmark(n_calibration: int, n_measured: int, threads: int, only: str | None, out: Path) -> None:
+    """Measure both parts, or one, and write every row's figure."""
+    began, model = time.monotonic(), folded()
+    calibration, measured, text = make_rows(model.path, n_calibration, n_measured)
+    before = json.loads(out.read_bytes()) if only and out.is_file() else {"totals": {}}
+    totals, parts = before["totals"], {name: before[name] for name in ("gguf", "onnx") if name in before}
+    with tempfile.TemporaryDirectory(prefix="edgetune-export-") as temporary:
+        if only != "onnx":
+            found, parts["gguf"] = compare_gguf(model, Path(temporary), calibration, measured, text, threads)
+            totals |= found
+        if only != "gguf":
+            found, parts["onnx"] = onnx_sides.compare(
+                model, Path(temporary), calibration, measured, threads, ROUNDS if n_measured > 4 else 3
+            )
+            totals |= found
+    result = {
         "benchmark": "export",
         "totals": totals,
         "seconds": round(time.monotonic() - began, 1),
-        "type": TYPE,
         "calibration_rows": len(calibration),
         "tokens": TOKENS,
         "threads": threads,
         "model": {"folded copy, digest": model.digest},
-        "bytes": sizes,
-        "kl": rows,
+        **parts,
         "machine": describe().model_dump(mode="json"),
         "load_average": os.getloadavg(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(found, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")
     print(" ".join(f"{key}={value:.4f}" for key, value in totals.items()))
 
 
@@ -159,11 +175,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="calibration rows of 512 tokens")
     parser.add_argument("--measured", type=int, default=16, help="rows of 512 tokens that measure")
     parser.add_argument("--quick", action="store_true", help="8 calibration rows, 4 measured ones")
+    parser.add_argument("--only", choices=("gguf", "onnx"), help="one part")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     counts = (8, 4) if given.quick else (given.rows, given.measured)
-    benchmark(*counts, given.threads, given.out)
+    benchmark(*counts, given.threads, given.only, given.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
-from edgetune.recipe import Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_export import Calibration
 from edgetune.recipe_training import LORA, Adapt, Prefer
 from edgetune.training_memory import RECOMPUTING, Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
@@ -206,14 +206,14 @@ class Estimator:
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
-    def _step(self, method: Prune | Distill | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
+    def _step(self, method: Prune | Distill | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
             return self._distilling(method, after)
         if isinstance(method, Prune):
             once = self._calibrating(method.calibration, before, solves=False)
             return Cost(once.seconds + self._searching(method, before), once.memory_mib + 2 * before.bytes_16 / MIB)
-        if not isinstance(method, Gptq):
+        if isinstance(method, Rtn) and not isinstance(method, Gptq):
             return Cost(START_S, RUNTIME_MIB + 2 * before.bytes_16 / MIB)
         return self._calibrating(method.calibration, before, solves=True)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import distill, moments, quantize, teacher
+from edgetune.compress import distill, moments, quantize, scale, teacher
 from edgetune.compress.chain import so_far, step_names
 from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Candidate, CompressStep, Distill, Prune, Recipe
+from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Prune, Recipe
 from edgetune.recipe_export import Calibration, GgufExport
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
@@ -124,6 +124,9 @@ class Graph:
         if isinstance(method, Prune):
             assert digest is not None, "pruning is always calibrated"
             return pruning.planned_identity(method, source, digest)
+        if isinstance(method, Awq):
+            assert digest is not None, "scales are always calibrated"
+            return scale.planned_identity(method, source, digest)
         return quantize.planned_identity(method, source, digest)
 
     def said(self, config: Distill) -> str:

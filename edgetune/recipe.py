@@ -40,6 +40,15 @@ class Gptq(GptqOptions, Rtn):
     calibration: Calibration = Calibration()
 
 
+class Awq(Closed):
+    """Scale columns that meet large inputs, so that rounding costs less (AWQ, arXiv:2306.00978); the same function."""
+
+    bits: Literal[2, 3, 4, 8] = Field(4, description="grid it is scaled for: that of the rtn or gptq step after it")
+    group_size: int = Field(64, description="as that step's")
+    sym: bool = Field(True, description="as that step's")
+    calibration: Calibration = Calibration()
+
+
 class Prune(Closed):
     """Fewer blocks (ShortGPT, arXiv:2403.03853) and narrower ones (Minitron, arXiv:2407.14679), in plain shapes."""
 
@@ -89,6 +98,7 @@ class CompressStep(Closed):
 
     prune: Prune | None = None
     distill: Distill | None = None
+    awq: Awq | None = Field(None, exclude_if=lambda value: value is None)
     rtn: Rtn | None = None
     gptq: Gptq | None = None
 
@@ -97,8 +107,8 @@ class CompressStep(Closed):
         return exactly_one(self)
 
     @property
-    def method(self) -> Prune | Distill | Rtn | Gptq:
-        return self.prune or self.distill or self.gptq or self.rtn  # type: ignore[return-value]
+    def method(self) -> Prune | Distill | Awq | Rtn | Gptq:
+        return self.prune or self.distill or self.awq or self.gptq or self.rtn  # type: ignore[return-value]
 
     @property
     def key(self) -> str:
@@ -107,7 +117,7 @@ class CompressStep(Closed):
     @property
     def quantizer(self) -> Rtn | Gptq | None:
         """The method where it makes integers, which no other step can read."""
-        return None if isinstance(self.method, Prune | Distill) else self.method
+        return None if isinstance(self.method, Prune | Distill | Awq) else self.method
 
 
 class Candidate(Closed):
@@ -135,7 +145,14 @@ class Candidate(Closed):
 
     @model_validator(mode="after")
     def _order(self) -> Candidate:
-        """Integers come last, and a student is another model than its teacher."""
+        """Integers come last, right after their scales, and a student is another model than its teacher."""
+        for before, after in pairwise([*self.compress, None]):
+            if before is not None and before.awq is not None:
+                grid = after.quantizer if after is not None else None
+                wanted = {key: getattr(before.awq, key) for key in ("bits", "group_size", "sym")}
+                if grid is None or any(getattr(grid, key) != value for key, value in wanted.items()):
+                    said = ", ".join(f"{key}: {str(value).lower()}" for key, value in wanted.items())
+                    raise ValueError(f"awq scales for {said}; let an rtn or gptq step of that grid follow it")
         for before, step in pairwise(self.compress):
             if before.quantizer is not None:
                 advice = "leave one out" if step.quantizer is not None else f"put {step.key} before {before.key}"

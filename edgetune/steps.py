@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from edgetune import sources
 from edgetune.artifact import Artifact
-from edgetune.compress import distill, quantize, teacher
+from edgetune.compress import distill, quantize, scale, teacher
 from edgetune.compress.chain import step_names
 from edgetune.compress.prune import stage as pruning
 from edgetune.graph import STUDENT, TEACHER, Graph
-from edgetune.recipe import Candidate, CompressStep, Distill, Prune, Recipe
+from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Prune, Recipe
 from edgetune.stages import Stages
 from edgetune.trained import LOGS
 
@@ -49,6 +49,16 @@ class Steps:
                 identity,
                 lambda out, progress: pruning.run(
                     pruned, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress
+                ),
+            )
+        if isinstance(method, Awq):
+            assert rows is not None, "scales are always calibrated"
+            awq, inputs = method, rows
+            return self.stages.run(
+                label,
+                identity,
+                lambda out, progress: scale.run(
+                    awq, source, out, calibration=inputs, device=recipe.device, seed=recipe.seed, progress=progress
                 ),
             )
         quantizer = method

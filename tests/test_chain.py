@@ -123,7 +123,11 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
 ) -> None:
     sharing = {"compress": STUDENT["compress"][:2]}
     other = {"compress": [{"distill": {**DISTILL, "student": str(tiny_model.path)}}]}
-    candidates = {"student": {"compress": STUDENT["compress"]}, "sharing": sharing, "other": other}
+    grid = {"group_size": 32, "sym": False}
+    scaled = {"compress": [{"awq": {**grid, "calibration": CALIBRATION}}, {"rtn": grid}]}
+    candidates = {
+        "student": {"compress": STUDENT["compress"]}, "sharing": sharing, "other": other, "scaled": scaled,
+    }  # fmt: skip
     recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
     store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
     line = pipeline.Pipeline(recipe, plan.preflight(recipe), Stages(store, tmp_path / "run", said))
@@ -148,6 +152,7 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
     assert ran == [
         "base", *(f"student: {name}" for name in NAMES[:1]), "student: teacher's distributions",
         *(f"student: {name}" for name in NAMES[1:]), "other: student", "other: distill forward",
+        "scaled: awq", "scaled: rtn int4 g32",
     ]  # fmt: skip
     assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
 

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 from edgetune import sources
-from edgetune.compress import quantize
+from edgetune.compress import quantize, scale
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.prune import shapes
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import Candidate, CompressStep, Distill, Gptq, Prune
+from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune
 
 
 def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +23,8 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
         method = step.method
         if isinstance(method, Prune):
             shapes.check(method, config)
+        elif isinstance(method, Awq):
+            scale.check(method, config)
         elif not isinstance(method, Distill):
             quantize.check(method, config)
         found = planned_config(step, config, model_config)
@@ -62,6 +64,8 @@ def step_name(step: CompressStep) -> str:
         return " ".join(["prune", *(form.format(size) for form, size in sizes.items() if size is not None)])
     if isinstance(method, Distill):
         return f"distill {method.divergence}"
+    if isinstance(method, Awq):
+        return "awq"
     group = "row" if method.group_size == -1 else f"g{method.group_size}"
     return f"{'gptq' if isinstance(method, Gptq) else 'rtn'} int{method.bits} {group}{' sym' if method.sym else ''}"
 
