@@ -50,7 +50,7 @@ def check(path: Path, reference: Artifact, *, max_kl: float) -> list[Check]:
     texts = [c.text for c in golden.conversations] + [t.text for t in golden.texts]
     with tempfile.TemporaryDirectory() as scratch:
         if path.is_dir() and (path / "genai_config.json").is_file():
-            facts, tokenize, logits = _onnx(path, rows)
+            facts, tokenize, logits = _onnx(path, rows, composed=composes(reference.path))
         elif path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
             given = [normalize("NFC", text) for text in texts] if composes(reference.path) else texts
             facts, tokenize, logits = _gguf(path, dict(zip(texts, given, strict=True)), rows, Path(scratch))
@@ -102,11 +102,11 @@ def _gguf(path: Path, texts: dict[str, str], rows: list[list[int]], work: Path) 
     return facts, ids.__getitem__, (np.load(work / f"{index}.npy") for index in range(len(rows)))
 
 
-def _onnx(folder: Path, rows: list[list[int]]) -> Opened:
-    from edgetune.export.onnx import run_rows, runtime_facts
+def _onnx(folder: Path, rows: list[list[int]], *, composed: bool) -> Opened:
+    from edgetune.export.onnx import encoder, run_rows, runtime_facts
     from edgetune.runtime.engines.onnx_folder import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     facts = runtime_facts(folder, tokenizer)
     tokenizer.update_options(add_special_tokens="false")
-    return facts, lambda text: [int(token) for token in tokenizer.encode(text)], run_rows(folder, rows)
+    return facts, encoder(tokenizer, composed=composed), run_rows(folder, rows)

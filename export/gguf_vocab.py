@@ -12,6 +12,7 @@ from edgetune.errors import SourceError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "\u2581"  # stands for a blank in SentencePiece's pieces
+COMPOSED = "the tokenizer composes characters (NFC) in training, {} does not: give it composed text"
 _NO_MERGE = -1e4  # score of a piece that no merge gives
 
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -79,7 +80,7 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
             remarks.append(f"added token {entry['content']!r} strips its neighbours in training, not in llama.cpp")
     composed = composes(folder)
     if composed:
-        remarks.append("the tokenizer composes characters (NFC) in training, llama.cpp does not: give it composed text")
+        remarks.append(COMPOSED.format("llama.cpp"))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = {**model["vocab"], **{t["content"]: t["id"] for t in added}}
     stops = _stop_ids(folder)

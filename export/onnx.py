@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from edgetune.backends import require, version
 from edgetune.data.golden import FILE, Golden
 from edgetune.errors import ContractError, StageError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, check_contract
+from edgetune.export.gguf_vocab import COMPOSED, composes
 from edgetune.export.onnx_graph import (
     check_structure,
     head_of,
@@ -151,7 +153,9 @@ def run(config: OnnxExport, source: Artifact, out: Path, *, progress: Progress |
         tokenizer = load_tokenizer(pending.path)
         facts = runtime_facts(pending.path, tokenizer)
         tokenizer.update_options(add_special_tokens="false")
-        pending.notes["contract"] = check_contract(golden, facts, lambda text: [int(t) for t in tokenizer.encode(text)])
+        if composed := composes(source.path):
+            pending.fallbacks.append(COMPOSED.format("onnxruntime-genai"))
+        pending.notes["contract"] = check_contract(golden, facts, encoder(tokenizer, composed=composed))
         tell(3, 4, "logits")
         pending.notes["parity"] = _hold_logits(config, reference, graph, golden)
     return pending.artifact
@@ -183,6 +187,11 @@ def build(config: OnnxExport, source: Path, out: Path, work: Path) -> None:
     if code != 0 or not (out / GRAPH).is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
         raise StageError(f"the onnxruntime-genai builder failed on {source} (exit {code}): {lines[-1][:300]}")
+
+
+def encoder(tokenizer: Any, *, composed: bool) -> Callable[[str], list[int]]:
+    """Give what turns text into ids, `composed` where training composed it and this tokenizer does not."""
+    return lambda text: [int(token) for token in tokenizer.encode(normalize("NFC", text) if composed else text)]
 
 
 def runtime_facts(folder: Path, tokenizer: Any) -> RuntimeFacts:

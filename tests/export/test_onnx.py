@@ -43,6 +43,15 @@ def exported(kind: str, model: Artifact, factory: pytest.TempPathFactory) -> Art
     return _made[kind]
 
 
+def test_text_that_training_composed_is_composed_for_the_runtime() -> None:
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    assert onnx_export.encoder(Letters(), composed=True)("e\u0301") == [0xE9]
+    assert onnx_export.encoder(Letters(), composed=False)("e\u0301") == [0x65, 0x301]
+
+
 @pytest.fixture(scope="module")
 def make(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
     return lambda kind: exported(kind, tiny_model, tmp_path_factory)
