@@ -6,7 +6,7 @@ adds one needs no entry anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SUPPORTED
 from edgetune.errors import UnsupportedError
+from edgetune.export.gguf_families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,12 +61,18 @@ class Source:
         return "lm_head.weight" not in self.names
 
 
+def check_named(config: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise UnsupportedError for an architecture that is not among the known ones, naming the format that takes it."""
+    named = (config.get("architectures") or [None])[0]
+    if named not in (known := list(known)):
+        instead = "; gguf takes it" if named in FAMILIES else ""
+        raise UnsupportedError(f"{named or 'a model without architectures'} is not exported to ONNX; "
+                               f"supported: {', '.join(known)}{instead}")  # fmt: skip
+
+
 def check_decoder(config: Mapping[str, Any]) -> Sizes:
     """Read a config.json. Raises UnsupportedError for a decoder that our graph cannot stand for."""
-    named = (config.get("architectures") or [None])[0]
-    if named not in SUPPORTED.values():
-        raise UnsupportedError(f"{named or 'a model without architectures'} is not exported to ONNX; "
-                               f"supported: {', '.join(SUPPORTED.values())}")  # fmt: skip
+    check_named(config, SUPPORTED.values())
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(f"hidden_act={config['hidden_act']!r} is not exported to ONNX; silu is")
     rotation = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -25,6 +25,7 @@ from edgetune.backends import require, version
 from edgetune.data.golden import FILE, Golden
 from edgetune.errors import ContractError, StageError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, check_contract
+from edgetune.export.decoder_source import check_named
 from edgetune.export.gguf_vocab import COMPOSED, composes
 from edgetune.export.onnx_graph import (
     check_structure,
@@ -92,10 +93,7 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
 
 
 def _check_genai(config: OnnxExport, model_config: dict[str, Any]) -> None:
-    named = (model_config.get("architectures") or [None])[0]
-    if named not in ARCHITECTURES:
-        raise UnsupportedError(f"{named or 'a model without architectures'} is not exported to ONNX; "
-                               f"supported: {', '.join(ARCHITECTURES)}")  # fmt: skip
+    check_named(model_config, ARCHITECTURES)
     heads = int(model_config.get("num_attention_heads") or 1)
     head = int(model_config.get("head_dim") or int(model_config.get("hidden_size") or 0) // heads)
     if head % 16:
