@@ -121,18 +121,25 @@ def peak_bytes(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: in
     backward, gradients = _backward(config, shape, lengths.most(micro), device, b), 4.0 * _trained(config, shape)
     # What is kept goes as gradients come, but for those that earlier rows of the step left.
     working = max(backward + gradients if micro < config.batch_size else max(backward, gradients), watching)
-    kernels = 0.0
-    if b == 2 and not device.startswith("cuda"):
-        n_lengths = 1 + lengths.spread(micro) // LENGTH_STEP
-        kernels = LENGTH_BYTES * min(n_lengths, config.max_steps or n_lengths)
+    kernels = kernel_bytes(config, lengths, device, b)
     return PROCESS["cuda" if device.startswith("cuda") else "cpu"] + held + working + kernels
+
+
+def kernel_bytes(config: Adapt, lengths: Lengths, device: str, b: int) -> float:
+    """What oneDNN keeps for each length of a batch, in 16 bits on a CPU."""
+    if b != 2 or device.startswith("cuda") or config.method == "full":
+        return 0.0
+    n_lengths = 1 + lengths.spread(config.micro_batch_size or config.batch_size) // LENGTH_STEP
+    return float(LENGTH_BYTES * min(n_lengths, config.max_steps or n_lengths))
 
 
 def _held(config: Adapt, shape: Shape, b: int) -> float:
     """Weights, and of what is trained AdamW's moments."""
     trained = 12.0 * _trained(config, shape)
     if config.method == "full":
-        return trained
+        # A pull holds the base, what is off from it and its squares; ewc also the weight of each square.
+        pull = (16 if config.ewc else 0) or (8 if config.l2 else 0)
+        return trained + pull * shape.weights
     linear = (NF4_BYTES + (b if config.keep_dense else 0)) if config.four_bit else b
     return linear * shape.linear + b * shape.embeddings + trained
 

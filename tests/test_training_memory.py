@@ -74,6 +74,17 @@ def test_a_budget_chooses_the_way_and_keeps_the_batch(name: str) -> None:
         fitted(asked.model_copy(update={"memory_gb": 1.0}), shape, ROWS, "cuda", 2)
 
 
+def test_a_pull_on_all_weights_holds_the_base() -> None:
+    shape, plain = Shape.of(LLAMA["7B"]), Adapt(method="full")
+    found = [
+        peak_bytes(plain.model_copy(update=pull), shape, ROWS, "cuda", 2) for pull in ({}, {"l2": 0.1}, {"ewc": 1.0})
+    ]
+    assert (found[1] - found[0]) / shape.weights == pytest.approx(8)
+    assert (found[2] - found[0]) / shape.weights == pytest.approx(16)
+    lora = [peak_bytes(Adapt(method="lora", l2=l2), shape, ROWS, "cuda", 2) for l2 in (0.0, 0.1)]
+    assert lora[0] == lora[1]
+
+
 def test_the_longest_rows_make_the_largest_batch() -> None:
     lengths = Lengths.of([(10, 2), (90, 20), (30, 5)], shared=4)
     assert lengths.most(2) == (124, 25, 94)

@@ -147,9 +147,9 @@ def read_speed(file: Path, made: str) -> list[list[float]]:
 
 
 class KeptWithin(TrainerCallback):  # type: ignore[misc]
-    """Gives freed memory back where a step left the process with more than it was predicted to need.
+    """Gives freed memory back where a step left the process with more than `limit` bytes.
 
-    Batches differ in length, so that what one frees has holes which the next does not fit into. `limit` is in bytes.
+    Batches differ in length, so that what one frees has holes which the next does not fit into.
     """
 
     def __init__(self, limit: float) -> None:

@@ -97,8 +97,8 @@ def run(
             if config.memory_gb is not None:
                 at_once = min(training_memory.EVAL_ROWS, config.micro_batch_size or config.batch_size)
                 trainer.args.per_device_eval_batch_size = at_once
-            if (predicted := _predicted(config, source, rows, device)) is not None:
-                trainer.add_callback(KeptWithin(predicted))
+            if (usual := _usual_bytes(config, source, rows, device)) is not None:
+                trainer.add_callback(KeptWithin(usual))
             if config.unfreeze_steps is not None:
                 trainer.add_callback(GradualUnfreezing(model, config.unfreeze_steps))
             if log_folder is not None:
@@ -138,8 +138,8 @@ def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, Labelle
     return model, LabelledHead(methods.causal_of(model).get_output_embeddings())
 
 
-def _predicted(config: Adapt, source: Artifact, rows: Sequence[Rendered], device: str) -> float | None:
-    """Give the bytes that training is predicted to need on a CPU; None on a GPU, and for a family of unknown shape."""
+def _usual_bytes(config: Adapt, source: Artifact, rows: Sequence[Rendered], device: str) -> float | None:
+    """Give what a CPU training has resident before its lengths made kernels; None on a GPU and for unknown shapes."""
     if device.startswith("cuda"):
         return None
     try:
@@ -148,7 +148,8 @@ def _predicted(config: Adapt, source: Artifact, rows: Sequence[Rendered], device
         return None
     own = config.model_copy(update={"batch_size": config.batch_size // processes.count()})
     lengths, width = training_memory.lengths_of(rows), training_memory.number_bytes(device)
-    return training_memory.peak_bytes(own, shape, lengths, device, width)
+    predicted = training_memory.peak_bytes(own, shape, lengths, device, width)
+    return predicted - training_memory.kernel_bytes(own, lengths, device, width)
 
 
 def _pull(config: Adapt, model: nn.Module, guarded: Sequence[Sequence[int]], seed: int) -> Callable[[], Tensor] | None:
