@@ -139,7 +139,7 @@ def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, Labelle
 
 
 def _usual_bytes(config: Adapt, source: Artifact, rows: Sequence[Rendered], device: str) -> float | None:
-    """Give what a CPU training has resident before its lengths made kernels; None on a GPU and for unknown shapes."""
+    """Give what a CPU training has resident when half of its kernels are made; None on a GPU and for unknown shapes."""
     if device.startswith("cuda"):
         return None
     try:
@@ -149,7 +149,7 @@ def _usual_bytes(config: Adapt, source: Artifact, rows: Sequence[Rendered], devi
     own = config.model_copy(update={"batch_size": config.batch_size // processes.count()})
     lengths, width = training_memory.lengths_of(rows), training_memory.number_bytes(device)
     predicted = training_memory.peak_bytes(own, shape, lengths, device, width)
-    return predicted - training_memory.kernel_bytes(own, lengths, device, width)
+    return predicted - training_memory.kernel_bytes(own, lengths, device, width) / 2
 
 
 def _pull(config: Adapt, model: nn.Module, guarded: Sequence[Sequence[int]], seed: int) -> Callable[[], Tensor] | None:
