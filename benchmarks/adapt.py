@@ -6,10 +6,12 @@
     python benchmarks/adapt.py --device cuda --out benchmarks/results/adapt_cuda.json
 
 SmolLM2-135M (or `--model`), r = 16 on all linear layers, 16 rows a step. Each side is a process of its own that waits
-for its turn, so steps are interleaved and drift hits both alike; the first step of each is warm-up and is not counted.
-TRL runs without gradient checkpointing, which is its faster way, and on token ids and labels that were rendered here.
-`speedup_vs_trl` is the ratio of the median seconds of a step, `loss_gap` the largest relative difference of the mean
-loss of any quarter of the run. On a GPU the peak is what torch's allocator held of it, on a CPU it is resident memory.
+for its turn, so steps are interleaved and drift hits both alike; the first step of each is warm-up, not counted. Ours
+is the stage that `edgetune adapt` runs, its watching and its checkpoint after the last step included; only the order
+of the rows is given. TRL runs without gradient checkpointing, which is its faster way, and on token ids and labels
+that were rendered here. `speedup_vs_trl` is the ratio of the median seconds of a step, `loss_gap` the largest relative
+difference of the mean loss of any quarter of the run. On a GPU the peak is what torch's allocator held of it, on a CPU
+it is resident memory.
 """
 
 from __future__ import annotations
@@ -76,44 +78,38 @@ def child(side: str, base: Path, data: Path, steps: int, dense: bool, device: st
 
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with what is told
-    rows = rendered(base, data, ROWS * steps)
-    config = Adapt(r=16, batch_size=ROWS, max_steps=steps, learning_rate=1e-3, keep_dense=dense, report_to=[])
+    rows = rendered(base, data, ROWS * (steps + 1))  # one batch is set aside
+    config = Adapt(
+        r=16, batch_size=ROWS, max_steps=steps, eval_steps=steps, eval_rows=ROWS, learning_rate=1e-3, keep_dense=dense,
+        report_to=[],
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = (_ours if side == "ours" else _trl)(config, base, rows, Path(scratch), device)
-        trainer.add_callback(Turns())
-        trainer.train()
-    sys.stdin.readline()
+        (_ours if side == "ours" else _trl)(config, base, rows, Path(scratch), device, Turns())
+        sys.stdin.readline()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     peak_mib = torch.cuda.max_memory_reserved() / 2**20 if gpu else int(peak.split()[1]) / 1024
     told.write(json.dumps({"peak_mib": peak_mib}) + "\n")
     told.flush()
 
 
-def _ours(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: str) -> Any:
-    import torch
+def _ours(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: str, turns: Any) -> None:
+    from edgetune.adapt import sft
+    from edgetune.data.golden import Golden
 
-    from edgetune.adapt import methods, sft
-    from edgetune.adapt.trainer import CompletionTrainer, Rows, Split, make_trainer
+    make_trainer = sft.make_trainer
 
-    torch.manual_seed(0)
-    model, head = sft.attach(config, base, device)
-    mean_tokens = sum(len(row.ids) for row in rows) / len(rows)
-    trainer = make_trainer(
-        CompletionTrainer, config, model, head, Split(Rows(rows), Rows(rows[:1]), mean_tokens, []),
-        methods.make_optimizer(config, model), work=scratch, device=device, seed=0, progress=lambda *_: None,
-        log_folder=None,
-    )  # fmt: skip
-    trainer.args.train_sampling_strategy = "sequential"  # as the other side
-    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
-    trainer.args.load_best_model_at_end = False
-    trainer.args.logging_steps = trainer.state.logging_steps = 1
-    from transformers import EarlyStoppingCallback
+    def in_turns(*args: Any, **kwargs: Any) -> Any:
+        trainer = make_trainer(*args, **kwargs)
+        trainer.args.train_sampling_strategy = "sequential"  # as the other side
+        trainer.args.logging_steps = trainer.state.logging_steps = 1
+        trainer.add_callback(turns)
+        return trainer
 
-    trainer.remove_callback(EarlyStoppingCallback)
-    return trainer
+    sft.make_trainer = in_turns
+    sft.run(config, Artifact.open(base), scratch / "adapter", rows=rows, golden=Golden.read(base), device=device)
 
 
-def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: str) -> Any:
+def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: str, turns: Any) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -121,7 +117,7 @@ def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: 
     from trl import SFTConfig, SFTTrainer
 
     from edgetune.adapt.base import load_base
-    from edgetune.adapt.trainer import Rows
+    from edgetune.adapt.trainer import Split
     from edgetune.devices import has_fast_bfloat16
 
     torch.manual_seed(0)
@@ -136,13 +132,14 @@ def _trl(config: Adapt, base: Path, rows: Sequence[Any], scratch: Path, device: 
         save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential", max_length=None,
         dataloader_pin_memory=False, seed=0,
     )  # fmt: skip
-    own = Rows(rows)
+    own = Split.of(config, rows, 0).train
     dataset = Dataset.from_list([{key: own[i][key] for key in ("input_ids", "labels")} for i in range(len(own))])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # so that both learn in the same precision
-    return trainer
+    trainer.add_callback(turns)
+    trainer.train()
 
 
 def start(
@@ -200,6 +197,7 @@ def benchmark(model: str, data: Path, store: Path, steps: int, dense: bool, devi
                 process.kill()
                 process.wait()
     seconds = {side: statistics.median(one["seconds"] for one in told[side][WARMUP:]) for side in SIDES}
+    last = {side: told[side][-1]["loss"] for side in SIDES}
     gap = loss_gap([one["loss"] for one in told["ours"]], [one["loss"] for one in told["trl"]])
     found = {
         "machine": describe().model_dump(),
@@ -224,7 +222,8 @@ def benchmark(model: str, data: Path, store: Path, steps: int, dense: bool, devi
         print(f"the machine was busy: others used {load.others_during:.0%} of it")
     print(
         f"speedup_vs_trl={seconds['trl'] / seconds['ours']:.2f} loss_gap={gap:.4f} ours_s={seconds['ours']:.3f} "
-        f"trl_s={seconds['trl']:.3f} ours_peak_mib={peaks['ours']:.0f} trl_peak_mib={peaks['trl']:.0f}"
+        f"trl_s={seconds['trl']:.3f} ours_loss={last['ours']:.4f} trl_loss={last['trl']:.4f} "
+        f"ours_peak_mib={peaks['ours']:.0f} trl_peak_mib={peaks['trl']:.0f}"
     )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import distill, moments, quantize, scale, teacher
-from edgetune.compress.chain import so_far, step_names
-from edgetune.compress.prune import stage as pruning
+from edgetune.compress import distill, moments, teacher
+from edgetune.compress.chain import STAGES, so_far, step_names
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Prune, Recipe
+from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
 from edgetune.recipe_export import Calibration, GgufExport
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
@@ -121,13 +120,8 @@ class Graph:
             return distill.planned_identity(method, student, self.model, self.said(method), self.rows, self.recipe.seed)
         calibration = getattr(method, "calibration", None)
         digest = self.calibration(calibration).digest if calibration is not None else None
-        if isinstance(method, Prune):
-            assert digest is not None, "pruning is always calibrated"
-            return pruning.planned_identity(method, source, digest)
-        if isinstance(method, Awq):
-            assert digest is not None, "scales are always calibrated"
-            return scale.planned_identity(method, source, digest)
-        return quantize.planned_identity(method, source, digest)
+        planned: str = STAGES[type(method)].planned_identity(method, source, digest)
+        return planned
 
     def said(self, config: Distill) -> str:
         """Identity of what the adapted model says of the training rows."""
@@ -252,16 +246,12 @@ def why_not_run(candidate: Candidate) -> str | None:
 
 
 def scored_steps(candidate: Candidate) -> list[str]:
-    """Name the steps that are scored in torch on their way: those that make a model which is not what ships.
-
-    Integers are scored as what they are exported to.
-    """
-    names = [name for name, step in zip(step_names(candidate), candidate.compress, strict=True) if not step.quantizer]
-    ships = candidate.export is None and candidate.quantizer is None
-    return names[:-1] if ships else names
+    """Name the steps that are scored in torch on their way: those that make what is not itself what ships."""
+    return step_names(candidate)[: None if candidate.export is not None else -1]
 
 
 def last_hop(candidate: Candidate) -> str:
-    """Name the hop from the last scored step to what ships: "gptq int4 g32, onnx int4"."""
-    left = step_names(candidate)[len(scored_steps(candidate)) :]
-    return ", ".join([*left, *([export_name(candidate)] if candidate.export else [])]) or "16-bit"
+    """Name the hop from the last scored step to what ships: "onnx int4"."""
+    if candidate.export is not None:
+        return export_name(candidate)
+    return step_names(candidate)[-1] if candidate.compress else "16-bit"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from edgetune import sources
 from edgetune.artifact import Artifact
-from edgetune.compress import distill, quantize, scale, teacher
-from edgetune.compress.chain import step_names
-from edgetune.compress.prune import stage as pruning
+from edgetune.compress import distill, teacher
+from edgetune.compress.chain import STAGES, step_names
 from edgetune.graph import STUDENT, TEACHER, Graph
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Prune, Recipe
+from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
 from edgetune.stages import Stages
 from edgetune.trained import LOGS
 
@@ -39,34 +38,13 @@ class Steps:
         recipe, method = self.recipe, step.method
         if isinstance(method, Distill):
             return self._distill(name, label, method, source, identity)
-        config = getattr(method, "calibration", None)
-        rows = self.graph.calibration(config) if config is not None else None
-        if isinstance(method, Prune):
-            assert rows is not None, "pruning is always calibrated"
-            pruned, shown = method, rows
-            return self.stages.run(
-                label,
-                identity,
-                lambda out, progress: pruning.run(
-                    pruned, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress
-                ),
-            )
-        if isinstance(method, Awq):
-            assert rows is not None, "scales are always calibrated"
-            awq, inputs = method, rows
-            return self.stages.run(
-                label,
-                identity,
-                lambda out, progress: scale.run(
-                    awq, source, out, calibration=inputs, device=recipe.device, seed=recipe.seed, progress=progress
-                ),
-            )
-        quantizer = method
+        stage, calibration = STAGES[type(method)], getattr(method, "calibration", None)
+        shown = self.graph.calibration(calibration) if calibration is not None else None
         return self.stages.run(
             label,
             identity,
-            lambda out, progress: quantize.run(
-                quantizer, source, out, calibration=rows, device=recipe.device, seed=recipe.seed, progress=progress
+            lambda out, progress: stage.run(
+                method, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress
             ),
         )
 

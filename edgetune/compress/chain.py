@@ -9,8 +9,14 @@ from edgetune import sources
 from edgetune.compress import quantize, scale
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.prune import shapes
+from edgetune.compress.prune import stage as pruning
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune
+from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune, Rtn
+
+# The stage of each step that reads one model and, at most, calibration rows. Each module has
+# check(config, model_config), planned_identity(config, source, calibration's digest) and
+# run(config, source, out, *, calibration, device, seed, progress).
+STAGES: dict[type, Any] = {Prune: pruning, Awq: scale, Rtn: quantize, Gptq: quantize}
 
 
 def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
@@ -21,12 +27,8 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
     config = model_config
     for step in candidate.compress:
         method = step.method
-        if isinstance(method, Prune):
-            shapes.check(method, config)
-        elif isinstance(method, Awq):
-            scale.check(method, config)
-        elif not isinstance(method, Distill):
-            quantize.check(method, config)
+        if not isinstance(method, Distill):
+            STAGES[type(method)].check(method, config)
         found = planned_config(step, config, model_config)
         if isinstance(method, Distill):
             linear_shapes(found)
