@@ -1,6 +1,6 @@
 """DPO, IPO, KTO, ORPO and GRPO on the real model: what each does to a model that was fine-tuned shortly.
 
-    python benchmarks/preferences.py                    # 12 steps of each method, 100 held-out rows
+    python benchmarks/preferences.py                    # 24 steps of each method, 100 held-out rows
     python benchmarks/preferences.py --quick            # 2 steps, 8 held-out rows
     python benchmarks/preferences.py --data DIR         # where snips/{train,test}.jsonl lie
 
@@ -34,14 +34,14 @@ from edgetune.recipe_training import Prefer
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "preferences.json"
 TUNED = {"method": "qlora", "learning_rate": 1e-3, "batch_size": 16, "eval_rows": 16, "report_to": []}
-TUNED_STEPS, STEPS, BATCH, HELDOUT, ASKED = 40, 12, 8, 100, 120
+TUNED_STEPS, STEPS, BATCH, HELDOUT, ASKED = 40, 24, 8, 100, 120
 REWARDS = [{"exact_match": {"weight": 2.0}}, {"json_valid": {}}]
 CASES: dict[str, dict[str, Any]] = {
-    "dpo": {"learning_rate": 5e-5},
-    "ipo": {"learning_rate": 5e-5},
-    "kto": {"learning_rate": 5e-5},
+    "dpo": {"learning_rate": 5e-4},
+    "ipo": {"learning_rate": 5e-4},
+    "kto": {"learning_rate": 5e-4},
     "orpo": {"learning_rate": 1e-3, "beta": 0.5},
-    "grpo": {"learning_rate": 5e-5, "rewards": REWARDS, "generations": 4, "max_new_tokens": 96, "beta": 0.02},
+    "grpo": {"learning_rate": 5e-4, "rewards": REWARDS, "generations": 4, "max_new_tokens": 96, "beta": 0.02},
 }
 
 
