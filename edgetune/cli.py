@@ -11,13 +11,16 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.models import CommandInfo
 
 from edgetune import terminal
 from edgetune.errors import EdgetuneError, UsageError
+
+if TYPE_CHECKING:
+    from edgetune.recipe import Recipe
 
 app = typer.Typer(
     help="Adapt a language model, make it small, export it, and prove what was gained and lost.",
@@ -33,6 +36,7 @@ RunFolder = Annotated[Path | None, typer.Option("--out", help="folder for the re
 Out = Annotated[Path, typer.Option("--out", help="folder to write; it must not exist", show_default=False)]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="threads of the engine")]
 DEFAULT_STORE = Path("runs/.store")
+MAX_SEED = 2**32 - 1  # what numpy takes
 _USERS_FAULT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG)
 
 
@@ -79,59 +83,71 @@ def plan(
         Path | None, typer.Option(help="config.json of any model: the memory that its training takes, no recipe needed")
     ] = None,
     memory_gb: Annotated[float | None, typer.Option(min=0.1, help="with --shape: memory that it must fit into")] = None,
-    device: Annotated[str, typer.Option(help="with --shape: cuda or cpu")] = "cuda",
+    device: Annotated[str | None, typer.Option(help="with --shape: cuda or cpu; cuda if absent")] = None,
 ) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
+    from edgetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe) if recipe is not None else None
+    if shape is not None:
+        _plan_shape(shape, loaded, memory_gb, device or "cuda")
+        return
+    if loaded is None:
+        raise typer.BadParameter("give a recipe, or --shape with the config.json of a model")
+    for flag, given, key in (("--memory-gb", memory_gb, "adapt.memory_gb"), ("--device", device, "device")):
+        if given is not None:
+            raise UsageError(f"{flag} is read with --shape only; set {key} in {recipe}")
+    _plan_recipe(loaded, store)
+
+
+def _plan_recipe(recipe: Recipe, store: Path) -> None:
     terminal.quiet()
     from rich.table import Table
 
-    if shape is not None:
-        _plan_shape(shape, recipe, memory_gb, device)
-        return
-    if recipe is None:
-        raise typer.BadParameter("give a recipe, or --shape with the config.json of a model")
     from edgetune import workload
     from edgetune.artifact import Store
     from edgetune.estimate import spoken
     from edgetune.graph import why_not_run
     from edgetune.plan import plan as make_plan
     from edgetune.plan import rows_said
-    from edgetune.recipe import load_recipe
 
-    console, loaded = terminal.console(), load_recipe(recipe)
-    stages = make_plan(loaded, Store(store))
+    console, stages = terminal.console(), make_plan(recipe, Store(store))
     table = Table("Stage", "State", box=None, pad_edge=False)
     table.add_column("Time, about", justify="right")
     table.add_column("Memory, about", justify="right")
     for stage in stages:
         state = {True: "done", False: "to do", None: "later"}[stage.done]
-        time = "" if stage.done else spoken(stage.cost.seconds)
-        table.add_row(stage.name, state, time, f"{stage.cost.memory_mib / 1024:.1f} GiB")
-    left = [stage.cost for stage in stages if not stage.done]
-    console.print(workload.rows_line(loaded.data), highlight=False)
+        time, memory = "unknown", "unknown"
+        if stage.cost is not None:
+            time, memory = spoken(stage.cost.seconds), f"{stage.cost.memory_mib / 1024:.1f} GiB"
+        table.add_row(stage.name, state, "" if stage.done else time, memory)
+    console.print(workload.rows_line(recipe.data), highlight=False)
     console.print(table)
     for stage in stages:
         if stage.how is not None:
             console.print(f"{stage.name}: {stage.how}", highlight=False)
-    total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
-    for name, candidate in loaded.candidates.items():
+    for name, candidate in recipe.candidates.items():
         if (why := why_not_run(candidate)) is not None:
             console.print(f"{name}: will be built, not run: {why}")
-    console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
-    if (said := rows_said(loaded)) is not None:
+    left = [stage.cost for stage in stages if not stage.done and stage.cost is not None]
+    if left:
+        total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
+        console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
+    else:
+        console.print("time and memory are not known for this architecture")
+    if (said := rows_said(recipe)) is not None:
         console.print(f"accuracy: {said}")
 
 
-def _plan_shape(shape: Path, recipe: Path | None, memory_gb: float | None, device: str) -> None:
+def _plan_shape(shape: Path, recipe: Recipe | None, memory_gb: float | None, device: str) -> None:
+    terminal.quiet()
     from rich.table import Table
 
-    from edgetune.recipe import load_recipe
     from edgetune.shape_plan import read_shape, shape_plan
 
     table = Table("Method", "How", box=None, pad_edge=False)
     table.add_column("Memory, about", justify="right")
-    loaded = load_recipe(recipe) if recipe is not None else None
-    for way in shape_plan(read_shape(shape), loaded, memory_gb, device):
+    for way in shape_plan(read_shape(shape), recipe, memory_gb, device):
         memory = f"{way.peak_gb:.1f} GB" if way.peak_gb is not None else "does not fit"
         table.add_row(way.method, way.how, memory)
     terminal.console().print(table, highlight=False)
@@ -145,16 +161,17 @@ def run(
     measure_again: Annotated[bool, typer.Option("--measure-again", help="time again what was timed before")] = False,
 ) -> None:
     """Do everything: adapt, compress, export, measure, report. Finished stages are not repeated."""
+    from edgetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
     terminal.quiet()
     from edgetune import pipeline
     from edgetune.adapt import processes
     from edgetune.artifact import Store
-    from edgetune.recipe import load_recipe
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.verdict import exit_code
 
     processes.refuse("run")
-    loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
     console = terminal.console()
     report = pipeline.run(loaded, folder, Store(store), console, measure_again=measure_again)
@@ -166,15 +183,16 @@ def run(
 @app.command()
 def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAULT_STORE) -> None:
     """Fine-tune and merge only; prints the merged model's folder. Also under torchrun and accelerate launch."""
+    from edgetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
     terminal.quiet()
     from edgetune.adapt import processes
     from edgetune.artifact import Store
     from edgetune.pipeline import Pipeline
     from edgetune.plan import preflight
-    from edgetune.recipe import load_recipe
     from edgetune.stages import Stages
 
-    loaded = load_recipe(recipe)
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
     processes.check(loaded)
@@ -189,6 +207,7 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="base as in a recipe, or a model artifact's folder")],
     out: Out,
     method: Annotated[str, typer.Option(help="gptq or rtn")] = "gptq",
@@ -196,9 +215,9 @@ def compress(
     group_size: Annotated[int, typer.Option(help="columns that share a scale; -1 for the row")] = 64,
     sym: Annotated[bool, typer.Option(help="symmetric: no zero point")] = True,
     rows: Annotated[Path | None, typer.Option(help="JSONL with training rows to calibrate on (gptq)")] = None,
-    general_share: Annotated[float, typer.Option(help="share of general text in the calibration")] = 0.25,
-    n_samples: Annotated[int, typer.Option(help="calibration samples")] = 128,
-    seed: int = 0,
+    general_share: Annotated[float, typer.Option(help="with --rows: share of general text among them")] = 0.25,
+    n_samples: Annotated[int, typer.Option(help="calibration samples (gptq)")] = 128,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="with --rows: of their order")] = 0,
     device: str = "cpu",
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
@@ -206,12 +225,21 @@ def compress(
     terminal.quiet()
     from edgetune import single
     from edgetune.artifact import Store
+    from edgetune.devices import check_device
 
     config = single.compress_config(
         method, bits=bits, group_size=group_size, sym=sym, n_samples=n_samples, general_share=general_share
     )
+    single.refuse_unread_compress(given_flags(context), method)
+    check_device(device)
     source = single.open_model(model, Store(store), terminal.console())
     typer.echo(single.compress(config, source, out, rows, seed, device, terminal.console()).path)
+
+
+def given_flags(context: typer.Context) -> set[str]:
+    """Name the parameters of a verb that the command line gives."""
+    origins = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, origin in origins.items() if origin is not None and origin.name == "COMMANDLINE"}
 
 
 def _name(verb: CommandInfo) -> str:

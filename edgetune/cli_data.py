@@ -57,7 +57,7 @@ def check(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
-    raise typer.Exit(3 if found.over else 0)
+    raise typer.Exit(3 if found.over or found.uneven else 0)
 
 
 def _inputs(files: Sequence[Path], rows: Data | None, heldout: Path | None, form: Format) -> list[Input]:

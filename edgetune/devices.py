@@ -1,8 +1,18 @@
-"""What a device computes fast."""
+"""Which devices there are, and what each computes fast."""
 
 from __future__ import annotations
 
 import torch
+
+from edgetune.errors import RecipeError
+
+
+def check_device(device: str) -> None:
+    """Raise RecipeError where torch cannot compute on a device of that name."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device: torch cannot use {device!r} ({str(error).splitlines()[0]}); use cpu") from error
 
 
 def has_fast_bfloat16(device: str) -> bool:

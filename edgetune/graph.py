@@ -10,6 +10,7 @@ from edgetune.compress import distill, moments, teacher
 from edgetune.compress.chain import STAGES, so_far, step_names
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
+from edgetune.errors import DataError
 from edgetune.export.gguf_types import UNWEIGHED
 from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
 from edgetune.recipe_export import Calibration, GgufExport
@@ -176,13 +177,19 @@ class Graph:
 
     def _candidates(self) -> Iterator[tuple[str, str | None]]:
         for name, candidate in self.recipe.candidates.items():
-            for step, label, made in zip(candidate.compress, step_names(candidate), self.steps(candidate), strict=True):
-                if step.distill is not None:
-                    yield f"{name}: {STUDENT}", self.student(step.distill)
-                    yield f"{name}: {TEACHER}", self.said(step.distill)
-                yield f"{name}: {label}", made
-            yield f"{name}: {IMPORTANCE}", self.moments(candidate)
-            yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
+            try:
+                yield from self._candidate(name, candidate)
+            except DataError as error:
+                raise DataError(f"candidates.{name}: {error}") from error
+
+    def _candidate(self, name: str, candidate: Candidate) -> Iterator[tuple[str, str | None]]:
+        for step, label, made in zip(candidate.compress, step_names(candidate), self.steps(candidate), strict=True):
+            if step.distill is not None:
+                yield f"{name}: {STUDENT}", self.student(step.distill)
+                yield f"{name}: {TEACHER}", self.said(step.distill)
+            yield f"{name}: {label}", made
+        yield f"{name}: {IMPORTANCE}", self.moments(candidate)
+        yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -210,6 +217,12 @@ def stage_names(recipe: Recipe) -> list[str]:
             add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return names
+
+
+def learns_rows(recipe: Recipe) -> bool:
+    """Whether some stage trains on the training rows."""
+    steps = (step for candidate in recipe.candidates.values() for step in candidate.compress)
+    return recipe.adapt is not None or any(step.distill is not None for step in steps)
 
 
 def merges(config: Adapt) -> bool:

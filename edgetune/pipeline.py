@@ -16,7 +16,7 @@ from edgetune.compress import moments
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps, why_not_run
-from edgetune.plan import Preflight, preflight
+from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
 from edgetune.runtime.engine import TokenRow
@@ -56,6 +56,7 @@ class Pipeline:
         self.base = self.stages.run("base", made, lambda out, _: sources.run(self.ready.source, out))
         self.work = workload.load(self.recipe.data, self.base)
         self.graph = Graph(self.recipe, self.base.identity, self.work)
+        known_stages(self.graph)  # what it refuses would else end the run after training
         self.rows = [ScoredRow(row.ids, row.start, row.target_text) for row in self.work.heldout]
         self.text_rows = [TokenRow(ids, 1) for ids in self.work.text_rows()]
         self.task_works = load_tasks(self.recipe.tasks, self.base.path)

@@ -10,11 +10,13 @@ from edgetune import workload
 from edgetune.artifact import Store
 from edgetune.backends import require
 from edgetune.compress import chain
-from edgetune.data.checks import prompt_digest, refuse_leaks
+from edgetune.compress.architectures import SUPPORTED
+from edgetune.data.checks import prompt_digest, refuse_few, refuse_leaks
 from edgetune.data.task_rows import read_examples
-from edgetune.errors import EdgetuneError, RecipeError, UnsupportedError
+from edgetune.devices import check_device
+from edgetune.errors import EdgetuneError, UnsupportedError
 from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
-from edgetune.graph import Graph, stage_names
+from edgetune.graph import Graph, learns_rows, stage_names
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
@@ -34,7 +36,7 @@ class Preflight:
 
 def preflight(recipe: Recipe) -> Preflight:
     """Check data, base, candidates and packages before any work. Raises an error that names what is wrong."""
-    workload.check_files(recipe.data)
+    workload.check_files(recipe.data, trained=learns_rows(recipe))
     for task in recipe.tasks:
         check_task(task)
     source = find(recipe.base, recipe.revision)
@@ -48,6 +50,11 @@ def preflight(recipe: Recipe) -> Preflight:
         from edgetune.adapt import methods
 
         methods.check(recipe.adapt, config)
+        if recipe.adapt.memory_gb is not None and config.get("model_type") not in SUPPORTED:
+            named = ", ".join(config.get("architectures") or []) or config.get("model_type")
+            raise UnsupportedError(
+                f"adapt.memory_gb: what {named} takes is not known; set micro_batch_size and gradient_checkpointing"
+            )
     if recipe.prefer is not None:
         from edgetune.adapt import preference, rewards
 
@@ -66,6 +73,16 @@ def preflight(recipe: Recipe) -> Preflight:
     for device in (recipe.device, *(r.torch.device for r in runtimes if r is not None and r.torch is not None)):
         check_device(device or "cpu")
     return Preflight(source, config)
+
+
+def known_stages(graph: Graph) -> list[tuple[str, str]]:
+    """Give `graph.stages`, once what only token ids tell is refused: too few rows, too little general text.
+
+    Raises DataError.
+    """
+    if learns_rows(graph.recipe):
+        refuse_few(len(graph.work.train), graph.recipe.data.places, graph.work.n_too_long)
+    return list(graph.stages())
 
 
 def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
@@ -97,16 +114,6 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
             require(backend)
 
 
-def check_device(device: str) -> None:
-    """Raise RecipeError where torch has no such device."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device: torch cannot use {device!r} ({str(error).splitlines()[0]}); use cpu") from error
-
-
 def rows_said(recipe: Recipe) -> str | None:
     """Say whether the rows can show the loss that the accuracy budget allows; None where there is no such budget.
 
@@ -122,11 +129,14 @@ def rows_said(recipe: Recipe) -> str | None:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One line of the plan. `done` is None where an earlier stage must run before it can be known."""
+    """One line of the plan. `done` is None where an earlier stage must run before it can be known.
+
+    `cost` is None where the architecture is one that edgetune exports and knows no more of.
+    """
 
     name: str
     done: bool | None
-    cost: Cost
+    cost: Cost | None
     how: str | None = None  # what was chosen to fit a budget of memory
 
 
@@ -142,9 +152,11 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     else:
         work = workload.load(recipe.data, base)
         train, heldout = Counts.of(work.train), Counts.of(work.heldout)
-        stages = Graph(recipe, base.identity, work).stages()
+        stages = known_stages(Graph(recipe, base.identity, work))
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
+    if ready.model_config.get("model_type") not in SUPPORTED:
+        return [PlannedStage(name, done, None) for name, done in states]
     estimator = Estimator(recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks))
     adapt = recipe.adapt
     how = said(estimator.fitted(adapt)) if adapt is not None and adapt.memory_gb is not None else None

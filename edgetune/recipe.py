@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from edgetune.closed import Closed, Count, M, Share, exactly_one
+from edgetune.closed import Closed, Count, M, Seed, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
 from edgetune.recipe_export import Calibration, Export
@@ -20,6 +20,7 @@ from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer, Training
 
 NewTokens = Annotated[int, Field(ge=2)]
+SUBJECTS = ("reference", "base", "adapter", "adapted")  # what a run scores beside its candidates
 
 
 class Rtn(CheckpointOptions):
@@ -174,7 +175,7 @@ class Candidate(Closed):
 class Bench(Closed):
     """How latency is measured."""
 
-    prompt_tokens: list[Count] = [32, 256]
+    prompt_tokens: Annotated[list[Count], Field(min_length=1)] = [32, 256]
     new_tokens: NewTokens | Annotated[list[NewTokens], Field(min_length=1)] = 64
     threads: Count = 2
     repeats: Count = Field(10, description="measured generations of each case, candidates interleaved")
@@ -189,9 +190,9 @@ class Bench(Closed):
     sweep_rows: Annotated[list[Count], Field(min_length=1)] | None = Field(
         None, description="also decode so many rows at once, and say from how many on int4 is no faster than 16-bit"
     )
-    probes: list[Literal["cold_start", "memory", "energy", "frequency", "roofline"]] | None = Field(
-        None, description="what else is measured of each candidate"
-    )
+    probes: (
+        Annotated[list[Literal["cold_start", "memory", "energy", "frequency", "roofline"]], Field(min_length=1)] | None
+    ) = Field(None, description="what else is measured of each candidate")
 
     @property
     def output_lengths(self) -> list[int]:
@@ -227,7 +228,7 @@ class Recipe(Closed):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     base: str = Field(description="pkg:NAME, org/model, ./folder or ./file.gguf")
     revision: str | None = Field(None, description="commit or tag of a hub model")
-    seed: int = 0
+    seed: Seed = 0
     device: str = Field(
         "cpu", description="torch device that trains, quantizes and scores what torch runs: cpu, cuda, cuda:1"
     )
@@ -288,6 +289,8 @@ class Recipe(Closed):
         for name in candidates:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name in {".", ".."}:
                 raise ValueError(f"candidate name {name!r} may hold letters, digits, '-', '_' and '.' only")
+            if name in SUBJECTS:
+                raise ValueError(f"candidate name {name!r} is what a run calls its own {name}; choose another name")
         return candidates
 
 

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from edgetune.closed import Closed, Count, Positive, Share
+from edgetune.closed import Closed, Count, Positive, Seed, Share
 from edgetune.data.formats import Format
+
+Language = Annotated[str, Field(pattern="^[a-z]{2}$")]
 
 
 class TrainSource(Closed):
@@ -49,7 +51,7 @@ class Mix(Closed):
     )
     decay: Decay | None = Field(None, description="weights by date")
     balance: Balance | None = Field(None, description="weights by label")
-    seed: int = Field(0, description="seed of caps and draws")
+    seed: Seed = Field(0, description="seed of caps and draws")
 
 
 class Split(Closed):
@@ -57,11 +59,11 @@ class Split(Closed):
 
     share: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the rows that is held out, about")
     group: str | None = Field(None, description="key whose rows stay together; rows with one prompt do if absent")
-    seed: int = Field(0, description="seed of the choice of groups")
+    seed: Seed = Field(0, description="seed of the choice of groups")
 
 
 class DataCheck(Closed):
-    """What `edgetune data check` allows, as shares of the rows. What is null is counted and not judged."""
+    """What `edgetune data check` allows, mostly as shares of the rows. What is null is counted and not judged."""
 
     refused: Share | None = Field(0.0, description="rows that training could not read")
     without_loss: Share | None = Field(0.0, description="rows whose mask leaves nothing to learn")
@@ -73,6 +75,16 @@ class DataCheck(Closed):
     too_long: Share | None = Field(None, description="rows longer than max_length")
     trivial: Share | None = Field(None, description="answers without a word, placeholders, echoes of the question")
     personal: Share | None = Field(None, description="rows with what looks like an e-mail, phone, card or key")
+    languages: Annotated[list[Language], Field(min_length=1)] | None = Field(
+        None, description="languages that training rows may ask in, by ISO 639-1 code, such as en"
+    )
+    other_languages: Share = Field(
+        0.0, description="training rows that ask in another language; what is too short or unsure to tell is in none"
+    )
+    min_evenness: Share | None = Field(
+        None,
+        description="of each label: entropy of its values' shares over that of equal shares; 1 where all are equal",
+    )
     similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.8, description="Jaccard similarity of five-character shingles from which prompts are near"
     )
@@ -129,3 +141,8 @@ class Data(Closed):
     def sources(self) -> list[TrainSource]:
         """The training sources, one or several."""
         return [TrainSource(path=self.train)] if isinstance(self.train, str) else self.train
+
+    @property
+    def places(self) -> str:
+        """Where the training rows lie, for messages."""
+        return ", ".join(source.path for source in self.sources)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from edgetune.closed import Closed, Count, Share, exactly_one
+from edgetune.export.gguf_types import UNWEIGHED
 
 
 class Calibration(Closed):
@@ -17,7 +18,27 @@ class Calibration(Closed):
     general_share: Share = 0.25
 
 
-class GgufExport(Closed):
+class ExportFormat(Closed):
+    """One format. A key that it does not read may not be set, and is no part of the identity."""
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Keys that are not read, and by what."""
+        return {}
+
+    @model_validator(mode="after")
+    def _reads_what_is_set(self) -> Self:
+        for key, by in self.unread.items():
+            if key in self.model_fields_set and getattr(self, key) is not False:
+                raise ValueError(f"{key} is not read by {by}; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self.unread}
+
+
+class GgufExport(ExportFormat):
     """A GGUF file for llama.cpp."""
 
     type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"] = "Q4_K_M"
@@ -28,8 +49,16 @@ class GgufExport(Closed):
     )  # fmt: skip
     calibration: Calibration = Calibration()
 
+    @property
+    def unread(self) -> dict[str, str]:
+        if self.gptq:
+            return {}
+        if self.type in UNWEIGHED:
+            return dict.fromkeys(("imatrix", "calibration"), f"type {self.type}")
+        return {} if self.imatrix else {"calibration": "imatrix: false"}
 
-class OnnxExport(Closed):
+
+class OnnxExport(ExportFormat):
     """An ONNX folder for ONNX Runtime and onnxruntime-genai."""
 
     precision: Literal["fp32", "fp16", "int8", "int4"] = "int4"
@@ -42,6 +71,12 @@ class OnnxExport(Closed):
         False, exclude_if=lambda value: not value,
         description="builder own: each linear layer takes the factors of a LoRA adapter, in fp32 or fp16",
     )  # fmt: skip
+
+    @property
+    def unread(self) -> dict[str, str]:
+        if self.precision not in ("fp32", "fp16"):
+            return {}
+        return dict.fromkeys(("accuracy_level", "head_bits"), f"precision {self.precision}")
 
 
 class TensorrtExport(Closed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -12,27 +13,46 @@ from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import read_rows
 from edgetune.data.general import general_text
 from edgetune.data.golden import Golden
-from edgetune.data.render import render
 from edgetune.errors import UsageError
 from edgetune.progress import reporting
 from edgetune.recipe import CompressStep, Gptq, Rtn, parse_as
 from edgetune.recipe_export import Calibration
 
 QUANTIZERS = ("rtn", "gptq")  # what one step can do alone; pruning and distilling belong to a recipe
+COMPRESS_READS = ("model", "out", "method", "bits", "group_size", "sym", "device", "store")  # by every method
 
 
-def open_model(model: str, store: Store, console: Console) -> Artifact:
-    """Give a model artifact: the folder of one, or any base as a recipe names it, made into one."""
-    folder = Path(model)
-    if (folder / MANIFEST).is_file():
-        found = Artifact.open(folder)
-        if found.manifest.kind != "model":
-            raise UsageError(f"{folder} is of kind {found.manifest.kind!r}; compress takes a model")
-        return found
-    source = sources.find(model)
+def open_artifact(name: str, store: Store, console: Console) -> Artifact:
+    """Give an artifact: the folder of one, or any base as a recipe names it, made into a model."""
+    if (Path(name) / MANIFEST).is_file():
+        return Artifact.open(Path(name))
+    source = sources.find(name)
     with reporting(console, "base"):
         artifact, _ = store.once(source.identity, lambda out: sources.run(source, out))
     return artifact
+
+
+def open_model(model: str, store: Store, console: Console) -> Artifact:
+    """Give a model artifact as `open_artifact` does. Raises UsageError where it is of another kind."""
+    found = open_artifact(model, store, console)
+    if found.manifest.kind != "model":
+        raise UsageError(f"{model} is of kind {found.manifest.kind!r}; compress takes a model")
+    return found
+
+
+def refuse_unread(given: Collection[str], read: Collection[str], way: str) -> None:
+    """Raise UsageError where a flag was given that this way of working does not read."""
+    unread = sorted(set(given) - set(read))
+    if unread:
+        raise UsageError(f"--{unread[0].replace('_', '-')} is not read by {way}; leave it out")
+
+
+def refuse_unread_compress(given: Collection[str], method: str) -> None:
+    """Raise UsageError where a flag of `compress` was given that its method does not read."""
+    if method == "rtn":
+        refuse_unread(given, COMPRESS_READS, "rtn")
+    elif "rows" not in given:
+        refuse_unread(given, (*COMPRESS_READS, "n_samples"), "gptq without --rows")
 
 
 def compress_config(
@@ -117,7 +137,9 @@ def calibration_rows(source: Artifact, rows: Path | None, config: Calibration, s
 
     tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     stop = Golden.read(source.path).stop_ids
-    task = [render(row, tokenizer, stop).ids for row in read_rows(rows)] if rows is not None else [(0,)]
+    task: list[tuple[int, ...]] = [(0,)]
+    if rows is not None:
+        task = [workload.render_row(row, tokenizer, stop, rows).ids for row in read_rows(rows)]
     general = workload.token_ids(tokenizer, general_text(None, "calibrate"))
     return make_calibration(
         task, general, n_samples=config.n_samples, n_tokens=config.n_tokens, general_share=config.general_share,

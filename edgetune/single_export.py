@@ -17,13 +17,15 @@ from edgetune.recipe_export import Calibration, Export, GgufExport
 from edgetune.runtime.engine import why_not_run
 from edgetune.single import base_of, calibration_rows, refuse_existing
 
-# Flags that each way of `export` reads, beside the artifact, --out and --format. Others that were given are refused.
-CALIBRATED = ("rows", "gptq", "imatrix", "general_share", "n_samples", "seed", "device")
+# Flags that each way of `export` reads, beside those that all read. Others that were given are refused.
+CALIBRATED = ("gptq", "imatrix", "n_samples", "device")
+ALWAYS = ("artifact", "out", "format", "store")
 READ = {
     "--check": ("check", "max_kl"),
     "gguf, of an adapter": (),
     "onnx, of an adapter": ("graph",),
-    "gguf": ("type", *CALIBRATED),
+    "gguf": ("type", "rows", "general_share", "seed", *CALIBRATED),
+    "gguf without --rows": ("type", *CALIBRATED),
     "gguf without --rows, --imatrix or --gptq": ("type",),
     "onnx": ("precision", "builder", "adapters"),
     "tensorrt": ("precision", "compute_capability", "max_length"),
@@ -40,18 +42,13 @@ class Weighing:
     device: str
 
 
-def way(form: str, kind: str, *, calibrated: bool) -> str:
-    """Name a way of exporting, as READ does."""
+def way(form: str, kind: str, *, rows: bool, calibrated: bool) -> str:
+    """Name a way of exporting, as READ does; general text alone may calibrate, too."""
     if kind == "adapter":
         return f"{form}, of an adapter"
-    return form if calibrated or form != "gguf" else "gguf without --rows, --imatrix or --gptq"
-
-
-def refuse_unread(given: set[str], way: str) -> None:
-    """Raise UsageError where a flag was given that this way of exporting does not read."""
-    unread = sorted(given - {"artifact", "out", "format", *READ.get(way, given)})
-    if unread:
-        raise UsageError(f"--{unread[0].replace('_', '-')} is not read by {way}; leave it out")
+    if form != "gguf" or rows:
+        return form
+    return "gguf without --rows" if calibrated else "gguf without --rows, --imatrix or --gptq"
 
 
 def export_config(
@@ -60,10 +57,7 @@ def export_config(
 ) -> Export:  # fmt: skip
     """Check the flags of `export` as a recipe's keys are checked. Raises RecipeError, UsageError."""
     settings: dict[str, dict[str, object]] = {
-        "gguf": {
-            "type": type_, "imatrix": weighed or gptq, "gptq": gptq,
-            "calibration": {"n_samples": n_samples, "general_share": general_share},
-        },
+        "gguf": {"type": type_, "imatrix": weighed or gptq, "gptq": gptq},
         "onnx": {"precision": precision, "builder": builder, "adapters": adapters},
         "tensorrt": {"precision": precision, "compute_capability": compute_capability, "max_length": max_length},
     }  # fmt: skip
@@ -75,6 +69,8 @@ def export_config(
         raise UsageError(f"--adapters is for onnx; {form} adapters lie beside any file of their base")
     if weighed and type_ in UNWEIGHED:
         raise UsageError(f"type {type_} is rounded without an importance matrix; leave --rows and --imatrix out")
+    if weighed or gptq:
+        settings["gguf"]["calibration"] = {"n_samples": n_samples, "general_share": general_share}
     return parse_as(Export, {form: settings[form]}, "export")
 
 

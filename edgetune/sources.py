@@ -69,6 +69,16 @@ class Source:
 
 def find(base: str, revision: str | None = None) -> Source:
     """Find a base model. Raises SourceError with what was looked for and what to do."""
+    found = _find_here(base)
+    if found is None:
+        return _folder(_download(base, revision), base)
+    if revision is not None:
+        raise SourceError(f"base {base!r} is no hub model, revision {revision!r} is not read; leave revision out")
+    return found
+
+
+def _find_here(base: str) -> Source | None:
+    """Find a base on this machine; None where only the hub can have it."""
     if base.startswith("pkg:"):
         return _gguf(_package_file(base.removeprefix("pkg:")), base)
     path = Path(base).expanduser()
@@ -78,7 +88,7 @@ def find(base: str, revision: str | None = None) -> Source:
         return _folder(path, base)
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise SourceError(f"base {base!r}: no such folder; give a folder, a .gguf file, pkg:NAME or a hub id org/model")
-    return _folder(_download(base, revision), base)
+    return None
 
 
 def run(source: Source, out: Path) -> Artifact:
@@ -167,7 +177,12 @@ def _check_safetensors(files: list[Path]) -> None:
 
 def _download(base: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(
@@ -177,7 +192,7 @@ def _download(base: str, revision: str | None) -> Path:
                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"],
             )
         )
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise SourceError(f"base {base!r}: no such folder, and the hub did not give it ({_line(error)})") from error
 
 

@@ -69,9 +69,16 @@ class Workload:
         return stream[:n_tokens]
 
 
-def check_files(data: Data) -> None:
-    """Read the rows and refuse what can be refused before a model is there. Raises DataError."""
-    mixture.compose(data)
+def check_files(data: Data, *, trained: bool) -> None:
+    """Read the rows and refuse what can be refused before a model is there; `trained` where some stage learns them.
+
+    Raises DataError.
+    """
+    train = mixture.compose(data).train
+    if trained and all(entry.form != "text" for entry in train):  # a long text becomes several rows
+        checks.refuse_few(len(train), data.places)
+    if data.general is not None:
+        general_text(Path(data.general), "calibrate")
 
 
 def train_rows(data: Data) -> Iterator[Row]:
@@ -111,7 +118,7 @@ def load(data: Data, base: Artifact) -> Workload:
     general = Path(data.general) if data.general else None
     return Workload(
         train=train,
-        heldout=[_render(row, tokenizer, stop, path) for row, path in zip(composed.heldout, held, strict=True)],
+        heldout=[render_row(row, tokenizer, stop, path) for row, path in zip(composed.heldout, held, strict=True)],
         n_too_long=n_too_long,
         mixture=describe(data, composed, kept),
         golden=trained_golden(tokenizer, talks, stop),
@@ -175,7 +182,8 @@ def _windows(
         raise DataError(f"{path}: {error}") from error
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], path: Path) -> Rendered:
+def render_row(row: Row, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], path: Path) -> Rendered:
+    """Render one row of a file. Raises DataError naming file and line."""
     try:
         return render(row, tokenizer, stop)
     except DataError as error:

@@ -209,7 +209,7 @@ def _type(node: dict[str, Any]) -> str:
         node["type"], node["type"]
     )
     limits = [
-        f"{sign} {node[key]:g}"
+        f"{sign} {node[key]:.10g}"
         for key, sign in (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
         if key in node
     ]

@@ -85,6 +85,11 @@ def test_init_and_a_bad_recipe_load_nothing_heavy(tmp_path: Path) -> None:
     made = child("init", "r.yaml", folder=tmp_path)
     assert (made.returncode, "LOADED []" in made.stderr) == (0, True), made.stderr
     assert made.stdout == "wrote r.yaml; put your rows into it, then: edgetune plan r.yaml\n"
+    bad = recipe(tmp_path, sead=1)
+    for verb in ("plan", "run", "adapt"):
+        ended = child(verb, bad, folder=tmp_path)
+        assert (ended.returncode, "LOADED []" in ended.stderr) == (2, True), ended.stderr
+        assert "unknown key 'sead'" in ended.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -121,6 +126,51 @@ def test_yaml_that_is_broken_is_one_line(call: Call, tmp_path: Path) -> None:
     code, _, err = call("plan", str(tmp_path / "r.yaml"))
     assert code == 2
     assert "not valid YAML" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "key"), [("--memory-gb", "2", "adapt.memory_gb"), ("--device", "cpu", "device")]
+)
+def test_flags_of_a_shape_are_refused_with_a_recipe_alone(
+    call: Call, tmp_path: Path, flag: str, value: str, key: str
+) -> None:
+    path = recipe(tmp_path)
+    code, out, err = call("plan", path, flag, value)
+    assert (code, out) == (2, "")
+    assert one_line(err) == f"{flag} is read with --shape only; set {key} in {path}"
+
+
+@pytest.mark.parametrize("verb", ["compress", "export"])
+def test_a_negative_seed(call: Call, tiny_model: Any, tmp_path: Path, verb: str) -> None:
+    code, _, err = call(verb, str(tiny_model.path), "--out", str(tmp_path / "out"), "--seed", "-1")
+    assert code == 2
+    assert "Invalid value for '--seed': Input should be greater than or equal to 0" in err
+
+
+@pytest.mark.parametrize("verb", ["compress", "export"])
+def test_a_row_that_the_template_refuses(call: Call, tiny_model: Any, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "r.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", '
+                                      '"content": "ho"}], "tools": [{"name": "f"}]}\n')  # fmt: skip
+    code, _, err = call(verb, str(tiny_model.path), "--out", str(tmp_path / "out"), "--rows", str(tmp_path / "r.jsonl"))
+    assert code == 2
+    assert one_line(err).startswith(f"{tmp_path}/r.jsonl: line 1: the chat template does not show the row's tools")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_training_rows(call: Call, tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    rows = (tmp_path / "t.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "t.jsonl").write_text("".join(rows[:4]))
+    code, out, err = call("plan", path)
+    assert (code, out) == (2, "")
+    assert one_line(err) == f"{tmp_path}/t.jsonl: 4 training rows are too few; give at least 5"
+
+
+def test_general_text_that_is_not_there(call: Call, tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "t.jsonl"), "heldout": str(tmp_path / "h.jsonl"), "general": "none.jsonl"}
+    code, out, err = call("plan", recipe(tmp_path, data=data))
+    assert (code, out) == (2, "")
+    assert one_line(err).startswith("none.jsonl: cannot be read (No such file or directory)")
 
 
 def test_a_missing_data_file(call: Call, tmp_path: Path) -> None:
@@ -239,6 +289,30 @@ def test_a_place_that_cannot_be_written(call: Call, tmp_path: Path) -> None:
         ),
         (("export", "{base}", "--out", "{base}"), "is there already; choose another folder or remove it"),
         (("compress", "./nowhere", "--out", "{out}"), "base './nowhere': no such folder"),
+        (("export", "./nowhere", "--out", "{out}"), "base './nowhere': no such folder"),
+        (("compress", "{base}", "--out", "{out}", "--device", "foo"), "device: torch cannot use 'foo'"),
+        (("compress", "{base}", "--out", "{out}", "--device", "meta"), "device: torch cannot use 'meta'"),
+        (
+            ("export", "{base}", "--out", "{out}", "--gptq", "--device", "cuda:99"),
+            "device: torch cannot use 'cuda:99'",
+        ),
+        (
+            ("compress", "{base}", "--out", "{out}", "--method", "rtn", "--n-samples", "4"),
+            "--n-samples is not read by rtn; leave it out",
+        ),
+        (
+            ("compress", "{base}", "--out", "{out}", "--method", "rtn", "--rows", "r.jsonl"),
+            "--rows is not read by rtn; leave it out",
+        ),
+        (
+            ("compress", "{base}", "--out", "{out}", "--general-share", "0.5"),
+            "--general-share is not read by gptq without --rows; leave it out",
+        ),
+        (
+            ("export", "{base}", "--out", "{out}", "--gptq", "--general-share", "0.5"),
+            "--general-share is not read by gguf without --rows; leave it out",
+        ),
+        (("compress", "{base}", "--out", "{base}", "--method", "rtn"), "is there already; choose another folder"),
     ],
 )
 def test_flags_are_checked_as_a_recipes_keys_are(
@@ -254,7 +328,7 @@ def test_flags_are_checked_as_a_recipes_keys_are(
 def test_a_folder_that_is_no_artifact(call: Call, tmp_path: Path) -> None:
     code, _, err = call("export", str(tmp_path), "--out", str(tmp_path / "out"))
     assert code == 2
-    assert one_line(err).startswith(f"{tmp_path} is not an artifact: manifest.json cannot be read")
+    assert one_line(err).startswith(f"base '{tmp_path}': {tmp_path}/config.json cannot be read")
 
 
 def test_every_backend_has_a_probe() -> None:

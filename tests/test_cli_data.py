@@ -63,6 +63,31 @@ def test_a_recipe_sets_base_files_and_limits(
     assert "heldout.jsonl: 3 rows, held out, completion" in out
 
 
+@pytest.mark.parametrize(
+    ("limits", "code", "says"),
+    [
+        ({"min_evenness": 1}, 3, "evenness 0.469, at least 1 is wanted"),
+        ({"languages": ["fr"]}, 3, "Questions in a language other than fr"),
+        ({"languages": ["en"], "min_evenness": 0.3}, 0, "at least 0.3 is wanted"),
+        ({"languages": ["english"]}, 2, "data.check.languages.0: String should match pattern"),
+    ],
+)
+def test_labels_and_languages_over_a_limit(
+    call: Call, tmp_path: Path, tiny_model: Artifact, limits: dict[str, object], code: int, says: str
+) -> None:
+    texts = [f"Please switch the light number {i} in the kitchen on" for i in range(10)]
+    train = write(
+        tmp_path, *({"prompt": text, "completion": "no" if i == 3 else "yes"} for i, text in enumerate(texts))
+    )
+    train = train.rename(tmp_path / "train.jsonl")
+    heldout = write(tmp_path, {"prompt": "Is it on?", "completion": "no"})
+    raw = {"train": str(train), "heldout": str(heldout), "check": limits}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"name": "a", "base": str(tiny_model.path), "data": raw, "candidates": {"x": {}}}))
+    found, out, err = call("data", "check", "--recipe", str(recipe), "--store", str(tmp_path / "store"))
+    assert (found, says in out + err) == (code, True), out + err
+
+
 def test_faults_are_one_line(call: Call, files: tuple[Path, Path], tmp_path: Path) -> None:
     assert call("data", "check")[2] == "edgetune: data check: name files with training rows, or a --recipe\n"
     code, _, err = call("data", "check", str(files[0]), "--format", "sharegpt")

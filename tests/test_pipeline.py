@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from edgetune import pipeline, plan
+from edgetune import pipeline, plan, sources
 from edgetune.artifact import Artifact, Store
 from edgetune.errors import DataError, EdgetuneError, UnsupportedError
 from edgetune.recipe import Recipe, parse_recipe
@@ -176,6 +177,28 @@ def test_what_cannot_be_done_is_refused_before_training(
         run(make_recipe(tmp_path, tiny_model_wide.path, **changes), tmp_path)
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "says"),
+    [
+        ("general", {}, "candidates.int4: calibration wants 1 x 32 tokens of general text, "),
+        ("train", {}, "train.jsonl: 1 training rows are too few; give at least 5"),
+        ("train", {"max_length": 1}, "train.jsonl: every row is longer than max_length=1"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_what_only_token_ids_tell_is_refused_before_training(
+    tmp_path: Path, tiny_model_wide: Artifact, file: str, settings: dict[str, Any], says: str, verb: str
+) -> None:
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in {"train", "heldout", file}}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, data=places | settings)
+    Path(places[file]).write_text('{"text": "set the light"}\n')
+    store, base = Store(tmp_path / "store"), sources.find(recipe.base)
+    store.once(base.identity, lambda out: sources.run(base, out))
+    with pytest.raises(DataError, match=re.escape(says)):
+        run(recipe, tmp_path) if verb == "run" else plan.plan(recipe, store)
+    assert len([*(tmp_path / "store").glob("*/manifest.json")]) == 1  # the base
 
 
 def test_an_engine_for_another_machine_is_built_and_not_judged(tmp_path: Path, tiny_model_wide: Artifact) -> None:

@@ -153,6 +153,47 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "candidate named ..": (raw(candidates={"..": {}}), r"candidates: candidate name '\.\.' may hold"),
     "candidate with a space": (raw(candidates={"a b": {}}), r"candidate name 'a b' may hold"),
     "candidate without a name": (raw(candidates={"": {}}), r"candidate name '' may hold"),
+    **{
+        f"candidate named {name}": (
+            raw(candidates={name: {}}),
+            rf"candidates: candidate name '{name}' is what a run calls its own {name}; choose another name$",
+        )
+        for name in ("reference", "base", "adapter", "adapted")
+    },
+    "no prompt to time": (
+        raw(bench={"prompt_tokens": []}),
+        r"bench\.prompt_tokens: .*at least 1 item after validation, not 0 \(found \[\]\)$",
+    ),
+    "no probe": (raw(bench={"probes": []}), r"bench\.probes: .*at least 1 item"),
+    "a negative seed": (raw(seed=-1), r"seed: Input should be greater than or equal to 0 \(found -1\)$"),
+    "a seed beyond numpy's": (raw(seed=2**32), r"seed: Input should be less than 4294967296 \(found 4294967296\)$"),
+    "a negative seed of a mixture": (
+        raw(data={"train": "t", "heldout": "h", "mix": {"seed": -1}}),
+        r"data\.mix\.seed: Input should be greater than or equal to 0",
+    ),
+    "a negative seed of a split": (
+        raw(data={"train": "t", "split": {"seed": -1}}),
+        r"data\.split\.seed: Input should be greater than or equal to 0",
+    ),
+    "an importance matrix of Q8_0": (
+        raw(candidates={"a": {"export": {"gguf": {"type": "Q8_0", "imatrix": True}}}}),
+        r"candidates\.a\.export\.gguf: imatrix is not read by type Q8_0; remove it$",
+    ),
+    "calibration of a plain type": (
+        raw(candidates={"a": {"export": {"gguf": {"type": "F16", "calibration": {}}}}}),
+        r"gguf: calibration is not read by type F16; remove it$",
+    ),
+    "calibration for no importance matrix": (
+        raw(candidates={"a": {"export": {"gguf": {"imatrix": False, "calibration": {"n_samples": 4}}}}}),
+        r"gguf: calibration is not read by imatrix: false; remove it$",
+    ),
+    **{
+        f"{key} of a graph of floats": (
+            raw(candidates={"a": {"export": {"onnx": {"precision": precision, key: 4}}}}),
+            rf"candidates\.a\.export\.onnx: {key} is not read by precision {precision}; remove it$",
+        )
+        for key, precision in (("accuracy_level", "fp32"), ("head_bits", "fp16"))
+    },
     "name with a slash": (raw(name="../up"), r"name: String should match pattern .* \(found '\.\./up'\)$"),
     "a key that the method does not read": (
         raw(adapt={"method": "full", "r": 8}),
@@ -259,6 +300,11 @@ def test_every_recipe_of_ours_parses_and_names_no_machine(path: Path) -> None:
         assert (ROOT / file).is_file()
 
 
+def test_a_run_of_the_quickstart_serves_the_student() -> None:
+    quickstart, student = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("quickstart", "student"))
+    assert (student.data, student.adapt, student.base) == (quickstart.data, quickstart.adapt, quickstart.base)
+
+
 def test_there_are_recipes() -> None:
     assert ROOT / "recipes" / "quickstart.yaml" in RECIPES
 
@@ -321,6 +367,26 @@ def test_a_base_may_be_the_student_of_what_preference_training_made_of_it() -> N
     distill = recipe.candidates["a"].compress[0].distill
     assert distill is not None
     assert "best_by" not in distill.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("export", "unread"),
+    [
+        ({"gguf": {"type": "Q8_0"}}, {"imatrix", "calibration"}),
+        ({"gguf": {"type": "F16", "imatrix": False}}, {"imatrix", "calibration"}),
+        ({"gguf": {"imatrix": False}}, {"calibration"}),
+        ({"gguf": {"imatrix": False, "gptq": True, "calibration": {"n_samples": 4}}}, set()),
+        ({"gguf": {}}, set()),
+        ({"onnx": {"precision": "fp16"}}, {"accuracy_level", "head_bits"}),
+        ({"onnx": {"precision": "int8"}}, set()),
+    ],
+)
+def test_what_an_export_does_not_read_is_no_part_of_its_identity(export: dict[str, Any], unread: set[str]) -> None:
+    recipe = parse_recipe(raw(candidates={"a": {"export": export}}))
+    ((form, dumped),) = recipe.model_dump(exclude_none=True)["candidates"]["a"]["export"].items()
+    keys = {"gguf": {"imatrix", "calibration"}, "onnx": {"accuracy_level", "head_bits"}}[form]
+    assert keys - dumped.keys() == unread
+    parse_recipe(recipe.model_dump(mode="json"))
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:

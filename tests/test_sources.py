@@ -129,12 +129,19 @@ def test_an_untied_gguf_says_so(tmp_path: Path) -> None:
         ("word", r"base 'word': no such folder; give a folder"),
         ("a/b/c", r"base 'a/b/c': no such folder; give a folder"),
         ("nowhere.gguf", r"base 'nowhere\.gguf': no such file nowhere\.gguf"),
+        ("models/my model", r"base 'models/my model': no such folder, and the hub did not give it \(Repo id must"),
     ],
 )
 def test_what_is_not_there(base: str, says: str) -> None:
     with pytest.raises(SourceError, match=says) as caught:
         sources.find(base)
     assert "\n" not in str(caught.value)
+
+
+def test_a_revision_is_for_the_hub(folder: Path, gguf_file: Path) -> None:
+    for base in (str(folder), str(gguf_file)):
+        with pytest.raises(SourceError, match=r"is no hub model, revision 'v1' is not read; leave revision out$"):
+            sources.find(base, "v1")
 
 
 def test_a_package_with_one_gguf_file(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Refusals before the first step: leaks from held-out rows, rows without labels."""
+"""Refusals before the first step: leaks from held-out rows, too few rows, rows without labels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.errors import DataError
+
+FEWEST = 5  # training rows, one of which is set aside to watch training
 
 
 def prompt_digest(row: Row) -> bytes:
@@ -29,6 +31,13 @@ def refuse_leaks(
             f"{heldout_path} line {leaks[0][0]} is also {train_path} line {leaks[0][1]} ({len(leaks)} such rows); "
             "remove them from the training rows"
         )
+
+
+def refuse_few(n_rows: int, where: str, n_too_long: int = 0) -> None:
+    """Raise DataError where rows are too few to set one in five aside; `n_too_long` were left out before."""
+    if n_rows < FEWEST:
+        beside = f" ({n_too_long} more are longer than data.max_length)" if n_too_long else ""
+        raise DataError(f"{where}: {n_rows} training rows are too few{beside}; give at least {FEWEST}")
 
 
 def refuse_untaught(rows: Iterable[Rendered], stop_ids: Sequence[int], path: Path | None = None) -> None:

@@ -96,6 +96,30 @@ def test_limits_are_the_recipes(inputs: list[Input]) -> None:
     assert {finding.key for finding in report.findings} & {"too_long", "without_loss"} == set()
 
 
+def test_labels_and_languages_are_held_to_the_recipe(tmp_path: Path) -> None:
+    asked = [f"Please switch the light number {i} in the kitchen on" for i in range(9)]
+    rows = [{"prompt": text, "completion": "yes"} for text in asked]
+    rows += [{"prompt": "Wie wird morgen das Wetter in der Stadt?", "completion": "no"}]
+    inputs = [Input(write(tmp_path, *rows))]
+    report = examine(inputs, DataCheck(languages=["en"], min_evenness=0.9), 100, None)
+    (finding,) = report.over
+    assert (finding.title, finding.rows) == ("Questions in a language other than en", 1)
+    assert lines(report, "other_languages") == [10]
+    assert [labels.label for labels in report.uneven] == ["answer"]
+    page = render_page(report)
+    assert "Over its limit: Questions in a language other than en." in page
+    assert "Less even than its limit: label answer." in page
+    assert "evenness 0.469, at least 0.9 is wanted" in page
+    for fine in (
+        DataCheck(languages=["en", "de"], min_evenness=0.4),
+        DataCheck(languages=["en"], other_languages=0.1),
+        DataCheck(),
+    ):
+        report = examine(inputs, fine, 100, None)
+        assert (report.over, report.uneven) == ([], [])
+        assert "Nothing is over a limit." in render_page(report)
+
+
 def test_the_page_loads_nothing_and_hides_what_is_personal(inputs: list[Input], template: Template) -> None:
     rows = [{"prompt": "<script>alert(1)</script> is it on?", "completion": "on"}, *FAULTY]
     path = write(inputs[0].path.parent, *rows)

@@ -51,6 +51,7 @@ def test_llama_cpp_with_it_is_peft_with_it(tiny_model: Artifact, tmp_path: Path,
     assert made.manifest.notes["matrices"] == 2 * len(settings.get("target_modules", LINEAR))
     assert made.identity == planned_identity(adapter.identity, tiny_model.identity)
     assert f"--lora {tmp_path / 'out' / 'adapter.gguf'}" in run_commands(made, tmp_path / "out")[0]
+    assert "--lora 'my run/adapter.gguf' --jinja" in run_commands(made, Path("my run"))[0]
 
 
 def test_another_scale_is_refused(tiny_model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from edgetune.export.gguf_families import (
     written_shape,
 )
 from edgetune.recipe_export import GgufExport
-from tests.conftest import tiny_tokenizer
+from tests.conftest import Call, tiny_tokenizer
+from tests.test_pipeline import make_recipe
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -85,6 +86,41 @@ def make(out: Path, name: str, **changes: Any) -> Artifact:
 
 def export(source: Artifact, out: Path, kind: str = "F32") -> Artifact:
     return gguf.run(GgufExport(type=kind, imatrix=False), source, out, moments=None)
+
+
+def plain_folder(name: str, out: Path) -> Path:
+    """Write the model as Transformers does: a folder without a manifest."""
+    folder = make(out, name).path
+    for file in ("manifest.json", "golden.json"):
+        (folder / file).unlink()
+    return folder
+
+
+def test_export_takes_a_plain_folder(call: Call, tmp_path: Path) -> None:
+    folder, out, store = plain_folder("phi3", tmp_path / "phi"), tmp_path / "out", tmp_path / "store"
+    arguments = ("export", str(folder), "--out", str(out), "--type", "Q8_0", "--store", str(store))
+    code, said, err = call(*arguments)
+    assert (code, said.splitlines()[-1:]) == (0, [str(out)]), err
+    assert Artifact.open(out).manifest.kind == "gguf"
+
+
+def test_plan_takes_what_run_takes(call: Call, tmp_path: Path) -> None:
+    folder = plain_folder("phi3", tmp_path / "phi")
+    export = {"gguf": {"type": "Q8_0"}}
+    raw = json.loads(make_recipe(tmp_path, folder, candidates={"q8": {"export": export}}).model_dump_json())
+    (tmp_path / "r.yaml").write_text(json.dumps(raw))
+    code, said, err = call("plan", str(tmp_path / "r.yaml"), "--store", str(tmp_path / "store"))
+    assert (code, err) == (0, "")
+    assert said.count("unknown") == 2 * 9
+    assert "time and memory are not known for this architecture" in said
+    raw["adapt"] = {"memory_gb": 4}
+    (tmp_path / "r.yaml").write_text(json.dumps(raw))
+    code, _, err = call("run", str(tmp_path / "r.yaml"), "--store", str(tmp_path / "store"))
+    assert (code, err.startswith("edgetune: adapt.memory_gb: what Phi3ForCausalLM takes is not known; set")) == (
+        2,
+        True,
+    ), err
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,7 +15,7 @@ from edgetune.artifact import json_digest
 from edgetune.data.check import personal
 from edgetune.data.check.duplicates import NearIndex, normal
 from edgetune.data.check.findings import DataReport, Extremes, File, Finding, Labels, Lengths, Place
-from edgetune.data.check.texts import Languages, evenness, find_labels, is_trivial, repetition
+from edgetune.data.check.texts import UNTOLD, Languages, evenness, find_labels, is_trivial, repetition
 from edgetune.data.formats import Format, Row, detect, parse_row
 from edgetune.data.preference import parse_kto, parse_preference
 from edgetune.data.records import Record, read_records
@@ -117,7 +117,7 @@ def examine(inputs: Sequence[Input], config: DataCheck, max_length: int, templat
     trivial = [i for i in rows.train if i.row.text is None and is_trivial(i.question, i.row.answer)]
     judge.add("trivial", "Trivial answers", _places(trivial), len(rows.train))
     kinds = _personal([*rows.train, *rows.heldout], judge)
-    tell = Languages().tell
+    told = _languages(rows.train, config, judge)
     return DataReport(
         edgetune=__version__,
         base=template.base if template is not None else None,
@@ -126,8 +126,8 @@ def examine(inputs: Sequence[Input], config: DataCheck, max_length: int, templat
         files=rows.files,
         lengths=lengths,
         findings=judge.findings,
-        labels=_labels(rows.train),
-        languages=dict(Counter(tell(item.question) for item in rows.train).most_common()),
+        labels=_labels(rows.train, config.min_evenness),
+        languages=dict(told.most_common()),
         personal=dict(kinds.most_common()),
         extremes=_extremes(rows.train, longest[: len(rows.train)]),
     )
@@ -253,7 +253,19 @@ def _personal(items: Sequence[Item], judge: _Judge) -> Counter[str]:
     return kinds
 
 
-def _labels(items: Sequence[Item]) -> list[Labels]:
+def _languages(items: Sequence[Item], config: DataCheck, judge: _Judge) -> Counter[str]:
+    """Rows by language, and those in none that the recipe names; one that cannot be told is in no other."""
+    tell = Languages().tell
+    told = [tell(item.question) for item in items]
+    if config.languages is not None:
+        known = {*config.languages, *UNTOLD}
+        others = [item for item, language in zip(items, told, strict=True) if language not in known]
+        title = f"Questions in a language other than {', '.join(config.languages)}"
+        judge.add("other_languages", title, _places(others), len(items))
+    return Counter(told)
+
+
+def _labels(items: Sequence[Item], min_evenness: float | None) -> list[Labels]:
     counts = find_labels([item.row.answer for item in items if item.row.text is None] or [""])
     marked = Counter(item.label for item in items if item.label is not None)
     if marked:
@@ -263,7 +275,8 @@ def _labels(items: Sequence[Item]) -> list[Labels]:
         shown = Counter[str]()
         for name, n in values.items():
             shown[personal.mask(name)[0]] += n
-        found.append(Labels(label=key, counts=dict(shown.most_common()), evenness=evenness(values)))
+        counted = dict(shown.most_common())
+        found.append(Labels(label=key, counts=counted, evenness=evenness(values), limit=min_evenness))
     return found
 
 

@@ -70,6 +70,12 @@ class Labels(Shown):
     label: str  # what was taken for one: a key of the row or of its JSON answer, or "answer"
     counts: dict[str, int]  # most frequent first
     evenness: float
+    limit: float | None = None  # the recipe's min_evenness
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the labels are less even than the recipe allows."""
+        return self.limit is not None and self.evenness < self.limit
 
     @property
     def ratio(self) -> float:
@@ -104,3 +110,7 @@ class DataReport(Shown):
     @property
     def over(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.over]
+
+    @property
+    def uneven(self) -> list[Labels]:
+        return [labels for labels in self.labels if labels.uneven]

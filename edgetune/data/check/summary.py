@@ -37,8 +37,9 @@ def print_summary(report: DataReport, console: Console) -> None:
         names = list(labels.counts)
         console.print(
             f"Label {labels.label}: {len(names)} labels, {labels.counts[names[0]]} rows of {names[0]}, "
-            f"{labels.counts[names[-1]]} of {names[-1]}, evenness {labels.evenness:.3f}",
-            highlight=False, markup=False,
+            f"{labels.counts[names[-1]]} of {names[-1]}, evenness {labels.evenness:.3f}"
+            + (f", at least {labels.limit:g} is wanted" if labels.limit is not None else ""),
+            highlight=False, markup=False, style="red" if labels.uneven else None,
         )  # fmt: skip
     total = sum(report.languages.values())
     shares = [f"{name} {rows / total:.1%}" for name, rows in report.languages.items() if rows / total >= RARE]

@@ -31,6 +31,7 @@ PLACEHOLDERS = frozenset(
 )
 MIN_LANGUAGE = 20  # characters; shorter texts are counted as "short"
 MIN_CONFIDENCE = 0.8
+UNTOLD = ("short", "unsure")
 MAX_LABELS, ROWS_PER_LABEL = 500, 5  # more labels, or fewer rows of each, and it is no label
 
 
