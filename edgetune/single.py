@@ -29,9 +29,10 @@ def open_model(model: str, store: Store, console: Console) -> Artifact:
         if found.manifest.kind != "model":
             raise UsageError(f"{folder} is of kind {found.manifest.kind!r}; compress takes a model")
         return found
-    source = sources.find(model)
-    with reporting(console, "base"):
-        artifact, _ = store.once(source.identity, lambda out: sources.run(source, out))
+    with reporting(console, sources.DOWNLOAD) as progress:
+        source = sources.find(model, progress=progress)
+    with reporting(console, "base") as progress:
+        artifact, _ = store.once(source.identity, lambda out: sources.run(source, out, progress))
     return artifact
 
 
