@@ -6,7 +6,6 @@ folder that exists is whole. Manifests hold no time of day: the same inputs give
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from edgetune.errors import ArtifactError, DiskSpaceError
+from edgetune.errors import ArtifactError, DiskSpaceError, is_full_disk
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -190,13 +189,10 @@ def draft(
             )  # fmt: skip
             write_text(path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
             _settle(path, out, made)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
-            if error.errno == errno.ENOSPC:
+            if isinstance(error, Exception) and not isinstance(error, DiskSpaceError) and is_full_disk(error):
                 raise DiskSpaceError(f"no space left on the disk of {out.parent} while writing {out.name}") from error
-            raise
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
         pending._artifact = Artifact.open(out)

@@ -47,7 +47,7 @@ def bench(
     with reporting(console, "bench") as progress:
         results = measure(
             jobs, settings, make_prompts(stream, settings.prompt_tokens), fold=True,
-            progress=lambda done, total: progress(done, total, "rounds"),
+            progress=progress,
         )  # fmt: skip
     timings = Timings(
         edgetune=__version__, time=datetime.now(UTC).isoformat(timespec="seconds"), machine=describe(), results=results

@@ -191,14 +191,18 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     from edgetune.artifact import Store
     from edgetune.pipeline import Pipeline
     from edgetune.plan import preflight
+    from edgetune.progress import reporting
+    from edgetune.sources import DOWNLOAD
     from edgetune.stages import Stages
 
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
     processes.check(loaded)
-    ready = preflight(loaded)
+    console = terminal.console()
+    with reporting(console, DOWNLOAD) as progress:
+        ready = preflight(loaded, progress=progress)
     processes.join(loaded.device)
-    work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, terminal.console()))
+    work = Pipeline(loaded, ready, Stages(Store(store), out or Path("runs") / loaded.name, console))
     work.prepare()
     model = work.adapt()
     if processes.is_first():

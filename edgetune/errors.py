@@ -18,6 +18,15 @@ A message says what was asked, what was found and what to do, in one line.
 
 from __future__ import annotations
 
+import errno
+import re
+
+# What a full disk is called by those who raise no OSError with its number: safetensors and tokenizers; torch and
+# llama.cpp, which write through C++ streams; numpy.
+_FULL_DISK = re.compile(
+    r"no space left|disk quota exceeded|basic_ios::clear|unexpected pos \d+ vs|\d+ requested and \d+ written", re.I
+)
+
 
 class EdgetuneError(Exception):
     """Base of every error that edgetune raises on purpose."""
@@ -73,3 +82,17 @@ class DiskSpaceError(StageError):
 
 class EngineError(StageError):
     """An engine crashed, hung or gave a wrong answer."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Tell whether a full disk is what an error, or one that it came from, speaks of: by number or in words."""
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        if isinstance(found, DiskSpaceError) or _FULL_DISK.search(str(found)):
+            return True
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen.append(found)
+        found = found.__cause__ or found.__context__
+    return False

@@ -24,8 +24,10 @@ IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distri
 class Graph:
     """Planned identities of one recipe. The pipeline makes what they name, `plan` looks them up."""
 
-    def __init__(self, recipe: Recipe, base_identity: str, work: Workload) -> None:
+    def __init__(self, recipe: Recipe, base_identity: str, work: Workload, *, weights: bool = True) -> None:
+        """Without `weights` a student on a hub is not downloaded: nothing is found of what is made with it."""
         self.recipe = recipe
+        self._weights = weights
         self.base = base_identity
         self.work = work
         self._calibrations: dict[Calibration, CalibrationSet] = {}
@@ -137,7 +139,7 @@ class Graph:
     def student_source(self, name: str) -> Source:
         """Find a named student; its files are read once."""
         if name not in self._students:
-            self._students[name] = find(name)
+            self._students[name] = find(name, weights=self._weights)
         return self._students[name]
 
     def compressed(self, candidate: Candidate) -> str:

@@ -164,7 +164,7 @@ def latency(
             bench,
             timing.make_prompts(stream, bench.prompt_tokens),
             seed=seed,
-            progress=lambda done, total: progress(done, total, "rounds"),
+            progress=progress,
         )
         write_text(pending.path / "latency.json", Timed.dump_json(found, indent=1).decode() + "\n")
     return pending.artifact

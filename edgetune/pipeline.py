@@ -17,6 +17,7 @@ from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps, why_not_run
 from edgetune.plan import Preflight, known_stages, preflight
+from edgetune.progress import reporting
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.accuracy import ScoredRow, seam, summary
 from edgetune.runtime.engine import TokenRow
@@ -25,6 +26,7 @@ from edgetune.runtime.machine import describe
 from edgetune.runtime.report.write import write_report
 from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 from edgetune.runtime.worker import Job
+from edgetune.sources import DOWNLOAD
 from edgetune.stages import Stages
 from edgetune.steps import Steps
 from edgetune.task_work import load_tasks
@@ -38,7 +40,8 @@ def run(recipe: Recipe, folder: Path, store: Store, console: Console, *, measure
 
     `measure_again` times anew what was timed before; a timing on a busy machine or with a failure always is.
     """
-    ready = preflight(recipe)
+    with reporting(console, DOWNLOAD) as progress:
+        ready = preflight(recipe, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
     return Pipeline(recipe, ready, Stages(store, folder, console), measure_again=measure_again).run()
@@ -53,7 +56,8 @@ class Pipeline:
     def prepare(self) -> Artifact:
         """Make the base and everything that its tokenizer decides."""
         made = self.ready.source.identity
-        self.base = self.stages.run("base", made, lambda out, _: sources.run(self.ready.source, out))
+        source = self.ready.source
+        self.base = self.stages.run("base", made, lambda out, progress: sources.run(source, out, progress))
         self.work = workload.load(self.recipe.data, self.base)
         self.graph = Graph(self.recipe, self.base.identity, self.work)
         known_stages(self.graph)  # what it refuses would else end the run after training

@@ -17,6 +17,8 @@ from edgetune.devices import check_device
 from edgetune.errors import EdgetuneError, UnsupportedError
 from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
 from edgetune.graph import Graph, learns_rows, stage_names
+from edgetune.hub import is_hub_id
+from edgetune.progress import Report, silent
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
@@ -34,12 +36,15 @@ class Preflight:
     model_config: dict[str, Any]
 
 
-def preflight(recipe: Recipe) -> Preflight:
-    """Check data, base, candidates and packages before any work. Raises an error that names what is wrong."""
+def preflight(recipe: Recipe, *, weights: bool = True, progress: Report = silent) -> Preflight:
+    """Check data, base, candidates and packages before any work. Raises an error that names what is wrong.
+
+    A base on a hub is downloaded, which `progress` tells of; without `weights` only what says what it is.
+    """
     workload.check_files(recipe.data, trained=learns_rows(recipe))
     for task in recipe.tasks:
         check_task(task)
-    source = find(recipe.base, recipe.revision)
+    source = find(recipe.base, recipe.revision, weights=weights, progress=progress)
     config = source.model_config()
     for name, candidate in recipe.candidates.items():
         try:
@@ -65,6 +70,9 @@ def preflight(recipe: Recipe) -> Preflight:
         held = recipe.data.heldout or recipe.data.sources[0].path  # a split is taken out of the training rows
         refuse_leaks([(prompt_digest(row), row.line) for row in asked], heldout, Path(recipe.prefer.train), Path(held))
     distilled = [step.distill for candidate in recipe.candidates.values() for step in candidate.compress]
+    for student in {part.student for part in distilled if part is not None and part.student is not None}:
+        if is_hub_id(student):
+            find(student, weights=weights, progress=progress)  # now, while it is shown
     for part in (recipe.adapt, recipe.prefer, *distilled):
         for logger in part.report_to if part is not None else ():
             if logger != "tensorboard":
@@ -142,7 +150,7 @@ class PlannedStage:
 
 def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     """List what a recipe makes and measures, in order, which artifacts the store already has, and what each costs."""
-    ready = preflight(recipe)
+    ready = preflight(recipe, weights=False)
     base = store.get(ready.source.identity)
     if base is None:
         train = Counts.guess(workload.train_rows(recipe.data))
@@ -152,7 +160,7 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     else:
         work = workload.load(recipe.data, base)
         train, heldout = Counts.of(work.train), Counts.of(work.heldout)
-        stages = known_stages(Graph(recipe, base.identity, work))
+        stages = known_stages(Graph(recipe, base.identity, work, weights=False))
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
     if ready.model_config.get("model_type") not in SUPPORTED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,10 +14,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 # progress(done, total, label): called as often as the work likes
 Report = Callable[[int, int, str], None]
 PLAIN_EVERY_S = 10.0
+PACE_S = 120.0  # what a resumed stage only reads again goes by at once, and is out of sight after so long
 
 
 def silent(done: int, total: int, label: str) -> None:
     """Report nothing."""
+
+
+class Pace:
+    """How fast a stage goes, by what it reported lately; what was done before its first report is no work of now."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()  # when, and what was done by then
+
+    def seconds_left(self, done: int, total: int, now: float) -> float | None:
+        """Take a report in and give the seconds left; None before a second one shows a pace."""
+        if self._seen and done < self._seen[-1][1]:  # the stage begins something else
+            self._seen.clear()
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[0][0] > PACE_S:
+            self._seen.popleft()
+        began, first = self._seen[0]
+        return (now - began) / (done - first) * (total - done) if done > first else None
 
 
 @contextmanager
@@ -26,19 +45,21 @@ def reporting(console: Console, name: str) -> Iterator[Report]:
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task(name, total=None)
+            # the bar takes its pace from the second update on, as `Pace` does
             yield lambda done, total, label: bar.update(
                 task, completed=done, total=total, description=escape(f"{name} {label}".strip())
             )
         return
-    began = said = time.monotonic()
+    said, pace = time.monotonic(), Pace()
 
     def line(done: int, total: int, label: str) -> None:
         nonlocal said
         now = time.monotonic()
-        if done and (now - said >= PLAIN_EVERY_S):
+        left = pace.seconds_left(done, total, now)
+        if now - said >= PLAIN_EVERY_S:
             said = now
-            left = (now - began) / done * (total - done)
-            said_now = " ".join(f"{name} {label} {done}/{total}, {left:.0f} s left".split())
-            console.print(f"  {said_now}", highlight=False, markup=False)
+            time_left = f", {left:.0f} s left" if left is not None else ""
+            console.print("  " + " ".join(f"{name} {label} {done}/{total}{time_left}".split()), highlight=False,
+                          markup=False)  # fmt: skip
 
     yield line

@@ -26,9 +26,10 @@ def open_artifact(name: str, store: Store, console: Console) -> Artifact:
     """Give an artifact: the folder of one, or any base as a recipe names it, made into a model."""
     if (Path(name) / MANIFEST).is_file():
         return Artifact.open(Path(name))
-    source = sources.find(name)
-    with reporting(console, "base"):
-        artifact, _ = store.once(source.identity, lambda out: sources.run(source, out))
+    with reporting(console, sources.DOWNLOAD) as progress:
+        source = sources.find(name, progress=progress)
+    with reporting(console, "base") as progress:
+        artifact, _ = store.once(source.identity, lambda out: sources.run(source, out, progress))
     return artifact
 
 

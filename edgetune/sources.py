@@ -7,20 +7,25 @@ golden conversations. Pickle weights and remote code are refused.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgetune.artifact import Artifact, draft, file_digest, identity, json_digest
+from edgetune import hub
+from edgetune.artifact import Artifact, draft, file_digest, identity, json_digest, require_space
 from edgetune.errors import SourceError
 from edgetune.gguf_header import GgufHeader, read_header
+from edgetune.progress import Report, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STAGE = "source/1"
+DOWNLOAD = "download"  # what it is called where progress is shown
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
@@ -66,12 +71,29 @@ class Source:
             return config
         return gguf_config(read_header(self.path), self.path)
 
+    def n_parameters(self) -> int:
+        """Count the numbers of all weights, which are not read for it."""
+        from safetensors import safe_open
 
-def find(base: str, revision: str | None = None) -> Source:
-    """Find a base model. Raises SourceError with what was looked for and what to do."""
+        if self.form == "gguf":
+            return sum(math.prod(tensor.shape) for tensor in read_header(self.path).tensors)
+        total = 0
+        for file in self.path.glob("*.safetensors"):
+            with safe_open(file, framework="numpy") as reader:
+                total += sum(math.prod(reader.get_slice(name).get_shape()) for name in reader.keys())  # noqa: SIM118
+        return total
+
+
+def find(base: str, revision: str | None = None, *, weights: bool = True, progress: Report = silent) -> Source:
+    """Find a base model. Raises SourceError with what was looked for and what to do.
+
+    One on a hub is downloaded, which `progress` tells of. Without `weights` they stay there: the source says what the
+    model is, and its identity is that of no artifact unless the hub's cache has them all.
+    """
     found = _find_here(base)
     if found is None:
-        return _folder(_download(base, revision), base)
+        downloaded = hub.download(base, revision, weights=weights, progress=progress)
+        return _folder(downloaded.folder, base, downloaded.names)
     if revision is not None:
         raise SourceError(f"base {base!r} is no hub model, revision {revision!r} is not read; leave revision out")
     return found
@@ -86,23 +108,30 @@ def _find_here(base: str) -> Source | None:
         return _gguf(path, base)
     if path.is_dir():
         return _folder(path, base)
-    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+    if not hub.is_hub_id(base):
         raise SourceError(f"base {base!r}: no such folder; give a folder, a .gguf file, pkg:NAME or a hub id org/model")
     return None
 
 
-def run(source: Source, out: Path) -> Artifact:
-    """Turn a source into a `model` artifact. Raises SourceError where weights or tokenizer cannot be read."""
+def run(source: Source, out: Path, progress: Report = silent) -> Artifact:
+    """Turn a source into a `model` artifact.
+
+    Raises SourceError where weights or tokenizer cannot be read, DiskSpaceError where there is no room.
+    """
     from edgetune.data.golden import make_golden
 
+    require_space(out.parent, 2 * source.n_parameters())
     with draft(out, kind="model", stage=STAGE, config=source.config, sources={"base": source.digest}) as pending:
+        progress(0, 2, "reading")
         model, tokenizer = _read_gguf(source.path) if source.form == "gguf" else _read_folder(source.path)
         stop = stop_ids(model, tokenizer)
         model.generation_config.eos_token_id = stop
+        progress(1, 2, "writing")
         model.save_pretrained(pending.path)
         tokenizer.save_pretrained(pending.path)
         conversations = list(GOLDEN) if tokenizer.chat_template else []
         make_golden(tokenizer, conversations, stop).write(pending.path)
+        progress(2, 2, "writing")
         pending.notes["parameters"] = sum(p.numel() for p in model.parameters())
     return pending.artifact
 
@@ -143,7 +172,8 @@ def _gguf(path: Path, base: str) -> Source:
     return Source(base, "gguf", path, file_digest(path))
 
 
-def _folder(path: Path, base: str) -> Source:
+def _folder(path: Path, base: str, names: Sequence[str] | None = None) -> Source:
+    """Check a folder of which `names` say what belongs to it; where absent, what lies there."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -155,8 +185,9 @@ def _folder(path: Path, base: str) -> Source:
     if "auto_map" in config:
         raise SourceError(f"base {base!r}: config.json asks for remote code (auto_map), which is refused")
     weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        found = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    names = [p.name for p in path.iterdir()] if names is None else [name for name in names if "/" not in name]
+    if not any(name.endswith(".safetensors") for name in names):
+        found = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
         hint = f"pickle weights ({found[0]}) are refused; convert them to safetensors" if found else "none is there"
         raise SourceError(f"base {base!r}: safetensors weights are needed, {hint}")
     _check_safetensors(weights)
@@ -173,27 +204,6 @@ def _check_safetensors(files: list[Path]) -> None:
                 reader.keys()
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{file}: truncated or damaged safetensors file ({_line(error)})") from error
-
-
-def _download(base: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                base,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"],
-            )
-        )
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        raise SourceError(f"base {base!r}: no such folder, and the hub did not give it ({_line(error)})") from error
 
 
 def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from edgetune.adapt import processes
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact, Store
-from edgetune.errors import DiskSpaceError, EdgetuneError
+from edgetune.errors import DiskSpaceError, EdgetuneError, is_full_disk
 from edgetune.progress import Report, reporting
 from edgetune.runtime.evidence import Failure
 
@@ -60,9 +60,11 @@ class Stages:
         """
         try:
             return work()
-        except DiskSpaceError:
-            raise
         except Exception as error:
+            if isinstance(error, DiskSpaceError):
+                raise
+            if is_full_disk(error):
+                raise DiskSpaceError(f"no space left on a disk while making {name} ({error})") from error
             reason = str(error) if isinstance(error, EdgetuneError) else f"{type(error).__name__}: {error}"
             self.failures.append(Failure(subject=subject, stage=name, reason=" ".join(reason.split())))
             self._log(event="failure", subject=subject, stage=name, reason=reason, traceback=traceback.format_exc())

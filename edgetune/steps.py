@@ -72,4 +72,6 @@ class Steps:
         if config.student in (None, "base"):
             return self.base
         found = self.graph.student_source(config.student)
-        return self.stages.run(f"{name}: {STUDENT}", found.identity, lambda out, _: sources.run(found, out))
+        return self.stages.run(
+            f"{name}: {STUDENT}", found.identity, lambda out, progress: sources.run(found, out, progress)
+        )

@@ -93,10 +93,11 @@ def train(recipe: Recipe, stages: Stages, graph: Graph, work: Workload, base: Ar
             adapted = stages.run(
                 "merge",
                 graph.adapted,
-                lambda out, _: merge.run(
-                    base, trained, out, config.merge, graph.set_aside if config.merge == "auto" else []
+                lambda out, progress: merge.run(
+                    base, trained, out, config.merge, graph.set_aside if config.merge == "auto" else [],
+                    progress=progress,
                 ),
-            )
+            )  # fmt: skip
     if recipe.prefer is None or graph.preferred is None:
         return Trained(base, adapter, adapted, None, adapted)
     prefer = recipe.prefer
@@ -108,5 +109,9 @@ def train(recipe: Recipe, stages: Stages, graph: Graph, work: Workload, base: Ar
             log_folder=logs / "prefer",
         ),
     )  # fmt: skip
-    model = stages.run("merge preferred", graph.model, lambda out, _: merge.run(adapted, preferred, out))
+    model = stages.run(
+        "merge preferred",
+        graph.model,
+        lambda out, progress: merge.run(adapted, preferred, out, progress=progress),
+    )
     return Trained(base, adapter, adapted, preferred, model)

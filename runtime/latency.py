@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice, pairwise
 
 import numpy as np
@@ -28,7 +29,7 @@ from edgetune.runtime.worker import Job, Worker
 STEADY = 0.05  # the last two warm-ups' medians differ by less
 EXTRA_WARMUPS = 6  # at most so many more, to get there
 PAUSE_S = 0.05  # lets the threads of the last engine fall asleep before the next one is timed
-Progress = Callable[[int, int], None]  # measured rounds done, rounds in all
+Progress = Callable[[int, int, str], None]  # rounds done and rounds in all, warm-ups with them; what is done now
 Case = tuple[int, int]  # prompt tokens, new tokens
 
 
@@ -105,10 +106,14 @@ def measure(
     work = _Work.of(prompts, continuation, max(bench.output_lengths) - 1)
     rng = np.random.default_rng(seed)
     n_runs, runs, before = bench.runs or 1, [], sensors.cpu_state()
+    n_rounds = 1 + bench.warmup + EXTRA_WARMUPS + bench.repeats  # of one run, at most
+
+    def told(run: int, n: int, label: str) -> None:
+        if progress is not None:
+            progress(run * n_rounds + n, n_runs * n_rounds, label)
+
     for run in range(n_runs):
-        done = run * bench.repeats
-        told = None if progress is None else lambda n, d=done, p=progress: p(d + n, n_runs * bench.repeats)
-        found, work = _one_run(jobs, bench, cases, work, run, rng, fold, told)
+        found, work = _one_run(jobs, bench, cases, work, run, rng, fold, partial(told, run))
         runs.append(found)
     timed = [_joined(list(parts), cases, work.digest(cases)) for parts in zip(*runs, strict=True)]
     if not probes.is_asked(bench):
@@ -124,11 +129,12 @@ def _one_run(
     run: int,
     rng: np.random.Generator,
     fold: bool,
-    progress: Callable[[int], None] | None,
+    told: Callable[[int, str], None],
 ) -> tuple[list[_Candidate], _Work]:
     """Load every job, warm up and measure; the work is given back as it was done."""
     timeout_s = bench.case_timeout_s
     with ExitStack() as stack:
+        told(0, "loading")
         candidates = [_Candidate(job, stack.enter_context(Worker(job))) for job in jobs]
         n_ctx = max(n + new for n, new in cases)
         for candidate in candidates:
@@ -149,16 +155,17 @@ def _one_run(
 
         for candidate in candidates:  # the very first generation, on the shortest prompt
             generate(candidate, min(cases), warmup=True)
+        told(1, "warm-up")
         for done in range(bench.warmup + EXTRA_WARMUPS):
             unsteady = [(c, case) for c, case in turns if done < bench.warmup or not _is_steady(c.seen.get(case, []))]
             one_round(unsteady, warmup=True)
+            told(2 + done, "warm-up")
         for candidate, case in turns:
             candidate.steady[case] = _is_steady(candidate.seen.get(case, []))
         meter = LoadMeter()
         for done in range(bench.repeats):
             one_round(turns, warmup=False)
-            if progress is not None:
-                progress(done + 1)
+            told(2 + bench.warmup + EXTRA_WARMUPS + done, "rounds")
         load = meter.stop()
         for candidate in candidates:
             candidate.load = load

@@ -9,6 +9,7 @@ argmax is wrong, `seed` of which ones.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -25,7 +26,9 @@ from edgetune.runtime.engine import Logits, OneByOne, TokenRow
 from edgetune.runtime.worker import Job
 
 N_VOCAB = 32
-FAILURES = ("crash", "illegal", "hang", "hang with the lock", "raise", "missing", "exit", "killed", "nan", "inf")
+FAILURES = (
+    "crash", "illegal", "hang", "hang with the lock", "raise", "missing", "full", "exit", "killed", "nan", "inf",
+)  # fmt: skip
 
 
 def fake_job(name: str = "fake", *, engine: str = "fake", n_threads: int = 1, **settings: Any) -> Job:
@@ -143,6 +146,8 @@ class FakeEngine(OneByOne):
             os._exit(7)
         elif fail == "missing":
             raise MissingBackendError("fake is not installed")
+        elif fail == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif fail == "raise":
             raise ValueError("bad weights\nsecond line")
         return float("nan") if fail == "nan" else float("inf")

@@ -17,10 +17,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from edgetune.adapt import processes
 from edgetune.adapt.allocator import give_back, resident_bytes
-from edgetune.artifact import write_text
+from edgetune.artifact import require_space, write_text
 from edgetune.progress import Report
 
 SEAL = "complete"
+CHECKPOINT_BYTES = 3 * 12  # of a trained parameter: two are kept and one is written, each with weight and two moments
 
 
 class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
@@ -48,8 +49,19 @@ def last_sealed_checkpoint(work: Path) -> str | None:
     return str(max(whole)[1]) if whole else None
 
 
+def require_checkpoints(trainer: Trainer, work: Path) -> None:
+    """Raise DiskSpaceError where its checkpoints will not fit beside what is in `work`, which gives way to them."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    require_space(work, CHECKPOINT_BYTES * trained - there)
+
+
 def go_on(trainer: Trainer, work: Path) -> None:
-    """Train, from the last whole checkpoint where a kill left one; a training that had ended there is only read."""
+    """Train, from the last whole checkpoint where a kill left one; a training that had ended there is only read.
+
+    Raises DiskSpaceError where there is no room for checkpoints.
+    """
+    require_checkpoints(trainer, work)
     if not processes.is_first():
         processes.wait()  # until the first one has removed what a kill cut short
     checkpoint = last_sealed_checkpoint(work)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.artifact import Artifact, draft, identity
+from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
+from edgetune.progress import Report, silent
 from edgetune.sources import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -29,24 +30,37 @@ def planned_identity(
 
 
 def run(
-    base: Artifact, adapter: Artifact, out: Path, into: str | None = None, rows: Sequence[Rendered] = ()
+    base: Artifact,
+    adapter: Artifact,
+    out: Path,
+    into: str | None = None,
+    rows: Sequence[Rendered] = (),
+    *,
+    progress: Report = silent,
 ) -> Artifact:
-    """Write the merged `model` artifact, with the adapter's golden conversations."""
+    """Write the merged `model` artifact, with the adapter's golden conversations.
+
+    Raises DiskSpaceError where it, or what `auto` keeps meanwhile, does not fit on the disk.
+    """
     import torch
 
     from edgetune.adapt import merge_choice
 
     config, sources = _config(into), _sources(into, rows)
+    require_space(out.parent, base.size_bytes + (merge_choice.kept_bytes(base.path, rows) if into == "auto" else 0))
     with draft(out, kind="model", stage=STAGE, config=config, parents=[base, adapter], sources=sources) as pending:
         if into == "auto":
-            choice = merge_choice.choose(base.path, adapter.path, rows, pending.work)
+            choice = merge_choice.choose(base.path, adapter.path, rows, pending.work, progress)
             pending.notes["merge"] = choice.table
             into = choice.into
+        progress(0, 2, "adding the update")
         model = merged(base.path, adapter.path, four_bit=into == "base4")
+        progress(1, 2, "writing")
         model.to(torch.bfloat16).save_pretrained(pending.path)
         copy_tokenizer(base.path, pending.path)
         Golden.read(adapter.path).write(pending.path)
         hold(pending.path)
+        progress(2, 2, "writing")
         pending.notes["parameters"] = sum(p.numel() for p in model.parameters())
         if into is not None:
             pending.notes["merged_into"] = into

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgetune.adapt.base import load_base
+from edgetune.compress.checkpoint import read_config
 from edgetune.data.render import Rendered
+from edgetune.progress import Report, silent
 
 WAYS = ("base16", "base4")
 
@@ -29,7 +31,12 @@ class Choice:
     table: list[dict[str, Any]]
 
 
-def choose(base: Path, adapter: Path, rows: Sequence[Rendered], work: Path) -> Choice:
+def kept_bytes(base: Path, rows: Sequence[Rendered]) -> int:
+    """Give the bytes that the adapter's float32 log-probabilities take while `choose` works."""
+    return 4 * int(read_config(base)["vocab_size"]) * sum(row.n_labels for row in rows)
+
+
+def choose(base: Path, adapter: Path, rows: Sequence[Rendered], work: Path, progress: Report = silent) -> Choice:
     """Score the adapter on its 4-bit base, then each merge; one model is in memory at a time.
 
     The adapter's log-probabilities wait in `work` meanwhile: they are N x V for each row.
@@ -39,16 +46,26 @@ def choose(base: Path, adapter: Path, rows: Sequence[Rendered], work: Path) -> C
     from edgetune.adapt.merge import merged
 
     trained = PeftModel.from_pretrained(load_base(base, "cpu", four_bit=True, dtype=torch.float32), str(adapter))
+    total = len(rows) * (1 + len(WAYS))
     for place, logits in enumerate(labelled_logits(trained, rows)):
         np.save(work / f"row-{place}.npy", logits.numpy())
+        progress(place + 1, total, "rows, the adapter")
     del trained
     kept = [np.load(work / f"row-{place}.npy", mmap_mode="r") for place in range(len(rows))]
     table = [_score("adapter on the nf4 base", rows, (torch.from_numpy(np.array(one)) for one in kept), kept)]
-    for into in WAYS:
+    for number, into in enumerate(WAYS, 1):
         model = merged(base, adapter, four_bit=into == "base4").to(torch.bfloat16).float()  # as it would be stored
-        table.append(_score(into, rows, labelled_logits(model, rows), kept))
+        logits_of = _told(labelled_logits(model, rows), number * len(rows), total, f"rows, {into}", progress)
+        table.append(_score(into, rows, logits_of, kept))
         del model
     return Choice(min(table[1:], key=lambda entry: float(entry["kl_per_token"]))["hop"], table)
+
+
+def _told(found: Iterator[Tensor], done: int, total: int, label: str, progress: Report) -> Iterator[Tensor]:
+    """Pass on what is found and report each."""
+    for place, one in enumerate(found, done + 1):
+        yield one
+        progress(place, total, label)
 
 
 @torch.inference_mode()

@@ -51,7 +51,7 @@ def planned_config(step: CompressStep, config: dict[str, Any], teacher: dict[str
     if isinstance(method, Prune):
         return shapes.pruned_config(method, config)
     if isinstance(method, Distill) and method.student is not None:
-        return teacher if method.student == "base" else sources.find(method.student).model_config()
+        return teacher if method.student == "base" else sources.find(method.student, weights=False).model_config()
     return config
 
 

@@ -32,7 +32,7 @@ def test_candidates_are_measured_side_by_side_and_failures_are_rows() -> None:
         fake_job("nan", fail="nan", at="prefill", after=2),
         fake_job("fast", prefill_s=0.005, decode_s=0.001),
     ]
-    rounds: list[tuple[int, int]] = []
+    rounds: list[tuple[int, int, str]] = []
     found = measure(jobs, BENCH, PROMPTS, progress=lambda *p: rounds.append(p))
     slow, *failed, fast = found
     assert [(f.subject, f.stage) for f in failed if isinstance(f, Failure)] == [
@@ -43,7 +43,10 @@ def test_candidates_are_measured_side_by_side_and_failures_are_rows() -> None:
         "fake failed while loading: ValueError: bad weights",
         "fake gave logits that are not finite after 0 new tokens",
     ]
-    assert rounds == [(1, 3), (2, 3), (3, 3)]
+    n = 1 + BENCH.warmup + latency.EXTRA_WARMUPS + BENCH.repeats
+    assert rounds[:2] == [(0, n, "loading"), (1, n, "warm-up")]
+    assert [done for done, _, label in rounds if label == "warm-up"] == [*range(1, n - BENCH.repeats + 1)]
+    assert rounds[-3:] == [(n - 2, n, "rounds"), (n - 1, n, "rounds"), (n, n, "rounds")]
     assert isinstance(slow, Latency)
     assert isinstance(fast, Latency)
     assert slow.workload == fast.workload
