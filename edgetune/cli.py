@@ -153,6 +153,7 @@ def run(
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.verdict import exit_code
 
+    processes.check_launch()
     processes.refuse("run")
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
@@ -174,6 +175,7 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     from edgetune.recipe import load_recipe
     from edgetune.stages import Stages
 
+    processes.check_launch()
     loaded = load_recipe(recipe)
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
