@@ -18,7 +18,7 @@ from edgetune.sources import copy_tokenizer
 if TYPE_CHECKING:
     from edgetune.data.render import Rendered
 
-STAGE = "adapt.merge/1"
+STAGE = "adapt.merge/2"
 
 
 def planned_identity(
@@ -29,9 +29,14 @@ def planned_identity(
 
 
 def run(
-    base: Artifact, adapter: Artifact, out: Path, into: str | None = None, rows: Sequence[Rendered] = ()
+    base: Artifact,
+    adapter: Artifact,
+    out: Path,
+    into: str | None = None,
+    rows: Sequence[Rendered] = (),
+    device: str = "cpu",
 ) -> Artifact:
-    """Write the merged `model` artifact, with the adapter's golden conversations."""
+    """Write the merged `model` artifact, with the adapter's golden conversations; `auto` measures on `device`."""
     import torch
 
     from edgetune.adapt import merge_choice
@@ -39,7 +44,7 @@ def run(
     config, sources = _config(into), _sources(into, rows)
     with draft(out, kind="model", stage=STAGE, config=config, parents=[base, adapter], sources=sources) as pending:
         if into == "auto":
-            choice = merge_choice.choose(base.path, adapter.path, rows, pending.work)
+            choice = merge_choice.choose(base.path, adapter.path, rows, pending.work, device)
             pending.notes["merge"] = choice.table
             into = choice.into
         model = merged(base.path, adapter.path, four_bit=into == "base4")
