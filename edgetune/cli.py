@@ -171,6 +171,7 @@ def run(
     from edgetune.runtime.report.markdown import console_table
     from edgetune.runtime.verdict import exit_code
 
+    processes.check_launch()
     processes.refuse("run")
     folder = out or Path("runs") / loaded.name
     console = terminal.console()
@@ -195,6 +196,7 @@ def adapt(recipe: RecipeFile, out: RunFolder = None, store: StoreFolder = DEFAUL
     from edgetune.sources import DOWNLOAD
     from edgetune.stages import Stages
 
+    processes.check_launch()
     if loaded.adapt is None and loaded.prefer is None:
         raise UsageError(f"{recipe}: adapt is null, there is nothing to do")
     processes.check(loaded)

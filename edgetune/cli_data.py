@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgetune.data.check.examine import Input, Template
     from edgetune.data.formats import Format
     from edgetune.recipe_data import Data
+    from edgetune.recipe_training import Prefer
 
 MAX_LENGTH = 512
 data = typer.Typer(help="Look at rows before a model learns them.", no_args_is_help=True, rich_markup_mode=None)
@@ -37,7 +38,10 @@ def check(
     html: Annotated[Path | None, typer.Option(help="write a page for people here")] = None,
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
-    """Count lengths, duplicates, leaks, labels, languages, personal data; 3 where something is over its limit."""
+    """Count lengths, duplicates, leaks, labels, languages, personal data; 3 where something is over its limit.
+
+    Of a recipe, rows of `prefer` are checked after those of `data`, and written beside them as NAME-prefer.
+    """
     from edgetune.artifact import write_text
     from edgetune.data.check.examine import examine
     from edgetune.data.check.page import render_page
@@ -47,17 +51,33 @@ def check(
 
     loaded = load_recipe(recipe) if recipe is not None else None
     rows = loaded.data if loaded is not None else None
-    inputs = _inputs(files or [], rows, heldout, _format(format))
+    form = _format(format)
+    inputs = _inputs(files or [], rows, heldout, form)
     name = base if base is not None or loaded is None else loaded.base
     template = _template(name, store) if name is not None else None
-    tokens = max_length or (rows.max_length if rows is not None else MAX_LENGTH)
-    found = examine(inputs, rows.check if rows is not None else DataCheck(), tokens, template)
-    print_summary(found, console())
-    for path, text in ((json, found.model_dump_json(indent=1) + "\n"), (html, render_page(found))):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-    raise typer.Exit(3 if found.over or found.uneven else 0)
+    parts = [("", inputs, max_length or (rows.max_length if rows is not None else MAX_LENGTH))]
+    if loaded is not None and loaded.prefer is not None and not files:
+        held = [one for one in inputs if one.heldout]
+        parts.append(("-prefer", [_preferred(loaded.prefer, form), *held], max_length or loaded.prefer.max_length))
+    over = False
+    for ending, part, tokens in parts:
+        found = examine(part, rows.check if rows is not None else DataCheck(), tokens, template)
+        over = over or bool(found.over or found.uneven)
+        print_summary(found, console())
+        for path, text in ((json, found.model_dump_json(indent=1) + "\n"), (html, render_page(found))):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path.with_stem(path.stem + ending), text)
+    raise typer.Exit(3 if over else 0)
+
+
+def _preferred(prefer: Prefer, form: Format) -> Input:
+    """Rows of preference training, in the one format that its method reads where neither flag nor recipe names it."""
+    from edgetune.data.check.examine import Input
+
+    read: Format = "kto" if prefer.method == "kto" else "auto" if prefer.method == "grpo" else "preference"
+    told = next((one for one in (form, prefer.format) if one != "auto"), read)
+    return Input(Path(prefer.train), form=told, limit=prefer.train_rows)
 
 
 def _inputs(files: Sequence[Path], rows: Data | None, heldout: Path | None, form: Format) -> list[Input]:

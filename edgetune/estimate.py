@@ -179,7 +179,7 @@ class Estimator:
         if stage == "latency":
             return self._latency(recipe.bench)
         along = self._along.get(subject, [sizes])
-        if what == "accuracy" and subject in ("base", "adapter", "adapted"):
+        if what == "accuracy" and subject in ("base", "adapter", "adapted", "preferred adapter"):
             return self._scoring(None, sizes, self.heldout, gflops=self.speeds.training)
         if what == "accuracy":
             return self._scoring(recipe.candidates.get(subject), along[-1], self.heldout)
@@ -332,6 +332,7 @@ def measured_stages(recipe: Recipe) -> list[str]:
     if recipe.adapt is not None:
         hops += ["adapter"] if merges(recipe.adapt) else []
         hops += ["adapted"] if recipe.prefer is not None else []
+    hops += ["preferred adapter"] if recipe.prefer is not None else []
     run_here = [name for name, candidate in recipe.candidates.items() if why_not_run(candidate) is None]
     seen: set[str] = set()
     for name, candidate in recipe.candidates.items():

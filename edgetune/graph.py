@@ -49,11 +49,13 @@ class Graph:
 
     @cached_property
     def set_aside(self) -> list[Rendered]:
-        """Rows that training is watched by, on which `merge: auto` measures."""
-        if self.recipe.adapt is None:
-            return []
-        places, _ = trainer.set_aside(self.recipe.adapt, self.work.train, self.recipe.seed)
+        """Rows that training is watched by, on which `merge: auto` measures; as many without `adapt`."""
+        places, _ = trainer.set_aside(self.recipe.adapt or Adapt(), self.work.train, self.recipe.seed)
         return [self.work.train[place] for place in places]
+
+    def measured_on(self, merge: str | None) -> list[Rendered]:
+        """Rows that a merge looks at."""
+        return self.set_aside if merge == "auto" else []
 
     @cached_property
     def adapted(self) -> str:
@@ -63,8 +65,7 @@ class Graph:
             return self.base
         if not merges(config):
             return self.adapter
-        rows = self.set_aside if config.merge == "auto" else []
-        return merge.planned_identity(self.base, self.adapter, config.merge, rows)
+        return merge.planned_identity(self.base, self.adapter, config.merge, self.measured_on(config.merge))
 
     @cached_property
     def examples(self) -> list[preference.Example]:
@@ -81,7 +82,10 @@ class Graph:
     @cached_property
     def model(self) -> str:
         """Identity of what candidates are made from: all adapters merged, the base itself, or an adapter apart."""
-        return self.adapted if self.preferred is None else merge.planned_identity(self.adapted, self.preferred)
+        if self.recipe.prefer is None or self.preferred is None:
+            return self.adapted
+        into = self.recipe.prefer.merge
+        return merge.planned_identity(self.adapted, self.preferred, into, self.measured_on(into))
 
     def calibration(self, config: Calibration) -> CalibrationSet:
         """Give the calibration rows of a stage; equal settings share them."""

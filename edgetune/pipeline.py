@@ -233,12 +233,9 @@ class Pipeline:
             return Job.of(
                 name, artifact, n_threads=threads, engine=engine, **(runtime.settings if runtime else {}), **settings
             )
-        assert self.recipe.adapt is not None, "only adapt leaves an adapter"
-        job = Job.of(
-            name, self.base, n_threads=threads, **settings, adapter=str(artifact.path),
-            quantize_base=self.recipe.adapt.four_bit,
-        )  # fmt: skip
-        return replace(job, size_bytes=self.base.size_bytes + artifact.size_bytes)
+        under, four_bit = self.trained.under(self.recipe, artifact)
+        job = Job.of(name, under, n_threads=threads, **settings, adapter=str(artifact.path), quantize_base=four_bit)
+        return replace(job, size_bytes=under.size_bytes + artifact.size_bytes)
 
     def _on_device(self, job: Job) -> Job:
         """Let torch score where it trained; times are taken where the recipe's `runtime` says."""
@@ -250,7 +247,8 @@ class Pipeline:
         """Score what comes before the reference, in the dtype of training."""
         hops = []
         for hop, name, artifact in self.trained.before(self.recipe):
-            parents = [self.base, artifact] if name == "adapter" else [artifact]
+            apart = artifact.manifest.kind == "adapter"
+            parents = [self.trained.under(self.recipe, artifact)[0], artifact] if apart else [artifact]
             job = self._job(name, artifact, dtype=str(compute_dtype(self.recipe.device)).removeprefix("torch."))
             found = self.score(job, parents, generate=False, reference=reference)
             hops.append((hop, measure.read_accuracy(found)))
@@ -303,7 +301,7 @@ class Pipeline:
                 name: run_commands(artifact, self.stages.folder / "candidates" / name)
                 for name, artifact in shipped.items()
             },
-            warnings=self._warnings(scored, latencies),
+            warnings=[*self._warnings(scored, latencies), *self._fallbacks(shipped)],
             stages=self.stages.done,
             training=self.trained.notes(self.stages.folder),
             texts=[
@@ -360,6 +358,12 @@ class Pipeline:
         if (score := summary(scored["reference"])["exact_match"]) is not None and score < 0.1:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
         return said
+
+    def _fallbacks(self, shipped: dict[str, Artifact]) -> list[str]:
+        """Say what fell back on the way, once each; what ships says its own in its manifest."""
+        own = {artifact.identity for artifact in shipped.values()}
+        said = (f"{name}: {line}" for (made, line), name in self.stages.fallbacks.items() if made not in own)
+        return list(dict.fromkeys(said))
 
 
 def _link(link: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from edgetune.closed import Amount, Closed, Count, Positive, Share, exactly_one
+from edgetune.data.formats import Format
 
 Method = Literal["qlora", "lora", "dora", "rslora", "ia3", "prefix", "full"]
 LORA = ("qlora", "lora", "dora", "rslora")
@@ -195,6 +196,7 @@ class Reward(Closed):
 PREFER_READS: dict[str, tuple[str, ...]] = {
     "max_length": ("dpo", "ipo", "kto", "orpo"),
     **dict.fromkeys(("rewards", "generations", "max_new_tokens", "temperature"), ("grpo",)),
+    "best_by": ("dpo", "ipo", "orpo"),
 }
 
 
@@ -206,6 +208,9 @@ class Prefer(Closed):
         description="JSONL: prompt, chosen, rejected; kto: prompt, completion, label; grpo: as data.train"
     )
     train_rows: Count | None = Field(None, description="use the first N rows")
+    format: Format = Field(
+        "auto", exclude_if=lambda value: value == "auto", description="format of the rows; auto looks at their keys"
+    )
     adapter: Literal["qlora", "lora", "dora", "rslora"] = Field("qlora", description="as adapt.method")
     r: Count = 16
     alpha: Count = 32
@@ -225,7 +230,38 @@ class Prefer(Closed):
     warmup_ratio: Share = 0.05
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     save_steps: Count = Field(50, description="optimizer steps between checkpoints")
+    eval_rows: Count | None = Field(
+        None, exclude_if=_unset,
+        description="rows set aside to watch training by, with early stopping and the best checkpoint kept; none where "
+        "absent",
+    )  # fmt: skip
+    eval_steps: Count | None = Field(
+        None, exclude_if=_unset,
+        description="optimizer steps between looks at them, and then between checkpoints; save_steps where absent",
+    )  # fmt: skip
+    patience: Count | None = Field(
+        None, exclude_if=_unset, description="looks without progress before training stops; 3 where absent"
+    )
+    best_by: Literal["loss", "pair_accuracy"] | None = Field(
+        None, exclude_if=_unset,
+        description="what early stopping and the best checkpoint look at: the loss (where absent), or the share of "
+        "pairs whose chosen answer is likelier; kto: loss; grpo: the mean reward",
+    )  # fmt: skip
+    merge: Literal["base16", "base4", "auto"] | None = Field(
+        None, exclude_if=_unset,
+        description="as adapt.merge; auto measures on rows of data.train that adapt set aside, else on 64 of them",
+    )  # fmt: skip
     report_to: list[Logger] = ["tensorboard"]
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the model is held in NF4 while it trains."""
+        return self.adapter == "qlora"
+
+    @property
+    def watched_by(self) -> Literal["loss", "pair_accuracy", "reward"]:
+        """What tells the best checkpoint, where rows are set aside."""
+        return "reward" if self.method == "grpo" else self.best_by or "loss"
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> Prefer:
@@ -237,6 +273,12 @@ class Prefer(Closed):
             raise ValueError(f"generations={self.generations} does not divide the {self.batch_size} answers of a step")
         if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
             raise ValueError("kto compares rows of a batch with one another; give at least 2 rows at once")
+        watching = {"eval_steps", "patience", "best_by"} & self.model_fields_set
+        if self.eval_rows is None and watching:
+            raise ValueError(f"{', '.join(sorted(watching))}: no rows are set aside to look at; set eval_rows")
+        if self.merge in ("base4", "auto") and not self.four_bit:
+            raise ValueError(f"merge {self.merge} needs a model in 4 bits; adapter {self.adapter} holds 16, leave it "
+                             "out")  # fmt: skip
         return self
 
     @model_serializer(mode="wrap")

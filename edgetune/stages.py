@@ -33,6 +33,7 @@ class Stages:
     console: Console
     done: list[dict[str, Any]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    fallbacks: dict[tuple[str, str], str] = field(default_factory=dict)  # (identity, what fell back) -> its stage
 
     def run(self, name: str, made: str, make: Make, *, together: bool = False) -> Artifact:
         """Give the artifact of an identity, making it where the store has none; `together` in all processes."""
@@ -46,6 +47,8 @@ class Stages:
         seconds = round(time.monotonic() - began, 1)
         self.done.append({"name": name, "seconds": seconds, "done_before": not made_now, "identity": made})
         self._log(event="end", stage=name, identity=made, seconds=seconds, made_now=made_now)
+        for line in artifact.manifest.fallbacks:
+            self.fallbacks.setdefault((made, line), name)
         said = f"{seconds:.0f} s" if made_now else "done before"
         self.console.print(f"[green]✓[/] {escape(name)} [dim]({said})[/]", highlight=False)
         for line in artifact.manifest.fallbacks if made_now else ():

@@ -15,7 +15,7 @@ from edgetune.runtime.evidence import Seam
 from edgetune.stages import Stages
 from edgetune.workload import Workload
 
-LOGS = "tensorboard"  # in the folder of the run
+LOGS, PREFER_LOGS = "tensorboard", "prefer"  # in the folder of the run, and in that one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Trained:
 
     def before(self, recipe: Recipe) -> list[tuple[str, str, Artifact]]:
         """List what comes before the model as (hop, name, artifact): the base, the adapter on its base, what preference
-        training began with."""
+        training began with, and its adapter on that."""
         subjects: list[tuple[str, str, Artifact]] = []
         if self.model is not self.base:
             subjects.append(("base", "base", self.base))
@@ -39,7 +39,18 @@ class Trained:
             subjects.append(("adapter on the nf4 base" if four_bit else "adapter on the base", "adapter", self.adapter))
         if self.adapter is not None and self.preferred is not None:
             subjects.append(("adapted", "adapted", self.adapted))
+        if self.preferred is not None and recipe.prefer is not None:
+            where = "the nf4 model" if recipe.prefer.four_bit else "the model"
+            subjects.append((f"preferred adapter on {where}", "preferred adapter", self.preferred))
         return subjects
+
+    def under(self, recipe: Recipe, adapter: Artifact) -> tuple[Artifact, bool]:
+        """Give the model that an adapter of this training was trained on, and whether it was held in 4 bits."""
+        if adapter is self.preferred:
+            assert recipe.prefer is not None, "prefer left this adapter"
+            return self.adapted, recipe.prefer.four_bit
+        assert recipe.adapt is not None, "adapt left this adapter"
+        return self.base, recipe.adapt.four_bit
 
     def hop(self, recipe: Recipe) -> str:
         """Name the hop to the model itself."""
@@ -53,10 +64,14 @@ class Trained:
 
     def tried_merges(self) -> list[Seam]:
         """What `merge: auto` measured, on rows of its own: lines of the ledger that stand aside."""
-        tried: list[dict[str, Any]] = self.adapted.manifest.notes.get("merge", [])
+        tried = [("", entry) for entry in self.adapted.manifest.notes.get("merge", [])]
+        if self.preferred is not None:
+            tried += [("preferred, ", entry) for entry in self.model.manifest.notes.get("merge", [])]
         return [
-            Seam.model_validate(entry | {"hop": f"on rows set aside: {entry['hop']}", "engine": "torch", "aside": True})
-            for entry in tried
+            Seam.model_validate(
+                entry | {"hop": f"{what}on rows set aside: {entry['hop']}", "engine": "torch", "aside": True}
+            )
+            for what, entry in tried
         ]
 
     def notes(self, folder: Path) -> dict[str, Any] | None:
@@ -68,7 +83,9 @@ class Trained:
         if "merged_into" in self.adapted.manifest.notes:
             notes["merged_into"] = self.adapted.manifest.notes["merged_into"]
         if self.preferred is not None:
-            notes["preference"] = self.preferred.manifest.notes
+            speed = read_speed(folder / LOGS / PREFER_LOGS / preference.SPEED, self.preferred.identity)
+            merged = {k: v for k, v in self.model.manifest.notes.items() if k == "merged_into"}
+            notes["preference"] = self.preferred.manifest.notes | merged | ({"tokens_per_s": speed} if speed else {})
         return notes or None
 
 
@@ -94,7 +111,7 @@ def train(recipe: Recipe, stages: Stages, graph: Graph, work: Workload, base: Ar
                 "merge",
                 graph.adapted,
                 lambda out, progress: merge.run(
-                    base, trained, out, config.merge, graph.set_aside if config.merge == "auto" else [],
+                    base, trained, out, config.merge, graph.measured_on(config.merge), device=recipe.device,
                     progress=progress,
                 ),
             )  # fmt: skip
@@ -106,12 +123,20 @@ def train(recipe: Recipe, stages: Stages, graph: Graph, work: Workload, base: Ar
         graph.preferred,
         lambda out, progress: preference.run(
             prefer, adapted, out, examples=graph.examples, device=recipe.device, seed=recipe.seed, progress=progress,
-            log_folder=logs / "prefer",
+            log_folder=logs / PREFER_LOGS,
         ),
     )  # fmt: skip
     model = stages.run(
         "merge preferred",
         graph.model,
-        lambda out, progress: merge.run(adapted, preferred, out, progress=progress),
+        lambda out, progress: merge.run(
+            adapted,
+            preferred,
+            out,
+            prefer.merge,
+            graph.measured_on(prefer.merge),
+            device=recipe.device,
+            progress=progress,
+        ),
     )
     return Trained(base, adapter, adapted, preferred, model)

@@ -14,7 +14,7 @@ from edgetune.data import checks, mixture
 from edgetune.data.calibration import CalibrationSet, make_calibration
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
-from edgetune.data.golden import Golden, trained_golden
+from edgetune.data.golden import GOLDEN_ROWS, Golden, make_golden, trained_golden
 from edgetune.data.provenance import Mixture, describe
 from edgetune.data.render import Rendered, render
 from edgetune.data.spool import RenderedRows
@@ -22,11 +22,11 @@ from edgetune.data.windows import render_windows
 from edgetune.errors import DataError
 from edgetune.recipe_data import Data
 from edgetune.recipe_export import Calibration
+from edgetune.sources import GOLDEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GOLDEN_ROWS = 8
 TEXT_ROWS, TEXT_TOKENS = 4, 256  # general text for perplexity
 
 
@@ -112,8 +112,8 @@ def load(data: Data, base: Artifact) -> Workload:
     composed = mixture.compose(data)
     paths = [Path(source.path) for source in data.sources]
     train, n_too_long, kept = _render_all(composed.train, tokenizer, stop, paths, data.max_length)
-    first = islice((entry for entry, _ in groupby(composed.train)), GOLDEN_ROWS)  # copies stand side by side
-    talks = [row for entry in first if (row := entry.row).text is None]
+    different = (entry.row for entry, _ in groupby(composed.train))  # copies stand side by side
+    talks = list(islice((row for row in different if row.text is None), GOLDEN_ROWS))
     held = [paths[entry.source] for entry in composed.split] or [Path(str(data.heldout))] * len(composed.heldout)
     general = Path(data.general) if data.general else None
     return Workload(
@@ -121,7 +121,7 @@ def load(data: Data, base: Artifact) -> Workload:
         heldout=[render_row(row, tokenizer, stop, path) for row, path in zip(composed.heldout, held, strict=True)],
         n_too_long=n_too_long,
         mixture=describe(data, composed, kept),
-        golden=trained_golden(tokenizer, talks, stop),
+        golden=_golden(tokenizer, talks, stop),
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
     )
@@ -158,6 +158,13 @@ def _render_all(
         if part:
             checks.refuse_untaught(part, stop, path)
     return rows, n_too_long, kept
+
+
+def _golden(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Row], stop: Sequence[int]) -> Golden:
+    """Training's own conversations; those of a base where it has none, so that the template is still held to."""
+    if talks or not tokenizer.chat_template:
+        return trained_golden(tokenizer, talks, stop)
+    return make_golden(tokenizer, GOLDEN, stop)
 
 
 class _Ids(Sequence[Sequence[int]]):

@@ -88,6 +88,28 @@ def test_labels_and_languages_over_a_limit(
     assert (found, says in out + err) == (code, True), out + err
 
 
+def test_rows_of_prefer_are_checked_beside_those_of_data(
+    call: Call, files: tuple[Path, Path], tmp_path: Path, tiny_model: Artifact
+) -> None:
+    recipe, pairs, train = (tmp_path / name for name in ("recipe.yaml", "pairs.jsonl", "clean.jsonl"))
+    rows = [{"prompt": "turn it on", "chosen": "on", "rejected": "off"}, {"prompt": "x", "completion": "y"}]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.write_text(json.dumps({"prompt": "dim the lamp", "completion": "dimmed"}) + "\n")
+    text = RECIPE.format(base=tiny_model.path, train=train, heldout=files[1], trivial="null")
+    recipe.write_text(f"{text}prefer: {{method: dpo, train: {pairs}}}\n")
+    place, store = tmp_path / "found.json", str(tmp_path / "store")
+    code, out, err = call("data", "check", "--recipe", str(recipe), "--store", store, "--json", str(place))
+    assert (code, err) == (0, "")
+    assert "pairs.jsonl: 1 rows, train, preference" in out
+    assert "Training rows longer than 512 tokens" in out
+    found = [DataReport.model_validate_json(path.read_text()) for path in (place, tmp_path / "found-prefer.json")]
+    names = [[Path(file.path).name for file in report.files] for report in found]
+    assert names == [["clean.jsonl", "heldout.jsonl"], ["pairs.jsonl", "heldout.jsonl"]]
+    assert [next(one.rows for one in report.findings if one.key == "refused") for report in found] == [0, 1]
+    recipe.write_text(recipe.read_text().replace("refused: 0.5", "refused: 0.1"))
+    assert call("data", "check", "--recipe", str(recipe), "--store", store)[0] == 3
+
+
 def test_faults_are_one_line(call: Call, files: tuple[Path, Path], tmp_path: Path) -> None:
     assert call("data", "check")[2] == "edgetune: data check: name files with training rows, or a --recipe\n"
     code, _, err = call("data", "check", str(files[0]), "--format", "sharegpt")

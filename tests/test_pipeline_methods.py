@@ -130,12 +130,15 @@ def test_adapted_then_preferred_with_a_measured_merge(tmp_path: Path, tiny_model
         "base",
         "adapter on the nf4 base",
         "adapted",
+        "preferred adapter on the nf4 model",
         "preferred",
         "checkpoint: rtn int4 g32 sym",
     ]
     assert report.training["merged_into"] in ("base16", "base4")
     assert len(report.training["preference"]["loss"]) == 2
     assert report.training["tokens_per_s"]
+    assert report.training["preference"]["tokens_per_s"]
+    assert [line for line in report.warnings if line.startswith("adapt: eval_rows=4 is more")] == report.warnings[-1:]
     planned_is_made(recipe, tmp_path, report)
 
 
@@ -145,8 +148,38 @@ def test_preferred_alone(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     recipe = recipe_of(tmp_path, tiny_model_wide, adapt=None, prefer=prefer, **CHECKPOINT)
     report, _ = run(recipe, tmp_path)
     assert not report.failures, report.failures
-    assert [seam.hop for seam in report.seams] == ["base", "preferred", "checkpoint: rtn int4 g32 sym"]
+    hops = ["base", "preferred adapter on the nf4 model", "preferred", "checkpoint: rtn int4 g32 sym"]
+    assert [seam.hop for seam in report.seams] == hops
     planned_is_made(recipe, tmp_path, report)
+
+
+def test_what_fell_back_on_the_way_is_in_the_report(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    prefer = DPO | {"train": write_pairs(tmp_path), "max_length": 45, "merge": "auto"}
+    adapt = ADAPT | {"r": 4, "eval_rows": 64, "merge": "base4"}
+    recipe = recipe_of(tmp_path, tiny_model_wide, adapt=adapt, prefer=prefer, candidates={"plain": {}})
+    longer = [{"prompt": "long " * 40, "chosen": "yes", "rejected": "no"}]
+    with Path(prefer["train"]).open("a") as stream:
+        stream.write("".join(json.dumps(row) + "\n" for row in longer))
+    for _ in range(2):  # made, then found in the store
+        work = trained(recipe, tmp_path)
+        said = work._fallbacks({})
+        assert len(said) == 2
+        assert said[0].startswith("adapt: eval_rows=64 is more than a fifth of the rows: ")
+        assert said[1] == "prefer: 1 rows are longer than prefer.max_length=45 and left out"
+        assert work._fallbacks({"plain": work.trained.preferred}) == said[:1]
+    hops = [(hop, artifact.manifest.kind) for hop, _, artifact in work.trained.before(recipe)]
+    assert hops == [
+        ("base", "model"), ("adapter on the nf4 base", "adapter"), ("adapted", "model"),
+        ("preferred adapter on the nf4 model", "adapter"),
+    ]  # fmt: skip
+    assert work.trained.under(recipe, work.trained.preferred) == (work.trained.adapted, True)
+    assert [seam.hop for seam in work.trained.tried_merges()] == [
+        f"preferred, on rows set aside: {name}" for name in ("adapter on the nf4 base", "base16", "base4")
+    ]
+    notes = work.trained.notes(tmp_path / "run")
+    assert notes["merged_into"] == "base4"
+    assert notes["preference"]["merged_into"] in ("base16", "base4")
+    assert notes["preference"]["tokens_per_s"]
 
 
 def test_preference_rows_are_checked_before_any_work(tmp_path: Path, tiny_model_wide: Artifact) -> None:

@@ -18,6 +18,7 @@ from edgetune.data.provenance import FILE, Mixture
 from edgetune.data.render import render
 from edgetune.errors import DataError
 from edgetune.recipe import Adapt
+from edgetune.sources import GOLDEN
 from tests.data.test_formats import ANSWERED, ASKED
 from tests.data.test_mixture import make, rows, save
 
@@ -52,6 +53,17 @@ def test_a_mixture_goes_with_the_adapter(tiny_model: Artifact, tmp_path: Path) -
     told = made.manifest.notes["rows"]
     assert told["early_stopping"] == 3
     assert told["train"] <= 13
+
+
+def test_plain_texts_leave_something_of_the_template_to_hold_to(tiny_model: Artifact, tmp_path: Path) -> None:
+    texts = [{"text": f"turn the light to {n}"} for n in range(10)]
+    base = Golden.read(tiny_model.path)
+    golden = workload.load(make(tmp_path, save(tmp_path, "texts", texts)), tiny_model).golden
+    assert [talk.messages for talk in golden.conversations] == list(GOLDEN)
+    assert all(talk.trained_ids is None for talk in golden.conversations)
+    assert (golden.chat_template, golden.stop_ids) == (base.chat_template, base.stop_ids)
+    mixed = workload.load(make(tmp_path, save(tmp_path, "mixed", [*texts, *rows("a", 2)])), tiny_model).golden
+    assert [talk.trained_ids is not None for talk in mixed.conversations] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,15 @@ def last_sealed_checkpoint(work: Path) -> str | None:
     whole = []
     for folder in work.glob("checkpoint-*"):
         if (folder / SEAL).exists():
-            whole.append((int(folder.name.rsplit("-", 1)[1]), folder))
+            whole.append(str(folder))
         else:
             shutil.rmtree(folder)
-    return str(max(whole)[1]) if whole else None
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: str | None) -> int:
+    """Give the optimizer step that a checkpoint was made after; 0 without one."""
+    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint is not None else 0
 
 
 def require_checkpoints(trainer: Trainer, work: Path) -> None:
@@ -124,8 +129,9 @@ def tensorboard(report_to: Sequence[str], folder: Path | None) -> list[TrainerCa
 class SpeedLog(TrainerCallback):  # type: ignore[misc]
     """Writes tokens/s by step to a file of the run, for its report: a manifest holds no times."""
 
-    def __init__(self, file: Path, made: str, tokens_per_step: float) -> None:
+    def __init__(self, file: Path, made: str, tokens_per_step: float, sampled: int = 0) -> None:
         self._file, self._made, self._tokens = file, made, tokens_per_step
+        self._sampled = sampled  # answers a step whose length is known when they are there
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._curve = [point for point in read_speed(self._file, self._made) if point[0] <= state.global_step]
@@ -142,7 +148,8 @@ class SpeedLog(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs:
             return
         step, now = state.global_step, time.monotonic()
-        self._curve.append([step, round(self._tokens * (step - self._last[0]) / (now - self._last[1]), 1)])
+        tokens = self._tokens + self._sampled * logs.get("completions/mean_length", 0.0)
+        self._curve.append([step, round(tokens * (step - self._last[0]) / (now - self._last[1]), 1)])
         self._last = (step, now)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._file, json.dumps({"identity": self._made, "tokens_per_s": self._curve}) + "\n")

@@ -19,7 +19,7 @@ from edgetune.sources import copy_tokenizer
 if TYPE_CHECKING:
     from edgetune.data.render import Rendered
 
-STAGE = "adapt.merge/1"
+STAGE = "adapt.merge/2"
 
 
 def planned_identity(
@@ -36,9 +36,10 @@ def run(
     into: str | None = None,
     rows: Sequence[Rendered] = (),
     *,
+    device: str = "cpu",
     progress: Report = silent,
 ) -> Artifact:
-    """Write the merged `model` artifact, with the adapter's golden conversations.
+    """Write the merged `model` artifact, with the adapter's golden conversations; `auto` measures on `device`.
 
     Raises DiskSpaceError where it, or what `auto` keeps meanwhile, does not fit on the disk.
     """
@@ -50,7 +51,7 @@ def run(
     require_space(out.parent, base.size_bytes + (merge_choice.kept_bytes(base.path, rows) if into == "auto" else 0))
     with draft(out, kind="model", stage=STAGE, config=config, parents=[base, adapter], sources=sources) as pending:
         if into == "auto":
-            choice = merge_choice.choose(base.path, adapter.path, rows, pending.work, progress)
+            choice = merge_choice.choose(base.path, adapter.path, rows, pending.work, device=device, progress=progress)
             pending.notes["merge"] = choice.table
             into = choice.into
         progress(0, 2, "adding the update")

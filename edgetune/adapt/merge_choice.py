@@ -18,6 +18,7 @@ from torch.nn import functional
 from edgetune.adapt.base import load_base
 from edgetune.compress.checkpoint import read_config
 from edgetune.data.render import Rendered
+from edgetune.devices import compute_dtype
 from edgetune.progress import Report, silent
 
 WAYS = ("base16", "base4")
@@ -36,8 +37,16 @@ def kept_bytes(base: Path, rows: Sequence[Rendered]) -> int:
     return 4 * int(read_config(base)["vocab_size"]) * sum(row.n_labels for row in rows)
 
 
-def choose(base: Path, adapter: Path, rows: Sequence[Rendered], work: Path, progress: Report = silent) -> Choice:
-    """Score the adapter on its 4-bit base, then each merge; one model is in memory at a time.
+def choose(
+    base: Path,
+    adapter: Path,
+    rows: Sequence[Rendered],
+    work: Path,
+    *,
+    device: str = "cpu",
+    progress: Report = silent,
+) -> Choice:
+    """Score the adapter on its 4-bit base, then each merge, as `device` computes; one model is in memory at a time.
 
     The adapter's log-probabilities wait in `work` meanwhile: they are N x V for each row.
     """
@@ -45,7 +54,7 @@ def choose(base: Path, adapter: Path, rows: Sequence[Rendered], work: Path, prog
 
     from edgetune.adapt.merge import merged
 
-    trained = PeftModel.from_pretrained(load_base(base, "cpu", four_bit=True, dtype=torch.float32), str(adapter))
+    trained = PeftModel.from_pretrained(load_base(base, device, four_bit=True), str(adapter))
     total = len(rows) * (1 + len(WAYS))
     for place, logits in enumerate(labelled_logits(trained, rows)):
         np.save(work / f"row-{place}.npy", logits.numpy())
@@ -54,10 +63,11 @@ def choose(base: Path, adapter: Path, rows: Sequence[Rendered], work: Path, prog
     kept = [np.load(work / f"row-{place}.npy", mmap_mode="r") for place in range(len(rows))]
     table = [_score("adapter on the nf4 base", rows, (torch.from_numpy(np.array(one)) for one in kept), kept)]
     for number, into in enumerate(WAYS, 1):
-        model = merged(base, adapter, four_bit=into == "base4").to(torch.bfloat16).float()  # as it would be stored
+        stored = merged(base, adapter, four_bit=into == "base4").to(torch.bfloat16)
+        model = stored.to(device=device, dtype=compute_dtype(device))
         logits_of = _told(labelled_logits(model, rows), number * len(rows), total, f"rows, {into}", progress)
         table.append(_score(into, rows, logits_of, kept))
-        del model
+        del stored, model
     return Choice(min(table[1:], key=lambda entry: float(entry["kl_per_token"]))["hop"], table)
 
 
@@ -73,9 +83,11 @@ def labelled_logits(model: Any, rows: Sequence[Rendered]) -> Iterator[Tensor]:
     """Logits [N, V] in float32 at the positions that predict a labelled token, row by row."""
     model.eval()
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = causal.get_input_embeddings().weight.device
     for row in rows:
-        states = causal.get_decoder()(input_ids=torch.tensor([row.ids]), use_cache=False).last_hidden_state[0, :-1]
-        yield causal.get_output_embeddings()(states[torch.tensor(row.labels[1:])]).float()
+        ids = torch.tensor([row.ids], device=device)
+        states = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        yield causal.get_output_embeddings()(states[torch.tensor(row.labels[1:], device=device)]).float().cpu()
 
 
 def _score(hop: str, rows: Sequence[Rendered], found: Iterator[Tensor], kept: Sequence[Any]) -> dict[str, Any]:

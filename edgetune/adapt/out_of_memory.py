@@ -1,7 +1,10 @@
-"""Training that runs out of memory goes on with fewer rows at once, as many a step, from its last whole checkpoint.
+"""Training that runs out of memory goes on with fewer rows at once, as many a step, from its last step.
 
-Which rows make a step does not depend on how many of them are computed at once, so the training stays the same up to
-rounding. An attempt that failed is let go as a whole, base and optimizer with it, before the next one is built.
+Gradients that could not be computed leave weights and optimizer as the last step left them, and those are saved first;
+elsewhere (in the optimizer, while rows are evaluated) it is the last whole checkpoint that training goes on from. Which
+rows make a step does not depend on how many of them are computed at once, so the training stays the same up to
+rounding, but for KTO, whose KL term compares the rows that are computed at once. An attempt that failed is let go as a
+whole, base and optimizer with it, before the next one is built.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from edgetune.adapt import processes
 from edgetune.adapt.allocator import give_back, kept_memory
-from edgetune.adapt.callbacks import go_on
+from edgetune.adapt.callbacks import SEAL, go_on, last_sealed_checkpoint, step_of
 from edgetune.artifact import write_text
 from edgetune.errors import StageError
 from edgetune.progress import Report
@@ -31,20 +35,20 @@ FILE = "out-of-memory.json"  # in the work folder: a kill does not make it run o
 
 
 def train(
-    build: Callable[[C, Report], T], config: C, work: Path, progress: Report, *, least: int = 1
+    build: Callable[[C, Report], T], config: C, work: Path, progress: Report, *, least: int = 1, evaluates: bool = True
 ) -> tuple[T, list[str]]:
     """Build a trainer and train, with ever fewer rows at once while memory runs out; gives it and what happened.
 
-    `build` is called with the config of an attempt, and with where to report to. Raises StageError where `least` rows
-    at once are too many.
+    `build` is called with the config of an attempt, and with where to report to. With `evaluates` the rows that are
+    evaluated at once are halved, too. Raises StageError where `least` rows at once are too many.
     """
     file = work / FILE
     happened: list[list[int]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     while True:
         rows = happened[-1][1] if happened else config.micro_batch_size or config.batch_size
-        failed, step = _attempt(build, config, rows, len(happened), work, progress)
+        failed, step = _attempt(build, config, rows, len(happened), work, progress, evaluates=evaluates)
         if isinstance(failed, Trainer):
-            return failed, [_said(before, after, step, config.batch_size) for before, after, step in happened]
+            return failed, [_said(*halved, batch=config.batch_size) for halved in happened]
         gc.collect()
         give_back()
         if torch.cuda.is_available():
@@ -52,7 +56,7 @@ def train(
         fewer = fewer_rows(rows, config.batch_size)
         if step is None or fewer < least or processes.count() > 1:
             raise StageError(_refusal(failed, step, rows, least))
-        happened.append([rows, fewer, step])
+        happened.append([rows, fewer, step, step_of(last_sealed_checkpoint(work))])
         write_text(file, json.dumps(happened) + "\n")
 
 
@@ -73,13 +77,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _attempt(
-    build: Callable[[C, Report], T], config: C, rows: int, halvings: int, work: Path, progress: Report
-) -> tuple[T, int] | tuple[str, int | None]:
+    build: Callable[[C, Report], T], config: C, rows: int, halvings: int, work: Path, progress: Report, *,
+    evaluates: bool,
+) -> tuple[T, int] | tuple[str, int | None]:  # fmt: skip
     """Train with so many rows at once. Gives the trainer, or why memory ran out; and the step, None while loading.
 
     An exception holds the frames that it went through, and they hold the model: none leaves this function.
     """
     trainer: T | None = None
+    computing = Computing()
     if halvings:
         config = cast("C", config.model_copy(update={"micro_batch_size": rows}))
 
@@ -88,7 +94,9 @@ def _attempt(
 
     try:
         trainer = build(config, report)
-        trainer.args.per_device_eval_batch_size = max(1, trainer.args.per_device_eval_batch_size >> halvings)
+        if evaluates:
+            trainer.args.per_device_eval_batch_size = max(1, trainer.args.per_device_eval_batch_size >> halvings)
+        trainer.add_callback(computing)
         with kept_memory():
             go_on(trainer, work)
             processes.wait()
@@ -97,12 +105,47 @@ def _attempt(
         if not is_out_of_memory(error):
             raise
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return why, None if trainer is None else trainer.state.global_step
+    if trainer is None:
+        return why, None
+    if computing.gradients:
+        _save(trainer, work)
+    return why, trainer.state.global_step
 
 
-def _said(rows: int, fewer: int, step: int, batch: int) -> str:
+class Computing(TrainerCallback):  # type: ignore[misc]
+    """Knows whether gradients are computed: until they are, weights and optimizer are those of the last step."""
+
+    gradients = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.gradients = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.gradients = False
+
+
+def _save(trainer: Trainer, work: Path) -> None:
+    """Write a sealed checkpoint of the last step, where there is none and memory lasts for it."""
+    step = trainer.state.global_step
+    if step == 0 or processes.count() > 1 or (work / f"checkpoint-{step}" / SEAL).exists():
+        return
+    trainer.model.zero_grad(set_to_none=True)
+    gc.collect()
+    give_back()
+    try:
+        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    except (RuntimeError, MemoryError) as error:  # what is not sealed is not gone on from
+        if not is_out_of_memory(error):
+            raise
+
+
+def _said(rows: int, fewer: int, step: int, begins: int, *, batch: int) -> str:
+    where = "" if begins == step else f" from step {begins}"
     return (
-        f"out of memory with {rows} rows at once after step {step}: went on with {fewer} at once and "
+        f"out of memory with {rows} rows at once after step {step}: went on{where} with {fewer} at once and "
         f"{batch // fewer} accumulated, still {batch} a step"
     )
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt import methods, out_of_memory, rewards
 from edgetune.adapt.base import load_base
-from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
+from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, SpeedLog, tensorboard
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.formats import Row, read_rows
-from edgetune.data.golden import Golden
+from edgetune.data.golden import GOLDEN_ROWS, Golden, trained_golden
 from edgetune.data.preference import read_kto, read_preferences
 from edgetune.data.render import Rendered, render
 from edgetune.devices import has_fast_bfloat16
@@ -30,7 +30,10 @@ from edgetune.errors import DataError
 from edgetune.progress import Report, silent
 from edgetune.recipe_training import Prefer
 
-STAGE = "adapt.prefer/1"
+STAGE = "adapt.prefer/2"
+WATCHED = {"loss": "loss", "pair_accuracy": "rewards/accuracies", "reward": "reward"}  # as trl calls them
+PATIENCE = 3
+SPEED = "prefer-speed.json"  # in the folder of the logs
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Example:
 
 def read(config: Prefer) -> list[Example]:
     """Read the rows that a method trains on. Raises DataError naming file and line."""
-    path, limit = Path(config.train), config.train_rows
+    path, form, limit = Path(config.train), config.format, config.train_rows
     if config.method == "kto":
-        return [Example((row.row,), row.label) for row in read_kto(path, limit=limit)]
+        return [Example((row.row,), row.label) for row in read_kto(path, form, limit)]
     if config.method != "grpo":
-        return [Example(row.rows) for row in read_preferences(path, limit=limit)]
-    rows = read_rows(path, limit=limit)
+        return [Example(row.rows) for row in read_preferences(path, form, limit)]
+    rows = read_rows(path, form, limit)
     plain = next((row for row in rows if row.text is not None), None)
     if plain is not None:
         raise DataError(f"{path} line {plain.line}: a plain text has no prompt to answer; grpo needs conversations")
@@ -73,19 +76,23 @@ def run(
 ) -> Artifact:
     """Train an adapter on a `model` artifact and write it as an `adapter` artifact; goes on after a kill.
 
-    Raises DataError where every row is longer than `max_length`.
+    Raises DataError where every row is longer than `max_length`, or too few remain beside those set aside.
     """
     from transformers import AutoTokenizer
 
     golden = Golden.read(source.path)
     tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    if all(talk.trained_ids is None for talk in golden.conversations):  # a base's own, or none
+        shown = [example.rows[0] for example in examples[:GOLDEN_ROWS]]
+        golden = trained_golden(tokenizer, shown, golden.stop_ids)
     rendered = [[render(row, tokenizer, golden.stop_ids) for row in example.rows] for example in examples]
     kept = [i for i, pair in enumerate(rendered) if _fits(config, pair)]
     if not kept:
         shortest = min(max(len(r.ids) for r in pair) for pair in rendered)
         raise DataError(f"{config.train}: every row is longer than prefer.max_length={config.max_length} tokens "
                         f"(shortest {shortest}); raise it")  # fmt: skip
-    order = [kept[i] for i in np.random.default_rng(seed).permutation(len(kept))]
+    aside, order, fallbacks = _split(config, rendered, kept, seed)
+    made = planned_identity(config, source.identity, examples, seed)
     with draft(
         out,
         kind="adapter",
@@ -96,7 +103,8 @@ def run(
     ) as pending:
         from edgetune.adapt import trl_trainers
 
-        n_tokens = sum(len(r.ids) for i in order for r in rendered[i]) / len(order)
+        sampled = config.batch_size if config.method == "grpo" else 0
+        n_tokens = sum(r.start if sampled else len(r.ids) for i in order for r in rendered[i]) / len(order)
 
         def build(config: Prefer, progress: Report) -> Trainer:
             base = load_base(source.path, device, four_bit=config.adapter == "qlora")
@@ -107,24 +115,49 @@ def run(
                 ProgressReport(progress, n_tokens * config.batch_size),
                 *tensorboard(config.report_to, log_folder),
             ]
-            return trl_trainers.make(
-                config, base, lora, tokenizer, [(rendered[i], examples[i].label) for i in order], settings, callbacks
-            )
+            if config.eval_rows is not None:
+                callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience or PATIENCE))
+            if log_folder is not None:
+                callbacks.append(SpeedLog(log_folder / SPEED, made, n_tokens * config.batch_size, sampled))
+            train, watched = ([(rendered[i], examples[i].label) for i in places] for places in (order, aside))
+            return trl_trainers.make(config, base, lora, tokenizer, train, watched, settings, callbacks)
 
         least = 2 if config.method == "kto" else 1  # it compares rows of a batch with one another
-        trainer, ran_out = out_of_memory.train(build, config, pending.work, progress, least=least)
+        trainer, ran_out = out_of_memory.train(build, config, pending.work, progress, least=least, evaluates=False)
         methods.save_adapter(trainer.model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed
         pending.notes.update(_history(trainer.state))
-        pending.notes["rows"] = {"train": len(order)}
+        pending.notes["rows"] = {"train": len(order), **({"early_stopping": len(aside)} if aside else {})}
         pending.notes["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        pending.fallbacks.extend(ran_out)
-        if len(order) < len(examples):
+        pending.fallbacks.extend([*fallbacks, *ran_out])
+        if len(kept) < len(examples):
             pending.fallbacks.append(
-                f"{len(examples) - len(order)} rows are longer than prefer.max_length={config.max_length} and left out"
+                f"{len(examples) - len(kept)} rows are longer than prefer.max_length={config.max_length} and left out"
             )
     return pending.artifact
+
+
+def _split(
+    config: Prefer, rendered: Sequence[Sequence[Rendered]], kept: Sequence[int], seed: int
+) -> tuple[list[int], list[int], list[str]]:
+    """Give the places of the rows that training is watched by, if any, those to train on, and what was left out."""
+    order = [kept[i] for i in np.random.default_rng(seed).permutation(len(kept))]
+    if config.eval_rows is None:
+        return [], order, []
+    n = min(config.eval_rows, len(order) // 5)
+    aside, others = order[:n], order[n:]
+    seen = {tuple(row.ids for row in rendered[i]) for i in aside}
+    train = [i for i in others if tuple(row.ids for row in rendered[i]) not in seen]
+    if not n or not train:
+        raise DataError(f"{config.train}: {len(order)} rows are too few, or too much alike, to set some aside; give "
+                        "at least 5 different ones, or leave prefer.eval_rows out")  # fmt: skip
+    fallbacks = []
+    if n < config.eval_rows:
+        fallbacks.append(f"prefer.eval_rows={config.eval_rows} is more than a fifth of the rows: {n} are used")
+    if len(train) < len(others):
+        fallbacks.append(f"{len(others) - len(train)} copies of rows set aside were left out of preference training")
+    return aside, train, fallbacks
 
 
 def _fits(config: Prefer, pair: Sequence[Rendered]) -> bool:
@@ -137,6 +170,17 @@ def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -
     answers = n_rows * (config.generations if config.method == "grpo" else 1)
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(answers / config.batch_size))
     cpu = not device.startswith("cuda")
+    every = min(config.eval_steps or config.save_steps, steps)
+    watched = {
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "per_device_eval_batch_size": config.generations if config.method == "grpo" else micro,
+        "load_best_model_at_end": True,
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
+        "metric_for_best_model": f"eval_{WATCHED[config.watched_by]}",
+        "greater_is_better": config.watched_by != "loss",
+        "prediction_loss_only": True,
+    }
     return {
         "output_dir": str(work),
         "per_device_train_batch_size": micro,
@@ -149,7 +193,7 @@ def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -
         "bf16": not cpu and has_fast_bfloat16(device),
         "use_cpu": cpu,
         "gradient_checkpointing": False,
-        "save_steps": min(config.save_steps, steps),
+        "save_steps": every,
         "save_total_limit": 2,
         "logging_steps": 1,
         "report_to": [name for name in config.report_to if name != "tensorboard"],
@@ -158,11 +202,15 @@ def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -
         "seed": seed,
         "log_level": "error",
         "beta": config.beta,
+        **(watched if config.eval_rows is not None else {}),
     }
 
 
 def _config(config: Prefer, seed: int) -> dict[str, Any]:
-    return {**config.model_dump(exclude={"report_to", "train", "train_rows"}, exclude_none=True), "seed": seed}
+    return {
+        **config.model_dump(exclude={"report_to", "train", "train_rows", "format", "merge"}, exclude_none=True),
+        "seed": seed,
+    }
 
 
 def _sources(config: Prefer, examples: Sequence[Example]) -> dict[str, str]:
@@ -179,6 +227,9 @@ def _history(state: TrainerState) -> dict[str, Any]:
         "reward": "reward",
         "learning_rate": "learning_rate",
         "gradient_norm": "grad_norm",
+        "heldout_loss": "eval_loss",
+        "heldout_pair_accuracy": "eval_rewards/accuracies",
+        "heldout_reward": "eval_reward",
     }
     curves = {
         name: [[e["step"], float(f"{float(e[key]):.6g}")] for e in state.log_history if key in e]

@@ -1,4 +1,4 @@
-"""Several processes train one adapter, as torchrun or accelerate start them: the first one writes, all compute.
+"""Several processes train one adapter, as torchrun, accelerate or mpirun start them: the first one writes, all compute.
 
 Each computes its share of a step's rows, so a step reads the same rows however many processes there are. What is no
 training the first one does alone, and the others find it in the store.
@@ -7,7 +7,7 @@ training the first one does alone, and the others find it in the store.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,26 @@ from edgetune.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+# As accelerate reads them: torchrun's, then those of the kinds of MPI, which have no other before `join`.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM":
+            "Megatron-LM"}  # fmt: skip
+
 
 def count() -> int:
-    """Processes of this training: torchrun's WORLD_SIZE, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this training: what torchrun or MPI says, 1 without them."""
+    return _told_by(SIZES, 1)
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes."""
-    return count() == 1 or os.environ.get("RANK", "0") == "0"
+    return count() == 1 or _told_by(RANKS, 0) == 0
+
+
+def _told_by(names: Sequence[str], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
 def refuse(verb: str) -> None:
@@ -35,6 +46,19 @@ def refuse(verb: str) -> None:
     if count() > 1:
         raise UsageError(f"{verb} is one process, {count()} were started; let `edgetune adapt` train in {count()} "
                          f"processes, then run `edgetune {verb}` alone: it finds the adapter in the store")  # fmt: skip
+
+
+def check_launch() -> None:
+    """Raise UsageError where a launcher would shard weights, which nothing gathers, or started fewer than was asked."""
+    for name, what in SHARDING.items():
+        if os.environ.get(name, "").lower() == "true":
+            raise UsageError(f"{what} shards weights, which are not gathered here; leave it out of accelerate's "
+                             "configuration (distributed_type: MULTI_GPU), or use torchrun")  # fmt: skip
+    # accelerate names a port to meet at for several processes; on a CPU it starts one of them unless MPI does.
+    started_alone = not any(name in os.environ for name in SIZES)
+    if started_alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+        raise UsageError("accelerate launch was asked for several processes and started one, as it does on a CPU; "
+                         "use --multi_gpu, which starts all of them there, or torchrun --nproc-per-node")  # fmt: skip
 
 
 def check(recipe: Recipe) -> None:
@@ -69,7 +93,7 @@ def join(device: str) -> None:
 
 def own_device(device: str) -> str:
     """Give the GPU of this process where the recipe says cuda."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if count() > 1 and device == "cuda" else device
+    return f"cuda:{_told_by(LOCAL_RANKS, 0)}" if count() > 1 and device == "cuda" else device
 
 
 def hold_to(arguments: TrainingArguments, device: str) -> None:

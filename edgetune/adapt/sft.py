@@ -21,6 +21,7 @@ from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, histo
 from edgetune.artifact import Artifact, identity, json_digest
 from edgetune.compress.checkpoint import read_config
 from edgetune.data.checks import refuse_untaught
+from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.data.provenance import Mixture
 from edgetune.data.render import Rendered, rows_digest
@@ -29,7 +30,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_training import Adapt
 from edgetune.sources import copy_tokenizer
 
-STAGE = "adapt.sft/4"
+STAGE = "adapt.sft/5"
 SPEED = "adapt-speed.json"  # in the folder of the logs
 
 
@@ -113,6 +114,8 @@ def run(
             else:
                 methods.save_adapter(trainer.model, pending.path, source.identity)
             golden.write(pending.path)
+            if full:
+                hold(pending.path)
             if mixture is not None:
                 mixture.write(pending.path)
         if mixture is not None:

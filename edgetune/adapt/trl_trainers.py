@@ -27,10 +27,14 @@ def make(
     lora: LoraConfig,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
+    watched: Examples,
     settings: dict[str, Any],
     callbacks: list[Any],
 ) -> Trainer:
-    """Build the trainer of a method; it puts a fresh adapter on `base`. `settings` are those of TrainingArguments."""
+    """Build the trainer of a method; it puts a fresh adapter on `base`. `settings` are those of TrainingArguments.
+
+    `watched` are examples that it is evaluated on, if any.
+    """
     require("trl")
     from transformers.trainer_callback import PrinterCallback
 
@@ -39,7 +43,7 @@ def make(
     build = {"kto": _kto, "orpo": _orpo, "grpo": _grpo}.get(config.method, _dpo)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that trl still uses
-        ready = build(config, examples, settings, tokenizer)
+        ready = build(config, examples, watched, settings, tokenizer)
         processes.hold_to(ready.keywords["args"], str(base.device))
         trainer = ready(model=base, peft_config=lora, processing_class=tokenizer, callbacks=callbacks)
     for parameter in trainer.model.parameters():
@@ -49,7 +53,7 @@ def make(
     return trainer
 
 
-def _dpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
+def _dpo(config: Prefer, examples: Examples, watched: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -57,17 +61,19 @@ def _dpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 
-    rows = [
-        {"prompt_ids": _prompt(chosen), "chosen_ids": _answer(chosen), "rejected_ids": _answer(rejected)}
-        for (chosen, rejected), _ in examples
-    ]
+    def rows(examples: Examples) -> list[dict[str, Any]]:
+        return [
+            {"prompt_ids": _prompt(chosen), "chosen_ids": _answer(chosen), "rejected_ids": _answer(rejected)}
+            for (chosen, rejected), _ in examples
+        ]
+
     arguments = DPOConfig(
         loss_type={"dpo": "sigmoid", "ipo": "ipo"}[config.method], max_length=config.max_length, **settings
     )
-    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
+    return partial(Ready, args=arguments, **_datasets(rows(examples), rows(watched)))
 
 
-def _kto(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
+def _kto(config: Prefer, examples: Examples, watched: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
@@ -75,25 +81,26 @@ def _kto(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 
-    rows: list[dict[str, Any]] = [
-        {"prompt_ids": _prompt(row), "completion_ids": _answer(row), "label": label} for (row,), label in examples
-    ]
-    at_once = settings["per_device_train_batch_size"]
-    for first in range(0, len(rows), at_once):  # the KL term wants each prompt with another one's answer
-        batch = rows[first : first + at_once]
-        for place, row in enumerate(batch):
-            row["KL_completion_ids"] = batch[place - 1]["completion_ids"]
-    good = sum(row["label"] for row in rows)
+    def rows(examples: Examples) -> list[dict[str, Any]]:
+        made: list[dict[str, Any]] = [
+            {"prompt_ids": _prompt(row), "completion_ids": _answer(row), "label": label} for (row,), label in examples
+        ]
+        at_once = settings["per_device_train_batch_size"]
+        for first in range(0, len(made), at_once):  # the KL term wants each prompt with another one's answer
+            batch = made[first : first + at_once]
+            for place, row in enumerate(batch):
+                row["KL_completion_ids"] = batch[place - 1]["completion_ids"]
+        return made
+
+    good = sum(bool(label) for _, label in examples)
     arguments = KTOConfig(
         max_length=config.max_length, train_sampling_strategy="sequential",
-        undesirable_weight=good / max(len(rows) - good, 1), **settings,
+        undesirable_weight=good / max(len(examples) - good, 1), **settings,
     )  # fmt: skip
-    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
+    return partial(Ready, args=arguments, **_datasets(rows(examples), rows(watched)))
 
 
-def _orpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
-    from datasets import Dataset
-
+def _orpo(config: Prefer, examples: Examples, watched: Examples, settings: dict[str, Any], _: Any) -> partial[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # trl says on import that ORPO's place may move
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -102,39 +109,50 @@ def _orpo(config: Prefer, examples: Examples, settings: dict[str, Any], _: Any) 
         def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
             return feature
 
-    rows = []
-    for (chosen, rejected), _ in examples:
-        row: dict[str, Any] = {"prompt": "", "prompt_input_ids": _prompt(chosen)}
-        row["prompt_attention_mask"] = [1] * len(row["prompt_input_ids"])
-        for name, one in (("chosen", chosen), ("rejected", rejected)):
-            row[name] = ""
-            row[f"{name}_input_ids"] = list(one.ids)
-            row[f"{name}_attention_mask"] = [1] * len(one.ids)
-            row[f"{name}_labels"] = [IGNORE] * one.start + _answer(one)
-        rows.append(row)
+    def rows(examples: Examples) -> list[dict[str, Any]]:
+        made = []
+        for (chosen, rejected), _ in examples:
+            row: dict[str, Any] = {"prompt": "", "prompt_input_ids": _prompt(chosen)}
+            row["prompt_attention_mask"] = [1] * len(row["prompt_input_ids"])
+            for name, one in (("chosen", chosen), ("rejected", rejected)):
+                row[name] = ""
+                row[f"{name}_input_ids"] = list(one.ids)
+                row[f"{name}_attention_mask"] = [1] * len(one.ids)
+                row[f"{name}_labels"] = [IGNORE] * one.start + _answer(one)
+            made.append(row)
+        return made
+
     arguments = ORPOConfig(max_length=config.max_length, remove_unused_columns=False, **settings)
-    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows))
+    return partial(Ready, args=arguments, **_datasets(rows(examples), rows(watched)))
 
 
 def _grpo(
-    config: Prefer, examples: Examples, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    config: Prefer, examples: Examples, watched: Examples, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> partial[Any]:
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     class Ready(GRPOTrainer):  # type: ignore[misc]
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
             return [ids_of[prompt] for prompt in prompts], None, {}
 
-    ids_of = {tokenizer.decode(_prompt(row)): _prompt(row) for (row,), _ in examples}
-    rows = [{"prompt": tokenizer.decode(_prompt(row)), "answer": row.target_text} for (row,), _ in examples]
+    def rows(examples: Examples) -> list[dict[str, Any]]:
+        return [{"prompt": tokenizer.decode(_prompt(row)), "answer": row.target_text} for (row,), _ in examples]
+
+    ids_of = {tokenizer.decode(_prompt(row)): _prompt(row) for (row,), _ in (*examples, *watched)}
     found = [score_of(reward) for reward in config.rewards]
     arguments = GRPOConfig(
         num_generations=config.generations, max_completion_length=config.max_new_tokens,
         temperature=config.temperature, reward_weights=[weight for _, weight, _ in found], **settings,
     )  # fmt: skip
     functions = [_as_trl_calls_it(name, score) for name, _, score in found]
-    return partial(Ready, args=arguments, train_dataset=Dataset.from_list(rows), reward_funcs=functions)
+    return partial(Ready, args=arguments, **_datasets(rows(examples), rows(watched)), reward_funcs=functions)
+
+
+def _datasets(train: list[dict[str, Any]], watched: list[dict[str, Any]]) -> dict[str, Any]:
+    from datasets import Dataset
+
+    evaluated = {"eval_dataset": Dataset.from_list(watched)} if watched else {}
+    return {"train_dataset": Dataset.from_list(train), **evaluated}
 
 
 def _as_trl_calls_it(name: str, score: Score) -> Any:

@@ -25,6 +25,7 @@ from edgetune.compress import teacher as teaching
 from edgetune.compress.divergence import bucket_log_probs, divergence
 from edgetune.compress.teacher_pack import TeacherPack
 from edgetune.data.checks import refuse_untaught
+from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import UnsupportedError
@@ -96,6 +97,7 @@ def run(
         model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
         copy_tokenizer(teacher.path, pending.path)
         golden.write(pending.path)
+        hold(pending.path)
         pending.seed = seed
         pending.fallbacks.extend([*data.fallbacks, *ran_out])
         pending.notes.update(history(trainer.state))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
+from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.progress import Report, silent
 from edgetune.recipe import Awq
@@ -74,6 +75,7 @@ def run(
         model.save_pretrained(pending.path)
         copy_tokenizer(source.path, pending.path)
         Golden.read(source.path).write(pending.path)
+        hold(pending.path)
         pending.seed, pending.calibration = seed, calibration.digest
         pending.notes["scales"] = found
     return pending.artifact

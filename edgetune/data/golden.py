@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "golden.json"
+GOLDEN_ROWS = 8  # training rows that become golden conversations
 
 # Scripts, emoji, code, digits and whitespace: where tokenizers of two runtimes come apart first.
 TEXTS = (

@@ -25,6 +25,8 @@ CURVES = {
     "tokens_per_s": "Tokens a second",
     "reward_margin": "Reward margin, chosen less rejected",
     "reward": "Mean reward",
+    "heldout_pair_accuracy": "Pairs set aside whose chosen answer is likelier",
+    "heldout_reward": "Mean reward of the rows set aside",
 }
 
 
@@ -33,7 +35,7 @@ def curves(training: dict[str, Any] | None) -> list[tuple[str, list[tuple[float,
     preferred = (training or {}).get("preference")
     found = [(title, curve(training, key)) for key, title in CURVES.items()]
     if isinstance(preferred, dict):
-        titles = {"loss": "Loss", **CURVES}
+        titles = {"loss": "Loss", "heldout_loss": "Loss of the rows set aside", **CURVES}
         found += [(f"Preference training: {title}", curve(preferred, key)) for key, title in titles.items()]
     return [(title, points) for title, points in found if len(points) > 1]
 

@@ -1,4 +1,4 @@
-"""Memory that runs out in training: fewer rows at once, as many a step, from the last whole checkpoint."""
+"""Memory that runs out in training: fewer rows at once, as many a step, from the last step where that is whole."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run_out(patch: pytest.MonkeyPatch, error: BaseException, *, most: int, after
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
-def test_it_goes_on_with_half_the_rows_from_the_last_whole_checkpoint(
+def test_it_goes_on_with_half_the_rows_from_the_last_step(
     tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     whole = train(tiny_model, tmp_path / "whole", rows)
@@ -65,16 +65,63 @@ def test_it_goes_on_with_half_the_rows_from_the_last_whole_checkpoint(
     with monkeypatch.context() as patch:
         ran = run_out(patch, error, most=2, after=3)
         made = train(tiny_model, tmp_path / "halved", rows, progress=lambda done, total, label: said.append(label))
-    assert ran == [(0, 4), (1, 4), (2, 4), *((step, 2) for step in (2, 2, 3, 3, 4, 4, 5, 5))]
+    assert ran == [(0, 4), (1, 4), (2, 4), *((step, 2) for step in (3, 3, 4, 4, 5, 5))]
     note = "out of memory with 4 rows at once after step 3: went on with 2 at once and 2 accumulated, still 4 a step"
     assert made.manifest.fallbacks == [note]
     assert made.manifest.notes["memory"] == note
     assert "memory" not in whole.manifest.notes
-    assert [label.endswith("2 rows at once since memory ran out") for label in said] == [False] * 3 + [True] * 4
+    assert [label.endswith("2 rows at once since memory ran out") for label in said] == [False] * 3 + [True] * 3
     assert made.identity == whole.identity
     weights = [load_file(one.path / "adapter_model.safetensors") for one in (whole, made)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_optimizer_began_is_not_gone_on_from(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny_model, tmp_path / "whole", rows)
+    make, left = sft.methods.make_optimizer, [3]
+
+    def failing(*args: Any) -> torch.optim.Optimizer:
+        optimizer = make(*args)
+        step = optimizer.step
+
+        def limited(*given: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                next(p for group in optimizer.param_groups for p in group["params"]).data.fill_(9)  # half done
+                raise ERRORS[0]
+            return step(*given, **named)
+
+        optimizer.step = limited  # type: ignore[method-assign]
+        return optimizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.methods, "make_optimizer", failing)
+        made = train(tiny_model, tmp_path / "halved", rows)
+    (note,) = made.manifest.fallbacks
+    assert note.startswith("out of memory with 4 rows at once after step 2: went on with 2 at once")
+    weights = [load_file(one.path / "adapter_model.safetensors") for one in (whole, made)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_that_cannot_be_saved_is_taken_again(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = CompletionTrainer._save_checkpoint
+
+    def full(self: CompletionTrainer, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        if self.state.global_step == 3:
+            raise ERRORS[1]
+
+    monkeypatch.setattr(CompletionTrainer, "_save_checkpoint", full)
+    ran = run_out(monkeypatch, ERRORS[0], most=2, after=3)
+    made = train(tiny_model, tmp_path / "halved", rows)
+    assert [step for step, n_rows in ran if n_rows == 2] == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert "after step 3: went on from step 2 with 2 at once" in made.manifest.fallbacks[0]
 
 
 def test_a_kill_does_not_let_it_run_out_once_more(

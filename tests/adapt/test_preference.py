@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOTrainer
 
 from edgetune.adapt import merge, preference, rewards, trl_trainers
+from edgetune.adapt.callbacks import read_speed
 from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.data.render import render
@@ -101,10 +104,20 @@ class Dies(TrainerCallback):  # type: ignore[misc]
             raise KeyboardInterrupt
 
 
-def test_a_killed_dpo_goes_on_to_the_same_bytes(
-    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configured("dpo", files)
+REWARDED = {"rewards": [{"length": {"characters": 8}}], "generations": 2, "max_new_tokens": 4, "temperature": 2.0}
+WATCHED = {"eval_rows": 3, "eval_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("dpo", {}), ("dpo", WATCHED), ("ipo", {}), ("kto", {}), ("orpo", {}), ("grpo", REWARDED | WATCHED)],
+    ids=["dpo", "dpo watched", "ipo", "kto", "orpo", "grpo watched"],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str,
+    changes: dict[str, Any],
+) -> None:  # fmt: skip
+    config = configured(method, files, **changes)
     examples = preference.read(config)
     whole = preference.run(config, tiny_model, tmp_path / "whole", examples=examples)
     make = trl_trainers.make
@@ -124,6 +137,110 @@ def test_a_killed_dpo_goes_on_to_the_same_bytes(
     )
     assert steps == [5, 6]
     assert resumed.manifest.files == whole.manifest.files
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "curve"),
+    [
+        ("dpo", {"best_by": "pair_accuracy"}, "heldout_pair_accuracy"),
+        ("ipo", {}, "heldout_loss"),
+        ("kto", {}, "heldout_loss"),
+        ("orpo", {"best_by": "pair_accuracy"}, "heldout_pair_accuracy"),
+        ("grpo", REWARDED, "heldout_reward"),
+    ],
+)
+def test_it_is_watched_by_rows_set_aside(
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, method: str, changes: dict[str, Any], curve: str
+) -> None:
+    config = configured(method, files, eval_rows=8, eval_steps=1, max_steps=3, patience=3, **changes)
+    examples = preference.read(config)
+    made = preference.run(config, tiny_model, tmp_path / "adapter", examples=examples, log_folder=tmp_path / "logs")
+    notes = made.manifest.notes
+    assert notes["rows"] == {"train": 13, "early_stopping": 3}
+    assert made.manifest.fallbacks == ["prefer.eval_rows=8 is more than a fifth of the rows: 3 are used"]
+    assert [step for step, _ in notes[curve]] == [1, 2, 3]
+    speed = read_speed(tmp_path / "logs" / preference.SPEED, made.identity)
+    assert [step for step, _ in speed] == [1, 2, 3]
+    assert all(rate > 0 for _, rate in speed)
+
+
+def test_the_best_checkpoint_is_kept_and_training_stops_early(
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path
+) -> None:
+    changes = {"eval_rows": 3, "eval_steps": 1, "patience": 1, "learning_rate": 30.0, "max_steps": 8, "warmup_ratio": 0}
+    config = configured("dpo", files, adapter="lora", **changes)
+    examples = preference.read(config)
+    made = preference.run(config, tiny_model, tmp_path / "watched", examples=examples)
+    held = [loss for _, loss in made.manifest.notes["heldout_loss"]]
+    assert len(held) < 8
+    best = held.index(min(held)) + 1
+    assert best < len(held)
+    patient = configured("dpo", files, adapter="lora", **changes | {"patience": 8})
+    again = preference.run(patient, tiny_model, tmp_path / "patient", examples=examples)
+    losses = [loss for _, loss in again.manifest.notes["heldout_loss"]]
+    assert (len(losses), losses[: len(held)], min(losses)) == (8, held, min(held))
+    assert made.manifest.files == again.manifest.files
+
+
+def test_too_few_rows_to_watch_by_are_refused(tiny_model: Artifact, files: dict[str, str], tmp_path: Path) -> None:
+    config = configured("dpo", files, eval_rows=4, train_rows=4)
+    with pytest.raises(DataError, match=r"pairs.jsonl: 4 rows are too few, or too much alike, to set some aside"):
+        preference.run(config, tiny_model, tmp_path / "adapter", examples=preference.read(config))
+
+
+def test_the_format_of_the_rows_can_be_named(files: dict[str, str]) -> None:
+    assert len(preference.read(configured("dpo", files, format="preference"))) == 16
+    with pytest.raises(DataError, match="line 1: "):
+        preference.read(configured("dpo", files, format="kto"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"eval_steps": 2}, "eval_steps: no rows are set aside to look at; set eval_rows"),
+        ({"adapter": "lora", "merge": "auto"}, "merge auto needs a model in 4 bits; adapter lora holds 16"),
+        ({"method": "kto", "eval_rows": 4, "best_by": "pair_accuracy"}, "best_by is not read by method kto"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(files: dict[str, str], changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        configured(**{"method": "dpo", "files": files} | changes)
+    new = {"format", "eval_rows", "eval_steps", "patience", "best_by", "merge"}
+    assert not new & set(configured("dpo", files).model_dump())
+
+
+def test_golden_conversations_of_a_base_give_way_to_those_that_it_learns(
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path
+) -> None:
+    config = configured("dpo", files, max_steps=1)
+    examples = preference.read(config)
+    made = preference.run(config, tiny_model, tmp_path / "adapter", examples=examples)
+    golden = Golden.read(made.path)
+    learned = [example.rows[0].as_dicts for example in examples[:8]]
+    assert [talk.messages for talk in golden.conversations] == learned
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
+    seen = render(examples[0].rows[0], tokenizer, golden.stop_ids)
+    assert (golden.conversations[0].trained_ids, golden.conversations[0].labels) == (list(seen.ids), seen.mask)
+    merge.run(tiny_model, made, tmp_path / "merged")  # is held to them
+
+
+def test_memory_that_runs_out_is_said(
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, ran = DPOTrainer.training_step, list[int]()
+
+    def limited(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        rows = len(inputs["input_ids"])
+        if rows > 4 and self.state.global_step:  # a pair is two
+            raise MemoryError
+        ran.append(self.state.global_step)
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", limited)
+    config = configured("dpo", files, max_steps=3, save_steps=50)
+    made = preference.run(config, tiny_model, tmp_path / "adapter", examples=preference.read(config))
+    assert ran == [0, 1, 1, 2, 2]
+    assert made.manifest.fallbacks[0].startswith("out of memory with 4 rows at once after step 1: went on with 2")
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgetune.adapt import processes
 from edgetune.artifact import Artifact
 from edgetune.errors import RecipeError, UsageError
 from edgetune.recipe import parse_recipe
+from tests.conftest import Call
 
 REPO = Path(__file__).resolve().parents[2]
 ADAPT = {
@@ -69,6 +71,36 @@ def test_other_verbs_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.refuse("run")
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, r"^FSDP shards weights, which are not gathered here; leave it out"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"^DeepSpeed shards weights"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, r"^accelerate launch .* and started one, as it"),
+    ],
+)
+def test_a_launch_that_would_train_something_else_is_one_line(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    processes.check_launch()
+    path = write_recipe(tmp_path, tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for verb in ("adapt", "run"):
+        code, out, err = call(verb, str(path), "--store", str(tmp_path / "store"))
+        assert (code, out) == (2, "")
+        assert re.match(message, err.removeprefix("edgetune: ")), err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_mpi_says_is_known_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    assert (processes.count(), processes.is_first(), processes.own_device("cuda")) == (2, False, "cuda:1")
+
+
 def test_one_process_is_the_first_and_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (processes.count(), processes.is_first(), processes.own_device("cuda")) == (1, True, "cuda")
     assert processes.share(16, None) == (16, 1)
@@ -80,16 +112,26 @@ def test_one_process_is_the_first_and_shares_nothing(monkeypatch: pytest.MonkeyP
     assert processes.share(16, 2) == (2, 2)
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes_give_the_result_of_one(tiny_model: Artifact, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "launcher"),
+    [("lora", TORCHRUN), ("full", TORCHRUN), ("full", ACCELERATE)],
+    ids=["lora", "full", "accelerate"],
+)
+def test_two_processes_give_the_result_of_one(
+    tiny_model: Artifact, tmp_path: Path, method: str, launcher: list[str]
+) -> None:
     changes = {} if method == "lora" else {"method": "full", "r": None, "learning_rate": 1e-3}
     path = write_recipe(tmp_path, tiny_model.path)
     raw = yaml.safe_load(path.read_text())
     raw["adapt"] = {key: value for key, value in (raw["adapt"] | changes).items() if value is not None}
     path.write_text(yaml.safe_dump(raw))
     alone = [sys.executable, "-m"]
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    together = [sys.executable, "-m", *launcher, "-m"]
     adapters = []
     for name, command in (("one", alone), ("two", together)):
         store = tmp_path / name

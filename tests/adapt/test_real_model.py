@@ -12,10 +12,11 @@ import pytest
 from edgetune import sources
 from edgetune.adapt import preference, sft
 from edgetune.artifact import Artifact, Store
-from edgetune.data.formats import read_rows
+from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, render
+from edgetune.data.windows import render_windows
 from edgetune.recipe_training import Adapt, Prefer
 from edgetune.workload import token_ids
 
@@ -29,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full, block by block": {"method": "full", "learning_rate": 1e-4, "unfreeze_steps": 1},
     "l2": {"method": "lora", "l2": 0.01},
     "ewc": {"method": "lora", "ewc": 1.0},
+    "continued pretraining": {"method": "full", "learning_rate": 1e-4},
 }
 PREFERENCES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("dpo", "ipo", "kto", "orpo")},
@@ -61,6 +63,9 @@ def test_a_method_learns(base: Artifact, tokenizer: Any, rows: list[Rendered], t
     settings = {"learning_rate": 2e-3} | METHODS[name]
     config = Adapt(batch_size=4, max_steps=STEPS, eval_steps=1, eval_rows=4, warmup_ratio=0, report_to=[], **settings)
     general = token_ids(tokenizer, general_text(None, "calibrate"))
+    if name == "continued pretraining":
+        text = Row((), general_text(None, "calibrate")[:8_000], 1)
+        rows = render_windows(text, tokenizer, Golden.read(base.path).stop_ids, 64)
     made = sft.run(config, base, tmp_path / "made", rows=rows, golden=Golden.read(base.path), general=general)
     held = [loss for _, loss in made.manifest.notes["heldout_loss"]]
     assert len(held) == STEPS

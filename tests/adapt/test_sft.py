@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -51,6 +53,52 @@ def test_loss_falls_and_the_adapter_names_no_path(tiny_model: Artifact, rows: li
     assert str(tmp_path) not in text
     assert str(tiny_model.path) not in text
     assert tiny_model.identity in text
+
+
+def test_plain_texts_are_learned_as_a_whole(tiny_model: Artifact, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
+    texts = [f"turn the light in the kitchen to {n} percent at {n}" for n in range(24)]
+    rows = [render(Row((), text, n), tokenizer, [2]) for n, text in enumerate(texts, 1)]
+    assert all(row.n_labels == len(row.ids) - 1 for row in rows)
+    made = train(tiny_model, tmp_path / "adapter", rows)
+    losses = [loss for _, loss in made.manifest.notes["heldout_loss"]]
+    assert losses[-1] < losses[0] - 0.1, losses
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    """Read the steps of each curve that TensorBoard would show."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {name: [event.step for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def test_tensorboard_is_on_by_default(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+    config = Adapt.model_validate(CONFIG.model_dump(exclude={"report_to"}))
+    train(tiny_model, tmp_path / "adapter", rows, config, log_folder=tmp_path / "tensorboard")
+    shown = scalars(tmp_path / "tensorboard")
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/exact_match"):
+        assert shown[name] == [2, 4, 6], name
+
+
+def test_other_loggers_get_the_curves_by_a_key(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = {}
+    for name in ("wandb", "mlflow"):
+        fakes[name] = MagicMock(__spec__=ModuleSpec(name, None), __version__="3.0")
+        monkeypatch.setitem(sys.modules, name, fakes[name])
+    for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+        monkeypatch.setitem(sys.modules, name, MagicMock(ConfigError=ValueError))
+    validation = fakes["mlflow"].utils.validation
+    validation.MAX_PARAM_VAL_LENGTH, validation.MAX_PARAMS_TAGS_PER_BATCH = 250, 100
+    train(tiny_model, tmp_path / "adapter", rows, CONFIG.model_copy(update={"report_to": ["wandb", "mlflow"]}))
+    logged = [call.args[0] for call in fakes["wandb"].log.call_args_list]
+    assert [one["train/global_step"] for one in logged if "train/loss" in one] == [2, 4, 6]
+    assert [one["train/global_step"] for one in logged if "eval/loss" in one] == [2, 4, 6]
+    noted = [call.kwargs for call in fakes["mlflow"].log_metrics.call_args_list]
+    assert [one["step"] for one in noted if "loss" in one["metrics"]] == [2, 4, 6]
 
 
 def test_loss_is_cross_entropy_of_labelled_positions(tiny_model: Artifact, rows: list[Rendered]) -> None:

@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from edgetune.adapt import sft
 from edgetune.artifact import Artifact, draft
-from edgetune.compress import quantize
+from edgetune.compress import distill, quantize, scale, teacher
+from edgetune.compress.prune import stage as pruning
+from edgetune.data.calibration import CalibrationSet
 from edgetune.data.checks import apart, refuse_untaught
 from edgetune.data.contract import hold
 from edgetune.data.formats import Row, parse_row
@@ -19,7 +23,7 @@ from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.records import Record
 from edgetune.data.render import Rendered, render
 from edgetune.errors import ContractError, DataError
-from edgetune.recipe import Rtn
+from edgetune.recipe import Adapt, Awq, Distill, Prune, Rtn
 from tests.data.test_formats import ANSWERED, ASKED, TOOL, WITH_TOOLS
 
 # As the tiny model's, and with tools, calls and their results.
@@ -73,6 +77,39 @@ def test_a_checkpoint_that_would_render_otherwise_is_not_written(folder: Path, t
     with pytest.raises(ContractError, match=r"BOS differs from training's: '0', here '1'$"):
         quantize.run(Rtn(group_size=32), pending.artifact, tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture
+def wrong(folder: Path, tmp_path: Path) -> Artifact:
+    """A model whose golden conversations name another BOS than its tokenizer."""
+    Golden.read(folder).model_copy(update={"bos_id": 0}).write(folder)
+    with draft(tmp_path / "wrong", kind="model", stage="source/1", config={}) as pending:
+        shutil.copytree(folder, pending.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    return pending.artifact
+
+
+@pytest.mark.parametrize("stage", ["full", "prune", "awq", "distill"])
+def test_no_stage_passes_on_what_would_render_otherwise(wrong: Artifact, tmp_path: Path, stage: str) -> None:
+    tokenizer, out = AutoTokenizer.from_pretrained(wrong.path), tmp_path / "made"
+    rows = [render(row(prompt=f"set the light to {n}", completion="on"), tokenizer, [2]) for n in range(10)]
+    short: dict[str, Any] = {"max_steps": 1, "batch_size": 2, "eval_rows": 2, "report_to": []}
+    calibration = CalibrationSet(np.random.default_rng(0).integers(3, 500, (4, 16)))
+
+    def run() -> None:
+        if stage == "full":
+            sft.run(Adapt(method="full", **short), wrong, out, rows=rows, golden=Golden.read(wrong.path))
+        elif stage == "prune":
+            pruning.run(Prune(layers=1), wrong, out, calibration=calibration)
+        elif stage == "awq":
+            scale.run(Awq(group_size=32), wrong, out, calibration=calibration)
+        else:
+            config = Distill(student="base", **short)
+            said = teacher.run(config, wrong, tmp_path / "said", rows=rows)
+            distill.run(config, wrong, wrong, said, out, rows=rows)
+
+    with pytest.raises(ContractError, match=r"BOS differs from training's: '0', here '1'$"):
+        run()
+    assert not out.exists()
 
 
 def edit(path: Path, **values: Any) -> None:

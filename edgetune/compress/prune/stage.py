@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgetune.artifact import Artifact, draft, identity, require_space, write_text
 from edgetune.compress.prune.shapes import check, head_size, heads, pruned_config
+from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.progress import Report, silent
 from edgetune.recipe import Prune
@@ -77,6 +78,7 @@ def run(
         made.save_pretrained(pending.path)
         copy_tokenizer(source.path, pending.path)
         Golden.read(source.path).write(pending.path)
+        hold(pending.path)
         pending.seed, pending.calibration = seed, calibration.digest
         pending.notes |= {
             "kept_layers": kept,
