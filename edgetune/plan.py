@@ -18,7 +18,7 @@ from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
-from edgetune.task_work import check_task, guess_counts
+from edgetune.task_work import check_task, guess_counts, probe_task
 from edgetune.training_memory import said
 
 EXPECTED_FLIPS = 0.03  # share of rows whose answer changes, before it was measured
@@ -35,7 +35,8 @@ class Preflight:
 def preflight(recipe: Recipe) -> Preflight:
     """Check data, base, candidates and packages before any work. Raises an error that names what is wrong."""
     workload.check_files(recipe.data)
-    for task in recipe.tasks:
+    probe = probe_task(recipe)
+    for task in (*recipe.tasks, *([probe] if probe is not None else [])):
         check_task(task)
     source = find(recipe.base, recipe.revision)
     config = source.model_config()
@@ -145,7 +146,11 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         stages = Graph(recipe, base.identity, work).stages()
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
-    estimator = Estimator(recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks))
+    probe = probe_task(recipe)
+    estimator = Estimator(
+        recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks),
+        guess_counts([probe] if probe is not None else []),
+    )  # fmt: skip
     adapt = recipe.adapt
     how = said(estimator.fitted(adapt)) if adapt is not None and adapt.memory_gb is not None else None
     return [PlannedStage(name, done, estimator.cost(name), how if name == "adapt" else None) for name, done in states]
