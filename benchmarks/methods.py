@@ -9,7 +9,8 @@ SmolLM2-135M on voice commands (snips). Each method is a process of its own, one
 that its kind wants, and sees the same rows. Held-out rows are scored with the adapter on the base that it was trained
 on, `full` with its model: exact match (at every position of the answer the likeliest token is the gold one), loss a
 token of the answer. Of general text (Python's own manual, the half that nothing is estimated on) the KL divergence a
-token from the base without an adapter, so that what 4 bits cost is no part of it. `replay` puts rows of the other half
+token from the base without an adapter, so that what 4 bits cost is no part of it; of the general probe the share of
+right answers, and that of the base without an adapter. `replay` puts rows of the other half
 in the place of that share of the commands. Seconds are CPU-seconds of the
 training, the loading of the base included; peak memory is the process's.
 """
@@ -24,10 +25,14 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact, Store, write_text
 from edgetune.recipe_training import Adapt
+
+if TYPE_CHECKING:
+    from edgetune.runtime.engines.torch_engine import TorchEngine
+    from edgetune.runtime.tasks import TaskWork
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "methods.json"
@@ -47,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-4},
     "full, ewc 1": {"method": "full", "learning_rate": 1e-4, "ewc": 1.0},
 }
-FIGURES = ("exact_match", "loss", "general_kl", "cpu_s", "peak_mib")
+FIGURES = ("exact_match", "loss", "general_kl", "probe", "cpu_s", "peak_mib")
 PACKAGES = ("edgetune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -58,11 +63,13 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
 
     from edgetune.adapt import sft
     from edgetune.data.formats import read_rows
-    from edgetune.data.general import general_text
+    from edgetune.data.general import PROBE, general_text, probe_file
     from edgetune.data.golden import Golden
     from edgetune.data.render import Rendered, render
+    from edgetune.recipe_tasks import Task
     from edgetune.runtime.engine import TokenRow
     from edgetune.runtime.engines.torch_engine import TorchEngine
+    from edgetune.task_work import load_probe
     from edgetune.workload import token_ids
 
     settings = dict(CASES[case])
@@ -102,15 +109,30 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
             gold = np.asarray(row.ids[row.start :])
             exact.append(bool((logits.argmax(1) == gold).all()))
             losses += (-log_softmax(logits)[np.arange(len(gold)), gold]).tolist()
-        after = [log_softmax(logits) for logits in engine.score_rows(general)]
-        before = [log_softmax(logits) for logits in load(trained=False).score_rows(general)]
+        asked = load_probe(Task(name="probe", kind="multiple_choice", rows=str(probe_file(PROBE))), base)
+        after, probe = [log_softmax(logits) for logits in engine.score_rows(general)], right(engine, asked)
+        engine = load(trained=False)
+        before, probe_before = [log_softmax(logits) for logits in engine.score_rows(general)], right(engine, asked)
     kl = [((np.exp(p) * (p - q)).sum(1)) for p, q in zip(before, after, strict=True)]
     return {
         "exact_match": sum(exact) / len(exact), "exact": exact, "loss": float(np.mean(losses)),
-        "general_kl": float(np.concatenate(kl).mean()), "cpu_s": sum(ended[:2]) - sum(began[:2]),
+        "general_kl": float(np.concatenate(kl).mean()), "probe": sum(probe) / len(probe),
+        "probe_right": probe, "probe_right_before": probe_before, "cpu_s": sum(ended[:2]) - sum(began[:2]),
         "peak_mib": int(peak.split()[1]) / 1024, "trained": made.manifest.notes["trained_parameters"],
         "training_loss": made.manifest.notes["loss"], "config": config.model_dump(mode="json"),
     }  # fmt: skip
+
+
+def right(engine: TorchEngine, asked: TaskWork) -> list[bool]:
+    """Whether the right choice of each question is the likeliest for its length."""
+    import numpy as np
+
+    from edgetune.runtime.accuracy import score_row
+
+    rows = [row.tokens for item in asked.items for row in item.rows]
+    nll = iter([score_row(row, logits)["nll"] for row, logits in zip(rows, engine.score_rows(rows), strict=True)])
+    told = [int(np.argmin([next(nll) / len(choice.encode()) for choice in item.choices])) for item in asked.items]
+    return [item.choices[i] == item.gold[0] for item, i in zip(asked.items, told, strict=True)]
 
 
 def log_softmax(logits: Any) -> Any:
@@ -163,8 +185,9 @@ def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: in
 
 def line(case: str, found: dict[str, Any]) -> str:
     """One row of the table in docs/adapt.md."""
-    exact, loss, kl, cpu_s, peak = (found[name] for name in FIGURES)
-    return f"| `{case}` | {found['trained']:,} | {exact:.1%} | {loss:.4f} | {kl:.4f} | {cpu_s:.0f} | {peak:,.0f} |"
+    exact, loss, kl, probe, cpu_s, peak = (found[name] for name in FIGURES)
+    figures = f"{exact:.1%} | {loss:.4f} | {kl:.4f} | {probe:.1%} | {cpu_s:.0f} | {peak:,.0f}"
+    return f"| `{case}` | {found['trained']:,} | {figures} |"
 
 
 def main() -> None:

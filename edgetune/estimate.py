@@ -38,6 +38,7 @@ DECODING = {
     "tensorrt": 1.5,
 }  # times the bytes of the weights that pass for each token
 MEMORY_BYTES_PER_S = 8e9
+PROBE = "general probe"  # stage: what training forgot
 START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
 SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
 RUNTIME_MIB, TRAINER_MIB = 450.0, 1400.0  # Python with torch and transformers; with what training imports
@@ -153,11 +154,11 @@ class Estimator:
 
     def __init__(
         self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, speeds: Speeds,
-        tasks: Counts = Counts(0, 0, 0),
+        tasks: Counts = Counts(0, 0, 0), probe: Counts = Counts(0, 0, 0),
     ) -> None:  # fmt: skip
         self.recipe, self.sizes, self.speeds = recipe, Sizes.of(config), speeds
         self.shape, self._number_bytes = Shape.of(config), number_bytes(recipe.device)
-        self.train, self.heldout, self.tasks = train, heldout, tasks
+        self.train, self.heldout, self.tasks, self.probe = train, heldout, tasks, probe
         self._along = {  # a candidate's model before its first step and after each
             name: [Sizes.of(one) for one in configs(candidate, config)] for name, candidate in recipe.candidates.items()
         }
@@ -183,6 +184,8 @@ class Estimator:
             return self._scoring(None, sizes, self.heldout, gflops=self.speeds.training)
         if what == "accuracy":
             return self._scoring(recipe.candidates.get(subject), along[-1], self.heldout)
+        if what == PROBE:
+            return self._scoring(None, sizes, self.probe, gflops=self.speeds.training)
         if what == "tasks":
             return self._scoring(recipe.candidates.get(subject), along[-1], self.tasks)
         candidate = recipe.candidates[subject]
@@ -342,7 +345,9 @@ def measured_stages(recipe: Recipe) -> list[str]:
                 hops.append(f"{name}: {step}")
         hops += [name] if name in run_here else []
     tasked = ["reference", *run_here] if recipe.tasks else []
-    return [*(f"{name}: accuracy" for name in hops), *(f"{name}: tasks" for name in tasked), "latency"]
+    probed = ["base", "reference"] if recipe.probe is not None else []
+    named = [(hops, "accuracy"), (probed, PROBE), (tasked, "tasks")]
+    return [*(f"{name}: {what}" for names, what in named for name in names), "latency"]
 
 
 def spoken(seconds: float) -> str:

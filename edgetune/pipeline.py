@@ -15,6 +15,7 @@ from edgetune.commands import run_commands
 from edgetune.compress import moments
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
+from edgetune.estimate import PROBE
 from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps, why_not_run
 from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.progress import reporting
@@ -24,12 +25,13 @@ from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, TaskScore, Verdict
 from edgetune.runtime.machine import describe
 from edgetune.runtime.report.write import write_report
+from edgetune.runtime.tasks import TaskWork
 from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 from edgetune.runtime.worker import Job
 from edgetune.sources import DOWNLOAD
 from edgetune.stages import Stages
 from edgetune.steps import Steps
-from edgetune.task_work import load_tasks
+from edgetune.task_work import load_probe, load_tasks, probe_task
 from edgetune.trained import train
 
 EXTRA_NEW_TOKENS = 16  # a wrong answer may be so much longer than the longest right one
@@ -150,17 +152,35 @@ class Pipeline:
             ),
         )  # fmt: skip
 
-    def score_tasks(self, job: Job, artifact: Artifact) -> Artifact:
-        """Score one subject on the recipe's tasks."""
-        job = self._on_device(job)
+    def score_tasks(
+        self, job: Job, artifact: Artifact, works: list[TaskWork] | None = None, called: str = "tasks"
+    ) -> Artifact:
+        """Score one subject on `works`, the recipe's tasks where absent."""
+        job, scored = self._on_device(job), works if works is not None else self.task_works
         return self.stages.run(
-            f"{job.name}: tasks",
-            measure.tasks_identity(job, [artifact.identity], self.task_works),
+            f"{job.name}: {called}",
+            measure.tasks_identity(job, [artifact.identity], scored),
             lambda out, progress: measure.tasks(
-                job, [artifact], out, works=self.task_works, tokenizer=self.base.path,
+                job, [artifact], out, works=scored, tokenizer=self.base.path,
                 stop_ids=self.work.golden.stop_ids, progress=progress,
             ),
         )  # fmt: skip
+
+    def score_probe(self) -> list[TaskScore]:
+        """Ask the base and what was trained the general probe, both in the dtype of training."""
+        task = probe_task(self.recipe)
+        if task is None:
+            return []
+        works, asked = [load_probe(task, self.base.path)], list[TaskScore]()
+        for name, artifact in (("base", self.base), ("reference", self.model)):
+            job = self._job(name, artifact, dtype=self._training_dtype)
+            found = self.stages.attempt(
+                name,
+                PROBE,
+                lambda j=job, a=artifact: self.score_tasks(j, a, works, PROBE),  # type: ignore[misc]
+            )
+            asked += measure.read_tasks(found) if found is not None else []
+        return asked
 
     def _hops_of_steps(
         self, name: str, candidate: Candidate, made: list[Artifact], reference: Artifact
@@ -188,6 +208,7 @@ class Pipeline:
         reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
         hops = self._hops_before(reference)
         scored = {"reference": measure.read_accuracy(reference)}
+        self.probe = self.score_probe()
         tasks: list[TaskScore] = []
         if self.task_works:
             tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
@@ -243,13 +264,17 @@ class Pipeline:
             return job
         return replace(job, settings=job.settings | {"device": self.recipe.device})
 
+    @property
+    def _training_dtype(self) -> str:
+        return str(compute_dtype(self.recipe.device)).removeprefix("torch.")
+
     def _hops_before(self, reference: Artifact) -> list[tuple[str, Accuracy]]:
         """Score what comes before the reference, in the dtype of training."""
         hops = []
         for hop, name, artifact in self.trained.before(self.recipe):
             apart = artifact.manifest.kind == "adapter"
             parents = [self.trained.under(self.recipe, artifact)[0], artifact] if apart else [artifact]
-            job = self._job(name, artifact, dtype=str(compute_dtype(self.recipe.device)).removeprefix("torch."))
+            job = self._job(name, artifact, dtype=self._training_dtype)
             found = self.score(job, parents, generate=False, reference=reference)
             hops.append((hop, measure.read_accuracy(found)))
         return hops
@@ -309,6 +334,7 @@ class Pipeline:
                 for row, scored_row in zip(workload.heldout_rows(self.recipe.data), self.rows, strict=True)
             ],
             tasks=tasks,
+            probe=self.probe,
         )
         write_report(report, self.stages.folder)
         return report

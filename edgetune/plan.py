@@ -22,7 +22,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
-from edgetune.task_work import check_task, guess_counts
+from edgetune.task_work import check_task, guess_counts, probe_task
 from edgetune.training_memory import said
 
 EXPECTED_FLIPS = 0.03  # share of rows whose answer changes, before it was measured
@@ -42,7 +42,8 @@ def preflight(recipe: Recipe, *, weights: bool = True, progress: Report = silent
     A base on a hub is downloaded, which `progress` tells of; without `weights` only what says what it is.
     """
     workload.check_files(recipe.data, trained=learns_rows(recipe))
-    for task in recipe.tasks:
+    probe = probe_task(recipe)
+    for task in (*recipe.tasks, *([probe] if probe is not None else [])):
         check_task(task)
     source = find(recipe.base, recipe.revision, weights=weights, progress=progress)
     config = source.model_config()
@@ -165,7 +166,11 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     states += [(name, None) for name in measured_stages(recipe)]
     if ready.model_config.get("model_type") not in SUPPORTED:
         return [PlannedStage(name, done, None) for name, done in states]
-    estimator = Estimator(recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks))
+    probe = probe_task(recipe)
+    estimator = Estimator(
+        recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks),
+        guess_counts([probe] if probe is not None else []),
+    )  # fmt: skip
     adapt = recipe.adapt
     how = said(estimator.fitted(adapt)) if adapt is not None and adapt.memory_gb is not None else None
     return [PlannedStage(name, done, estimator.cost(name), how if name == "adapt" else None) for name, done in states]

@@ -240,6 +240,11 @@ class Recipe(Closed):
     bench: Bench = Bench()
     budgets: Budgets = Budgets()
 
+    @property
+    def probe(self) -> str | None:
+        """The general probe that is asked; None where the recipe trains nothing."""
+        return self.data.general_probe if self.adapt is not None or self.prefer is not None else None
+
     @model_validator(mode="after")
     def _slots_need_all_rows(self) -> Recipe:
         budget = self.budgets.accuracy

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from edgetune.closed import Closed, Count, Positive, Seed, Share
 from edgetune.data.formats import Format
+from edgetune.data.general import PROBE
 
 Language = Annotated[str, Field(pattern="^[a-z]{2}$")]
 
@@ -108,6 +109,11 @@ class Data(Closed):
     split: Split | None = Field(None, description="takes the held-out rows out of train, where heldout is absent")
     mix: Mix | None = Field(None, description="how sources become one set of rows; each row once if absent")
     general: str | None = Field(None, description="general text; the prose of Python's own manual if absent")
+    general_probe: str | None = Field(
+        PROBE, exclude_if=lambda value: value == PROBE,
+        description="multiple-choice rows that the base and the trained model are asked, for what was forgotten; "
+        "null asks nothing",
+    )  # fmt: skip
     format: Format = Field("auto", description="format of train and heldout; auto looks at the keys of each row")
     max_length: Count = Field(512, description="tokens; longer training rows are left out and counted")
     train_rows: Count | None = Field(None, description="use the first N training rows of a single source")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.data.formats import Row
+from edgetune.data.general import probe_file
 from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.data.task_rows import Example, read_examples
 from edgetune.errors import DataError, UsageError
 from edgetune.estimate import Counts
+from edgetune.recipe import Recipe
 from edgetune.recipe_tasks import Task
 from edgetune.runtime.accuracy import ScoredRow
 from edgetune.runtime.task_metrics import check_metrics
@@ -59,6 +61,35 @@ def load_tasks(tasks: Sequence[Task], base: Path) -> list[TaskWork]:
             raise DataError(f"task {task.name}: {error}") from error
         made.append(TaskWork(task, tuple(items), tuple(example.row for example in examples)))
     return made
+
+
+def probe_task(recipe: Recipe) -> Task | None:
+    """Give the general probe as a task; None where there is none."""
+    if recipe.probe is None:
+        return None
+    return Task(name="general_probe", kind="multiple_choice", rows=str(probe_file(recipe.probe)))
+
+
+def load_probe(task: Task, base: Path) -> TaskWork:
+    """Render the general probe; a model without a chat template is asked in plain text. Raises DataError."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    if tokenizer.chat_template:
+        return load_tasks([task], base)[0]
+    examples = read_examples(task)
+    items = tuple(_plain_item(example, tokenizer) for example in examples)
+    return TaskWork(task, items, tuple(example.row for example in examples))
+
+
+def _plain_item(example: Example, tokenizer: PreTrainedTokenizerBase) -> TaskItem:
+    asked = f"Question: {example.prompt[-1][1]}\nAnswer:"
+    given, *told = [
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (asked, *(f" {choice}" for choice in example.choices))
+    ]
+    rows = [ScoredRow((*given, *ids), len(given), choice) for ids, choice in zip(told, example.choices, strict=True)]
+    return TaskItem(tuple(rows), example.answers, example.choices)
 
 
 def _item(example: Example, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> TaskItem:

@@ -308,4 +308,5 @@ class Report(Record):
     training: dict[str, Any] | None
     texts: list[RowText] = []  # of the held-out rows, in their order
     tasks: list[TaskScore] = []
+    probe: list[TaskScore] = []  # general questions, of "base" and of the reference, which was trained
     elsewhere: list[Timings] = []  # the same files, timed on other machines

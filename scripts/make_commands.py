@@ -339,6 +339,8 @@ def manifest(files: dict[str, bytes]) -> bytes:
         "commands/README.md": "the intents, their slots and the conventions of the JSON calls",
         "general/general.jsonl": "general questions and short answers, for calibration and for measuring forgetting "
         "(chat rows, written by hand)",
+        "general_probe.jsonl": "general questions with four choices each, for measuring forgetting (multiple-choice "
+        "rows, written by hand)",
     }
     entries = {}
     for path, what in about.items():
@@ -358,7 +360,8 @@ def manifest(files: dict[str, bytes]) -> bytes:
 def render() -> dict[str, bytes]:
     """Every file this script owns, path under calib_data -> bytes."""
     files = {f"commands/{split}.jsonl": "".join(row.line for row in rows).encode() for split, rows in build().items()}
-    by_hand = {path: (ROOT / path).read_bytes() for path in ("commands/README.md", "general/general.jsonl")}
+    written = ("commands/README.md", "general/general.jsonl", "general_probe.jsonl")
+    by_hand = {path: (ROOT / path).read_bytes() for path in written}
     return files | {"MANIFEST.json": manifest(files | by_hand)}
 
 

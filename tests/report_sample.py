@@ -121,6 +121,7 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
         ],
         training=_training(rng),
         tasks=[task for name in list(rows)[1:] for task in _tasks(subjects[name], seed=len(name))],
+        probe=[_probe(subjects["base"], range(30)), _probe(subjects["reference"], range(4, 32))],
     )  # fmt: skip
 
 
@@ -147,6 +148,19 @@ def _tasks(subject: Subject, seed: int) -> list[TaskScore]:
             ("manual", "perplexity", "perplexity", float(np.exp(nats)), texts),
         )
     ]  # fmt: skip
+
+
+def _probe(subject: Subject, right: range) -> TaskScore:
+    """The general probe of 40 questions, of which those in `right` are answered right."""
+    rows = [
+        TaskRow(gold="glad", output="glad" if i in right else HOSTILE, scores={"accuracy": float(i in right)},
+                likelihoods=[-1.0, -2.0])
+        for i in range(40)
+    ]  # fmt: skip
+    return TaskScore(
+        subject=subject, task="general_probe", kind="multiple_choice", workload="probe",
+        figures={"accuracy": len(right) / 40}, rows=rows, seconds=3.0, load=QUIET,
+    )  # fmt: skip
 
 
 def _rows(

@@ -218,6 +218,18 @@ def test_the_last_word_counts(made):
     assert checked >= 5
 
 
+def test_the_general_probe_gives_nothing_away():
+    rows = [json.loads(line) for line in (DATA / "general_probe.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == len({row["question"] for row in rows}) == 120
+    assert {len(row["choices"]) for row in rows} == {len(set(row["choices"])) for row in rows} == {4}
+    places = Counter(row["answer"] for row in rows)
+    assert set(places) == set(range(4))
+    assert all(24 <= n <= 36 for n in places.values())
+    longest = sum(max(row["choices"], key=len) == row["choices"][row["answer"]] for row in rows)
+    assert longest <= 45  # the longest choice is not the right one more often than by chance, or hardly
+    assert min(Counter(row["topic"] for row in rows).values()) >= 10
+
+
 def test_general_rows_are_short_chats():
     rows = [json.loads(line) for line in (DATA / "general" / "general.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) >= 110

@@ -79,6 +79,11 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     ]
     folder = tmp_path / "run"
     assert read_report(folder / "report.json") == report
+    assert [(p.subject.name, p.subject.engine, len(p.rows)) for p in report.probe] == [
+        ("base", "torch", 120),
+        ("reference", "torch", 120),
+    ]
+    assert "general questions" in (folder / "report.md").read_text()
     for name in ("report.html", "report.md", "log.jsonl", "recipe.json"):
         assert (folder / name).stat().st_size > 0
     for name in ("q8", "int4", "checkpoint"):
@@ -92,7 +97,7 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     assert repeated <= {"latency"}  # which is timed again where the machine was busy
     assert said.count("done before") == len(again.stages) - len(repeated)
     planned = plan.plan(recipe, Store(tmp_path / "store"))
-    assert [stage.done for stage in planned] == [True] * 7 + [None] * 8
+    assert [stage.done for stage in planned] == [True] * 7 + [None] * 10
     assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
     assert all(stage.cost.seconds > 0 and stage.cost.memory_mib > 0 for stage in planned)
     unmade = plan.plan(recipe, Store(tmp_path / "empty"))
@@ -135,6 +140,24 @@ def test_tasks_are_scored_in_each_runtime_and_judged(tmp_path: Path, tiny_model_
     stages = {stage.name: stage.done for stage in plan.plan(plain, Store(tmp_path / "store"))}
     assert stages["q4: gguf Q4_0 gptq"]  # tasks change no other identity
     assert "q4: tasks" not in stages
+
+
+def test_a_general_probe_of_ones_own_is_checked_first_and_null_asks_nothing(
+    tmp_path: Path, tiny_model_wide: Artifact
+) -> None:
+    def stages(probe: str | None) -> list[str]:
+        files = {"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl")}
+        recipe = make_recipe(tmp_path, tiny_model_wide.path, data=files | {"general_probe": probe})
+        return [stage.name for stage in plan.plan(recipe, Store(tmp_path / "store"))]
+
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"question": "light?", "choices": ["on", "off"], "answer": 0}) + "\n")
+    asked = stages(str(own))
+    assert [name for name in asked if "probe" in name] == ["base: general probe", "reference: general probe"]
+    assert stages(None) == [name for name in asked if "probe" not in name]
+    own.write_text(json.dumps({"question": "light?", "choices": ["on"], "answer": 0}) + "\n")
+    with pytest.raises(DataError, match=r"^task general_probe: .*own\.jsonl line 1: 'choices' must hold at least two"):
+        stages(str(own))
 
 
 def test_a_failing_candidate_is_a_row_and_the_others_go_on(

@@ -360,6 +360,17 @@ def test_what_yesterday_s_recipes_wrote_is_what_they_write_today() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("probe", [None, "mine.jsonl"])
+def test_a_general_probe_survives_and_one_that_is_unset_does_not_show(probe: str | None) -> None:
+    recipe = parse_recipe(raw())
+    assert recipe.probe == "pkg:edgetune"
+    assert "general_probe" not in recipe.model_dump()["data"]
+    asked = parse_recipe(raw(data=raw()["data"] | {"general_probe": probe}))
+    assert Recipe.model_validate_json(asked.model_dump_json()) == asked
+    assert asked.probe == probe
+    assert parse_recipe(raw(adapt=None)).probe is None
+
+
 def test_a_base_may_be_the_student_of_what_preference_training_made_of_it() -> None:
     prefer = {"method": "dpo", "train": "pairs.jsonl"}
     step = {"distill": {"student": "base"}}

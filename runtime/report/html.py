@@ -22,6 +22,7 @@ SECTIONS = {
     "latency": "Latency",
     "seams": "Accuracy",
     "changes": "Answers",
+    "forgetting": "Forgetting",
     "tasks": "Tasks",
     "run": "Run it",
     "machine": "Method",
@@ -69,6 +70,7 @@ def _is_shown(view: View, section: str) -> bool:
         "latency": view.cases,
         "seams": view.hops,
         "changes": view.changes,
+        "forgetting": view.forgetting,
         "tasks": view.tasks,
         "run": view.commands,
     }

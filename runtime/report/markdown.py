@@ -42,6 +42,13 @@ def render_markdown(view: View) -> str:
             for hop in view.hops
         ]  # fmt: skip
         lines += ["", "**Where the accuracy went**", "", *_table(heads, rows, right_from=2)]
+    if view.forgetting:
+        heads = ["Measure", "Over", "Base", "Trained", "Change", "Interval", "Answers"]
+        rows = [
+            [line.measure, line.over, line.before, line.after, line.change, line.interval, line.flips]
+            for line in view.forgetting
+        ]
+        lines += ["", "**What was forgotten**", "", *_table(heads, rows, right_from=2)]
     if view.tasks:
         heads = ["Task", "Rows", "Metric", "Subject", "Figure", "Loss", "Bounds"]
         rows = [

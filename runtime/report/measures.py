@@ -61,8 +61,8 @@ def accuracy_figures(
     counts = _slots(rows)
     if counts:
         made["slot_f1"] = Figure(micro_f1(counts) * 100)
-    if score.text is not None and sum(score.text.n_tokens) > 0:
-        made["ppl"] = Figure(math.exp(min(700.0, sum(score.text.nll) / sum(score.text.n_tokens))))
+    if (found := perplexity(score)) is not None:
+        made["ppl"] = Figure(found)
     if score is reference or not n or not paired(score, reference):
         return made
     made["loss"] = _loss(score, reference, budget, checks)
@@ -82,6 +82,13 @@ def accuracy_figures(
     return made
 
 
+def perplexity(score: Accuracy) -> float | None:
+    """Give the perplexity of general text, None where none was scored."""
+    if score.text is None or sum(score.text.n_tokens) == 0:
+        return None
+    return math.exp(min(700.0, sum(score.text.nll) / sum(score.text.n_tokens)))
+
+
 def share_interval(right: int, n: int) -> Figure:
     """Give a share of rows in percent, with Wilson's interval."""
     # with no beneficial flip, the score bounds are Wilson's for the share of wrong rows
@@ -95,9 +102,14 @@ def change(seam: Seam, before: Seam) -> Figure:
     now, was = seam.exact_rows, before.exact_rows
     if now is None or was is None or len(now) != len(was):
         return Figure(gained)
-    lost = statistics.flips([row == "1" for row in now], [row == "1" for row in was])
+    return paired_change([row == "1" for row in now], [row == "1" for row in was])
+
+
+def paired_change(now: Sequence[bool], was: Sequence[bool]) -> Figure:
+    """Give the points that a share of right rows gained, with Tango's two-sided interval."""
+    lost = statistics.flips(now, was)
     found = statistics.paired_difference_bounds(lost.harmful, lost.beneficial, len(now), (1 + LEVEL) / 2)
-    return Figure(gained, -found.high * 100, -found.low * 100)
+    return Figure((sum(now) - sum(was)) / len(now) * 100, -found.high * 100, -found.low * 100)
 
 
 def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence[Check]) -> Figure:

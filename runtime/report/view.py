@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam, Subject
 from edgetune.runtime.report import background, beside, measures
 from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
+from edgetune.runtime.report.forgetting import Forgetting, forgetting
 from edgetune.runtime.report.tasks import TaskLine, WorstRow, task_lines, worst_rows
 
 VERDICTS = ("ship", "inconclusive", "built, not run", "do not ship", "failed")  # the order of rows
@@ -127,6 +128,7 @@ class View:
     cases: dict[int, list[Case]]  # prompt tokens -> one case of each subject
     hops: list[Hop]
     changes: list[Changes]
+    forgetting: list[Forgetting]
     tasks: list[TaskLine]
     worst_rows: list[WorstRow]
     training: list[tuple[float, float]]
@@ -176,6 +178,7 @@ def build_view(report: Report) -> View:
         cases=_cases(report, [*names, *dict.fromkeys(plain)], timed),
         hops=list(_hops(report.seams, set(names))),
         changes=list(_changes(report, names, report.texts)),
+        forgetting=list(forgetting(report)),
         tasks=list(task_lines(report)),
         worst_rows=list(worst_rows(report)),
         training=background.curve(report.training, "loss"),

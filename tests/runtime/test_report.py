@@ -222,6 +222,31 @@ def test_changed_answers_come_worst_first_and_mark_where_they_part(report: Repor
     assert all(c.candidate[: c.split] == c.gold[: c.split] for c in changes.shown)
 
 
+def test_what_was_forgotten_is_shown_with_its_interval_and_flips(
+    report: Report, view: View, paths: dict[str, Path]
+) -> None:
+    text, probe = view.forgetting
+    before, after = (measures.perplexity(next(a for a in report.accuracy if a.subject.name == name))
+                     for name in ("base", "reference"))  # fmt: skip
+    assert before is not None
+    assert after is not None
+    assert (text.before, text.after) == (number(before, 2), number(after, 2))
+    assert text.change == f"{number(100 * (after / before - 1), 1, signed=True)} %"
+    assert (probe.over, probe.before, probe.after) == ("40 general questions", "75.0 %", "70.0 %")
+    assert probe.flips == "4 turned wrong, 2 turned right, p = 0.688"  # by hand: 2 * (1 + 6 + 15) / 64
+    bounds = paired_difference_bounds(4, 2, 40, 0.975)
+    assert probe.change == f"{number(-5, 1, signed=True)} points"
+    assert probe.interval == " to ".join(number(-100 * x, 1, signed=True) for x in (bounds.high, bounds.low))
+    assert bounds.low < 0 < bounds.high
+    for said in (text.change, probe.flips, probe.interval, "What was forgotten"):
+        assert said in paths["html"].read_text()
+        assert said in paths["md"].read_text()
+    other = report.probe[1].model_copy(update={"workload": "other"})
+    without = build_view(report.model_copy(update={"probe": [report.probe[0], other]}))
+    assert [line.measure for line in without.forgetting] == ["Perplexity"]
+    assert build_view(report.model_copy(update={"training": None})).forgetting == []
+
+
 def test_tasks_have_figures_losses_and_worst_rows(report: Report, view: View, paths: dict[str, Path]) -> None:
     lines = {(line.task, line.subject): line for line in view.tasks}
     assert [line.task for line in view.tasks] == ["moods"] * 4 + ["manual"] * 4

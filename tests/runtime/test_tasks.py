@@ -20,7 +20,7 @@ from edgetune.runtime.engine import greedy
 from edgetune.runtime.evidence import TaskScore
 from edgetune.runtime.task_metrics import METRICS, Answer, squad_exact_match, squad_f1
 from edgetune.runtime.tasks import TaskItem, TaskWork, load_scorer, score_tasks
-from edgetune.task_work import check_task, load_tasks
+from edgetune.task_work import check_task, load_probe, load_tasks
 from tests.fakes import FakeEngine, fake_job
 from tests.runtime.test_accuracy import STOP, fake_rows
 
@@ -285,5 +285,19 @@ def test_tasks_are_rendered_for_a_model(tiny_model: Artifact, tmp_path: Path) ->
     assert on.ids[: on.start] == off.ids[: off.start]
     assert on.ids[-1] == off.ids[-1] == 2
     assert load_tasks([], tiny_model.path) == []
+    assert load_probe(task("multiple_choice", rows=file), tiny_model.path) == work
     with pytest.raises(DataError, match="task t: line 1: the text gives fewer than two tokens"):
         load_tasks([task("perplexity", rows=written(tmp_path, {"text": "a"}))], tiny_model.path)
+
+
+def test_a_model_without_a_template_is_asked_the_probe_in_plain_text(tiny_model: Artifact, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    file = written(tmp_path, {"question": "light?", "choices": ["on", "off"], "answer": 1})
+    (item,) = load_probe(task("multiple_choice", rows=file), tmp_path / "plain").items
+    assert [tokenizer.decode(row.ids) for row in item.rows] == [f"Question: light?\nAnswer: {a}" for a in ("on", "off")]
+    assert [tokenizer.decode(row.ids[row.start :]) for row in item.rows] == [" on", " off"]
+    assert (item.gold, item.choices) == (("off",), ("on", "off"))
