@@ -170,6 +170,8 @@ def _measure(work: TaskWork, answers: Sequence[Answer]) -> tuple[dict[str, float
         else:
             found = METRICS[work.task.kind][name].measure(answers, work.items[0].choices)
             figures[name], shares[name] = found.figure, found.rows.tolist()
+        if not all(map(math.isfinite, (figures[name], *shares[name]))):
+            raise UsageError(f"task {work.task.name}: {name} is not defined on these rows; leave it out of metrics")
     return figures, shares
 
 
