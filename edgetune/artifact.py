@@ -23,9 +23,7 @@ from edgetune.errors import ArtifactError, DiskSpaceError, is_full_disk
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-Kind = Literal[
-    "model", "adapter", "gptq", "gguf", "gguf-adapter", "onnx", "onnx-adapter", "tensorrt", "evidence", "bundle"
-]
+Kind = Literal["model", "adapter", "gptq", "gguf", "gguf-adapter", "onnx", "onnx-adapter", "tensorrt", "evidence"]
 
 
 class FileEntry(BaseModel):

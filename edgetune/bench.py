@@ -43,7 +43,7 @@ def bench(
     one's tokenizer.
     """
     jobs = found.jobs(paths, engines, n_threads=settings.threads)
-    stream = _stream(jobs, settings)
+    stream = prompt_ids(jobs, settings.case_timeout_s)
     with reporting(console, "bench") as progress:
         results = measure(
             jobs, settings, make_prompts(stream, settings.prompt_tokens), fold=True,
@@ -66,17 +66,22 @@ def bench(
     return not any(isinstance(one, Failure) for one in results)
 
 
-def _stream(jobs: Sequence[Job], settings: Bench) -> list[int]:
+def prompt_text() -> str:
+    """The prose that prompts are cut from."""
+    return general_text(None, "measure")[:TEXT_CHARACTERS]
+
+
+def prompt_ids(jobs: Sequence[Job], timeout_s: float) -> list[int]:
     """Token ids to cut prompts from: general text in the tokenizer of the first that loads.
 
     Raises the error of the last where none does.
     """
-    text = general_text(None, "measure")[:TEXT_CHARACTERS]
+    text = prompt_text()
     for job in jobs:
         try:
             with Worker(job) as worker:
-                worker.load(n_ctx=1, timeout_s=settings.case_timeout_s)
-                ids: list[int] = worker.call("tokenize", timeout_s=settings.case_timeout_s, text=text)["ids"]
+                worker.load(n_ctx=1, timeout_s=timeout_s)
+                ids: list[int] = worker.call("tokenize", timeout_s=timeout_s, text=text)["ids"]
                 return ids
         except EdgetuneError:
             if job is jobs[-1]:

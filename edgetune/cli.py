@@ -178,6 +178,8 @@ def run(
     report = pipeline.run(loaded, folder, Store(store), console, measure_again=measure_again)
     console.print(console_table(report))
     console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+    pack = folder / pipeline.REFERENCE
+    console.print(f"reference pack: {pack} (edgetune score FILE --reference {pack})", highlight=False, soft_wrap=True)
     raise typer.Exit(exit_code(report.verdicts))
 
 

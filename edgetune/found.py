@@ -7,11 +7,11 @@ Hugging Face folder a `config.json` that says which of the two it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgetune.artifact import MANIFEST, Artifact, file_digest, json_digest
+from edgetune.artifact import MANIFEST, Artifact, Store, file_digest, json_digest
 from edgetune.errors import UnsupportedError, UsageError
 from edgetune.gguf_header import read_header
 from edgetune.quant_config import is_quantized
@@ -25,10 +25,11 @@ GENAI_CONFIG, MODEL_CONFIG = "genai_config.json", "config.json"
 class Found:
     """Something that can be run, and what it is."""
 
-    path: Path
+    path: Path  # what an engine loads: of an adapter its base
     kind: str
     digest: str
     size_bytes: int
+    settings: dict[str, Any] = field(default_factory=dict)  # of the engine's load, without which it does not run
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -36,7 +37,9 @@ class Found:
         return (ENGINE_OF_KIND[self.kind], *ALSO_RUN_BY.get(self.kind, ()))
 
     def job(self, name: str, engine: str, *, n_threads: int, **settings: Any) -> Job:
-        return Job(name, self.kind, engine, self.path, self.digest, self.size_bytes, n_threads, settings)
+        return Job(
+            name, self.kind, engine, self.path, self.digest, self.size_bytes, n_threads, self.settings | settings
+        )
 
 
 def find(path: Path) -> Found:
@@ -51,6 +54,9 @@ def find(path: Path) -> Found:
         kind = artifact.manifest.kind
         if kind not in ENGINE_OF_KIND:
             raise UsageError(f"{path} is of kind {kind!r}, which no engine runs; known: {', '.join(ENGINE_OF_KIND)}")
+        if kind == "adapter":
+            base, settings = base_of(artifact)
+            return Found(base.path, kind, artifact.digest, base.size_bytes + artifact.size_bytes, settings)
         return Found(path, kind, artifact.digest, artifact.size_bytes)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     digests = {str(file.relative_to(path)): file_digest(file) for file in files}
@@ -77,6 +83,17 @@ def jobs(paths: Sequence[Path], engines: Sequence[str], *, n_threads: int) -> li
     if twice:
         raise UsageError(f"{twice[0]} was given twice; give each path once")
     return made
+
+
+def base_of(adapter: Artifact) -> tuple[Artifact, dict[str, object]]:
+    """Find the base of an adapter in the store that holds it, and how the engine puts them together."""
+    place = adapter.path.resolve()
+    base = Store(place.parent).get(next(iter(adapter.manifest.parents)))
+    if base is None:
+        raise UsageError(f"{adapter.path}: its base is not in {place.parent}; give an adapter where it was made")
+    config = adapter.manifest.config
+    four_bit = "qlora" in (config["method"], config.get("adapter")) or config.get("base_bits") == 4
+    return base, {"adapter": str(place), "quantize_base": four_bit}
 
 
 def _kind(folder: Path) -> str:

@@ -36,7 +36,6 @@ class TensorInfo:
 class GgufHeader:
     metadata: dict[str, Any]  # arrays are given as their length
     tensors: list[TensorInfo]
-    data_start: int
 
 
 class _Reader:
@@ -118,7 +117,7 @@ def _read(reader: _Reader, size: int) -> GgufHeader:
     for tensor in tensors:
         if start + tensor.offset + tensor_bytes(tensor) > size:
             raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
-    return GgufHeader(metadata, tensors, start)
+    return GgufHeader(metadata, tensors)
 
 
 def tensor_bytes(tensor: TensorInfo) -> int:

@@ -19,10 +19,12 @@ from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.engines.tensorrt_engine import EngineFiles
 from edgetune.runtime.evidence import Accuracy, Failure, Latency, TaskScore
 from edgetune.runtime.machine import describe
+from edgetune.runtime.reference_rows import FILE as ROWS
+from edgetune.runtime.reference_rows import ReferenceRows
 from edgetune.runtime.tasks import TaskWork, score_tasks
 from edgetune.runtime.worker import Job
 
-ACCURACY_STAGE = "measure.accuracy/3"
+ACCURACY_STAGE = "measure.accuracy/4"
 LATENCY_STAGE = "measure.latency/1"
 TASKS_STAGE = "measure.tasks/1"
 PACK = "reference.npz"
@@ -63,11 +65,13 @@ def accuracy(
     max_new_tokens: int,
     generate_rows: int | None,
     reference: Artifact | None,
+    timeout_s: float = scoring.TIMEOUT_S,
     progress: Report = silent,
 ) -> Artifact:
     """Score an artifact on the held-out rows in its own runtime; without `reference` it becomes the reference.
 
-    Of the first `generate_rows` rows (None: all) those that are not exact are continued, so that slots can be counted.
+    A reference's pack has its rows beside it, so that other boxes can score against it (`edgetune score`). Of the
+    first `generate_rows` rows (None: all) those that are not exact are continued, so that slots can be counted.
     """
     sources = _workload(rows, text_rows, reference.identity if reference else None)
     with draft(
@@ -89,8 +93,11 @@ def accuracy(
             reference=reference.path / PACK if reference else None,
             build_reference=None if reference else pending.path / PACK,
             work=pending.work,
+            timeout_s=timeout_s,
             progress=lambda done, total: progress(done, total, "rows"),
         )
+        if reference is None:
+            ReferenceRows.of(rows, text_rows, stop_ids).save(pending.path / ROWS)
         write_text(pending.path / "accuracy.json", found.model_dump_json(indent=1) + "\n")
     return pending.artifact
 
@@ -116,6 +123,7 @@ def tasks(
     works: Sequence[TaskWork],
     tokenizer: Path,
     stop_ids: Sequence[int],
+    timeout_s: float = scoring.TIMEOUT_S,
     progress: Report = silent,
 ) -> Artifact:
     """Score an artifact on the recipe's tasks in its own runtime."""
@@ -127,6 +135,7 @@ def tasks(
             tokenizer=tokenizer,
             stop_ids=stop_ids,
             work=pending.work,
+            timeout_s=timeout_s,
             progress=lambda done, total: progress(done, total, "rows"),
         )
         write_text(pending.path / "tasks.json", Tasks.dump_json(found, indent=1).decode() + "\n")

@@ -63,7 +63,7 @@ def multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def common_prefix(rows: Iterable[Sequence[int]], limit: int) -> int:
+def shared_start(rows: Iterable[Sequence[int]], limit: int) -> int:
     """Give how many of the first `limit` tokens all rows share."""
     shared, first = max(limit, 0), None
     for row in rows:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +13,10 @@ from rich.text import Text
 
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.runtime import history as past
-from edgetune.runtime.evidence import Latency, Report, Timings
+from edgetune.runtime.evidence import Accuracy, Latency, Report, Timings
 from edgetune.runtime.report.write import read_report
+
+Measured = TypeVar("Measured", Accuracy, Latency)
 
 
 def history(place: Path, console: Console, *, artifact: str, machine: str, add: Path | None) -> None:
@@ -32,8 +36,8 @@ def history(place: Path, console: Console, *, artifact: str, machine: str, add: 
             if trend.machine == key:
                 last = trend.points[-1]
                 name = f"{trend.subject} {trend.artifact[:8]}"
-                engine = f"{trend.engine}, {trend.n_threads} threads"
-                cells = (name, engine, trend.prompt_tokens, trend.new_tokens, len(trend.points),
+                engine = f"{trend.engine}, {trend.n_threads} threads" if trend.n_threads else trend.engine
+                cells = (name, engine, trend.prompt_tokens or "–", trend.new_tokens, len(trend.points),
                          f"{last.ttft_ms:.1f}", f"{last.itl_ms:.2f}", change(trend))  # fmt: skip
                 table.add_row(*(Text(str(cell)) for cell in cells))
         console.print(table)
@@ -69,21 +73,35 @@ def read_timings(path: Path) -> Timings:
 
 
 def merge_timings(report: Report, path: Path) -> Report:
-    """Give a report with what another machine timed of the same files: matched by digest, never by name.
+    """Give a report with what another machine timed and scored of the same files: matched by digest, never by name.
 
-    The same evidence twice is kept once. Raises UsageError where it is of other files only.
+    What a server was timed to do without naming its file stands under the server's own name. The same evidence twice
+    is kept once. Raises UsageError where it is of other files only.
     """
     timings = read_timings(path)
     subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
     names = {subject.artifact_digest: subject.name for subject in subjects}
     known = [
-        one.model_copy(update={"subject": one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})})
+        _renamed(one, names)
         for one in timings.results
         if isinstance(one, Latency) and one.subject.artifact_digest in names
     ]
-    if not known:
-        raise UsageError(f"{path} has timed none of the files of report {report.name!r}; their digests differ")
-    merged = timings.model_copy(update={"results": known})
+    rows = {found.workload for found in report.accuracy}
+    scored = [
+        _renamed(one, names) for one in timings.scored if one.subject.artifact_digest in names and one.workload in rows
+    ]
+    served = [one for one in timings.served if one.artifact_digest is None or one.artifact_digest in names]
+    if not (known or scored or served):
+        raise UsageError(
+            f"{path} has timed and scored none of the files of report {report.name!r}; their digests or rows differ"
+        )
+    merged = timings.model_copy(update={"results": known, "scored": scored, "served": served})
     return (
         report if merged in report.elsewhere else report.model_copy(update={"elsewhere": [*report.elsewhere, merged]})
     )
+
+
+def _renamed(one: Measured, names: Mapping[str, str]) -> Measured:
+    """Give evidence under the name that its file has in a report."""
+    subject = one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})
+    return one.model_copy(update={"subject": subject})

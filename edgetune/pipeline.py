@@ -20,7 +20,7 @@ from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_step
 from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.progress import reporting
 from edgetune.recipe import Candidate, Recipe
-from edgetune.runtime.accuracy import ScoredRow, seam, summary
+from edgetune.runtime.accuracy import TIMEOUT_S, ScoredRow, seam, summary
 from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, TaskScore, Verdict
 from edgetune.runtime.machine import describe
@@ -34,6 +34,7 @@ from edgetune.steps import Steps
 from edgetune.task_work import load_probe, load_tasks, probe_task
 from edgetune.trained import train
 
+REFERENCE = "reference"  # link to the reference's evidence, which holds its pack and the rows of it
 EXTRA_NEW_TOKENS = 16  # a wrong answer may be so much longer than the longest right one
 
 
@@ -148,7 +149,8 @@ class Pipeline:
             lambda out, progress: measure.accuracy(
                 job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
                 stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS,
-                generate_rows=generate_rows, reference=reference, progress=progress,
+                generate_rows=generate_rows, reference=reference,
+                timeout_s=self.recipe.data.score_timeout_s or TIMEOUT_S, progress=progress,
             ),
         )  # fmt: skip
 
@@ -162,7 +164,8 @@ class Pipeline:
             measure.tasks_identity(job, [artifact.identity], scored),
             lambda out, progress: measure.tasks(
                 job, [artifact], out, works=scored, tokenizer=self.base.path,
-                stop_ids=self.work.golden.stop_ids, progress=progress,
+                stop_ids=self.work.golden.stop_ids, timeout_s=self.recipe.data.score_timeout_s or TIMEOUT_S,
+                progress=progress,
             ),
         )  # fmt: skip
 
@@ -206,6 +209,7 @@ class Pipeline:
         self.adapt()
         self.steps = Steps(self.recipe, self.stages, self.graph, self.base, self.model)
         reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
+        _link(self.stages.folder / REFERENCE, reference.path)
         hops = self._hops_before(reference)
         scored = {"reference": measure.read_accuracy(reference)}
         self.probe = self.score_probe()
@@ -379,8 +383,11 @@ class Pipeline:
             said.append(f"{self.work.mixture.leaks} training rows ask what a held-out group asks and were left out.")
         busy = [name for name, found in latencies.items() if found.load.busy]
         if busy:
-            share = max(latencies[name].load.others_during for name in busy)
-            said.append(f"The machine was busy while latency was measured: others used up to {share:.0%} of it.")
+            load = max((latencies[name].load for name in busy), key=lambda one: one.others_during)
+            said.append(
+                "The machine was busy while latency was measured: others used up to "
+                f"{load.others_during:.0%} of it ({load.others_before:.0%} just before)."
+            )
         if (score := summary(scored["reference"])["exact_match"]) is not None and score < 0.1:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
         return said

@@ -122,6 +122,10 @@ class Data(Closed):
         None, ge=0, description="of the first N held-out rows, generate the wrong answers, for slot F1; all if absent"
     )
     check: DataCheck = Field(DataCheck(), description="what `edgetune data check` allows")
+    score_timeout_s: Positive | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="seconds without a word that end a scoring, of these rows or of tasks; 600 if absent",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _sources_fit_together(self) -> Data:

@@ -14,6 +14,7 @@ from edgetune.data.formats import read_rows
 from edgetune.data.general import general_text
 from edgetune.data.golden import Golden
 from edgetune.errors import UsageError
+from edgetune.found import base_of
 from edgetune.progress import reporting
 from edgetune.recipe import CompressStep, Gptq, Rtn, parse_as
 from edgetune.recipe_export import Calibration
@@ -107,7 +108,8 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
     text = render_chat(golden, messages)
     settings: dict[str, object] = {}
     if artifact.manifest.kind == "adapter":
-        path, settings = base_of(artifact)
+        base, settings = base_of(artifact)
+        path = base.path
     n_ctx = min(4096, artifact.manifest.notes.get("engine", {}).get("max_length", 4096))  # an engine has its own limit
     engine = load_engine(ENGINE_OF_KIND[artifact.manifest.kind], path, n_ctx=n_ctx, n_threads=threads, **settings)
     try:
@@ -115,17 +117,6 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
         return engine.detokenize([token for token in ids if token not in golden.stop_ids])
     finally:
         engine.close()
-
-
-def base_of(adapter: Artifact) -> tuple[Path, dict[str, object]]:
-    """Find the base of an adapter in the store that holds it, and how the engine puts them together."""
-    place = adapter.path.resolve()
-    base = Store(place.parent).get(next(iter(adapter.manifest.parents)))
-    if base is None:
-        raise UsageError(f"{adapter.path}: its base is not in {place.parent}; give an adapter where it was made")
-    config = adapter.manifest.config
-    four_bit = "qlora" in (config["method"], config.get("adapter")) or config.get("base_bits") == 4
-    return base.path, {"adapter": str(place), "quantize_base": four_bit}
 
 
 def refuse_existing(out: Path) -> None:

@@ -11,11 +11,12 @@ from edgetune.artifact import Artifact
 from edgetune.commands import run_commands
 from edgetune.errors import UsageError
 from edgetune.export.gguf_types import UNWEIGHED
+from edgetune.found import base_of
 from edgetune.progress import reporting
 from edgetune.recipe import parse_as
 from edgetune.recipe_export import Calibration, Export, GgufExport
 from edgetune.runtime.engine import why_not_run
-from edgetune.single import base_of, calibration_rows, refuse_existing
+from edgetune.single import calibration_rows, refuse_existing
 
 # Flags that each way of `export` reads, beside those that all read. Others that were given are refused.
 CALIBRATED = ("gptq", "imatrix", "n_samples", "device")
@@ -101,7 +102,7 @@ def export(
 def _adapter(config: Export, adapter: Artifact, out: Path, graph: Path | None, console: Console) -> Artifact:
     if config.tensorrt is not None:
         raise UsageError(f"{adapter.path} is an adapter; gguf and onnx take it as it is, tensorrt the merged model")
-    base = Artifact.open(base_of(adapter)[0])
+    base = base_of(adapter)[0]
     if config.onnx is not None:
         from edgetune.export import onnx_adapter
 

@@ -95,9 +95,9 @@ class Lengths:
 
 def lengths_of(rows: Sequence[Rendered]) -> Lengths:
     """Measure rendered rows."""
-    from edgetune.packed import common_prefix
+    from edgetune.packed import shared_start
 
-    shared = common_prefix((row.ids for row in rows), min(row.start for row in rows) - 1)
+    shared = shared_start((row.ids for row in rows), min(row.start for row in rows) - 1)
     return Lengths.of([(len(row.ids) - shared, row.n_labels) for row in rows], max(shared, 0))
 
 

@@ -30,6 +30,7 @@ from edgetune.runtime.reference import Divergence, PackBuilder, ReferencePack, S
 from edgetune.runtime.worker import Job, Worker
 
 CHUNK = 64  # rows between two checkpoints
+TIMEOUT_S = 600.0  # without a word of the child that scores
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
@@ -87,7 +88,7 @@ def score(
     reference: Path | None = None,
     build_reference: Path | None = None,
     work: Path | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
     progress: Progress | None = None,
 ) -> Accuracy:
     """Score an artifact in a child process.
@@ -101,10 +102,19 @@ def score(
     stop = frozenset(stop_ids)
     _check_rows(rows, stop)
     workload = workload_digest(rows)
+    pack = ReferencePack.read(reference) if reference is not None else None
+    if pack is not None and pack.workload != workload:
+        raise UsageError(f"{reference} was made of other rows; build a reference pack of these rows")
     with tempfile.TemporaryDirectory() as scratch, Worker(job) as worker:
         meter = LoadMeter()
         n_ctx = max([*(max(len(r.ids), r.start + max_new_tokens) for r in rows), *(len(r.ids) for r in text_rows)])
-        version = worker.load(n_ctx=n_ctx, timeout_s=timeout_s)["version"]
+        loaded = worker.load(n_ctx=n_ctx, timeout_s=timeout_s)
+        version = loaded["version"]
+        if pack is not None and pack.n_vocab != loaded["n_vocab"]:
+            raise UsageError(
+                f"{reference} is of a vocabulary of {pack.n_vocab} tokens, {job.name} has {loaded['n_vocab']}; compare "
+                "models of one vocabulary"
+            )
         request: dict[str, Any] = {
             "workload": workload, "text_workload": workload_digest(text_rows), "stop_ids": sorted(stop),
             "max_new_tokens": max_new_tokens, "generate_rows": len(rows) if generate_rows is None else generate_rows,
@@ -207,8 +217,6 @@ def score_in_child(engine: Engine, request: dict[str, Any], emit: Callable[[dict
     rows = read_rows(folder / "rows.jsonl")
     text_rows = read_rows(folder / "text.jsonl")
     pack = ReferencePack.read(Path(request["reference"])) if request["reference"] else None
-    if pack is not None and pack.workload != request["workload"]:
-        raise UsageError(f"{request['reference']} was made of other rows; build a reference pack of these rows")
     starts = range(0, len(rows), CHUNK)
     for number, first in enumerate(starts):
         part = rows[first : first + CHUNK]

@@ -27,8 +27,8 @@ from edgetune.errors import EdgetuneError, EngineError, UnsupportedError, UsageE
 from edgetune.runtime.engine import Engine, Logits, RowsEngine, Traffic, load_engine
 
 # what a verb is called in an error message
-DOING = {"load": "loading", "tokenize": "tokenizing", "score": "scoring", "score_task": "scoring",
-         "generate_timed": "generating", "generate_rows_timed": "generating several rows",
+DOING = {"load": "loading", "tokenize": "tokenizing", "detokenize": "turning ids into text", "score": "scoring",
+         "score_task": "scoring", "generate_timed": "generating", "generate_rows_timed": "generating several rows",
          "memory_phases": "weighing"}  # fmt: skip
 PR_SET_PDEATHSIG = 1
 
@@ -78,6 +78,9 @@ class Child:
 
     def tokenize(self, text: str) -> dict[str, Any]:
         return {"ids": self.engine.tokenize(text)}
+
+    def detokenize(self, rows: list[list[int]]) -> dict[str, Any]:
+        return {"texts": [self.engine.detokenize(ids) for ids in rows]}
 
     def score(self, **request: Any) -> dict[str, Any]:
         from edgetune.runtime.accuracy import score_in_child
@@ -206,9 +209,10 @@ def main() -> None:
 
     child = Child(lambda progress: emit({"progress": progress}))
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
-        "load": child.load, "tokenize": child.tokenize, "score": child.score, "memory": child.memory,
-        "score_task": child.score_task, "memory_phases": child.memory_phases, "traffic": child.traffic,
-        "generate_timed": child.generate_timed, "generate_rows_timed": child.generate_rows_timed, "close": child.close,
+        "load": child.load, "tokenize": child.tokenize, "detokenize": child.detokenize, "score": child.score,
+        "memory": child.memory, "score_task": child.score_task, "memory_phases": child.memory_phases,
+        "traffic": child.traffic, "generate_timed": child.generate_timed,
+        "generate_rows_timed": child.generate_rows_timed, "close": child.close,
     }  # fmt: skip
     while True:
         request = inbox.get()

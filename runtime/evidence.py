@@ -10,7 +10,7 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Machine(Record):
@@ -234,10 +234,12 @@ class Served(Record):
     model: str
     new_tokens: int
     cases: list[ServedCase]
+    artifact_digest: str | None = None  # of the file that it serves, where the caller named that
+    prompt_tokens: int | None = None  # of each prompt, by that file's tokenizer
 
 
 class Timings(Record):
-    """What one `bench` measured, with the machine that did; what a history keeps and `report --merge` reads."""
+    """What one `bench` or `score` measured, with the machine; what a history keeps and `report --merge` reads."""
 
     schema_version: Literal[1] = 1
     edgetune: str
@@ -245,6 +247,7 @@ class Timings(Record):
     machine: Machine
     results: list[Latency | Failure]
     served: list[Served] = []
+    scored: list[Accuracy] = []  # against a reference pack
 
 
 class Seam(Record):

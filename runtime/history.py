@@ -17,8 +17,9 @@ from pathlib import Path
 
 from edgetune.artifact import json_digest
 from edgetune.errors import ArtifactError
-from edgetune.runtime.evidence import Latency, Machine, Timings
+from edgetune.runtime.evidence import Latency, Machine, Served, Timings
 from edgetune.runtime.latency import case_interval
+from edgetune.runtime.serving import figure, has_waits
 from edgetune.runtime.statistics import repeatability
 
 FORM = 1  # PRAGMA user_version
@@ -103,6 +104,7 @@ def machine_id(machine: Machine) -> str:
 def record(path: Path, found: Timings) -> int:
     """Append one run; gives the number of figures that it added. A failure is kept in the evidence only."""
     rows = [row for one in found.results if isinstance(one, Latency) for row in _figures(one)]
+    rows += [row for served in found.served for row in _served_figures(served)]
     packed = zlib.compress(found.model_dump_json().encode())
     with _open(path) as base:
         made = base.execute(
@@ -139,15 +141,6 @@ def trends(path: Path, *, artifact: str = "", machine: str = "") -> list[Trend]:
     return sorted(made, key=lambda t: (t.machine, t.subject, t.artifact, t.engine, t.prompt_tokens, t.new_tokens))
 
 
-def evidence(path: Path) -> Iterator[Timings]:
-    """Give the raw evidence of every run, oldest first."""
-    if not path.is_file():
-        return
-    with _open(path) as base:
-        for (packed,) in base.execute("SELECT evidence FROM run ORDER BY time, id"):
-            yield Timings.model_validate_json(zlib.decompress(packed))
-
-
 def _figures(found: Latency) -> Iterator[Sequence[object]]:
     subject = found.subject
     setting = json_digest([subject.n_threads, subject.settings])
@@ -156,6 +149,20 @@ def _figures(found: Latency) -> Iterator[Sequence[object]]:
             subject.name, subject.artifact_digest, subject.engine, subject.engine_version, setting, subject.n_threads,
             case.prompt_tokens, case.new_tokens, case_interval(case, "ttft_ms", 50).value,
             case_interval(case, "itl_ms", 50).value, found.peak_rss_bytes, int(found.load.busy),
+        )  # fmt: skip
+
+
+def _served_figures(served: Served) -> Iterator[Sequence[object]]:
+    """Figures of a server: no threads, memory or load of it are known, and its clients are its setting."""
+    artifact = served.artifact_digest or json_digest([served.url, served.model])
+    for case in served.cases:
+        if not has_waits(case):
+            continue
+        who = f"{case.concurrency} clients" if case.concurrency is not None else f"{case.rate:g}/s"
+        yield (
+            served.model, artifact, f"{served.url}, {who}", "", json_digest([case.concurrency, case.rate]), 0,
+            served.prompt_tokens or 0, served.new_tokens, figure(case, "ttft_ms", 50).value,
+            figure(case, "itl_ms", 50).value, 0, 0,
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Our engines as a model of lm-eval, so that its tasks judge the file that ships, in its own runtime.
 
-    model = LmEvalModel("runs/NAME/candidates/q4-gguf")
+    model = LmEvalModel("runs/NAME/candidates/q4-gguf")  # or any .gguf file, ONNX, GPTQ or Hugging Face folder
     lm_eval.simple_evaluate(model=model, tasks=[...])
 
 lm-eval ships no data; docs/accuracy.md shows a task over a local file.
@@ -13,13 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from edgetune.artifact import Artifact
 from edgetune.backends import require
-from edgetune.data.golden import Golden
+from edgetune.data.contract import declared_stop_ids
+from edgetune.data.golden import FILE, Golden
 from edgetune.data.prompt import render_chat
 from edgetune.errors import UsageError
+from edgetune.found import find
 from edgetune.runtime.accuracy import score_row
-from edgetune.runtime.engine import ENGINE_OF_KIND, TokenRow, load_engine
+from edgetune.runtime.engine import TokenRow, first_line, load_engine
 
 require("lm_eval")
 from lm_eval.api.model import TemplateLM  # noqa: E402 - after the door
@@ -29,18 +30,23 @@ MAX_NEW_TOKENS = 256  # where a task does not say
 
 
 class LmEvalModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
-    """An artifact in the engine that ships its kind. Greedy: a task that samples is refused."""
+    """Any file or folder that an engine runs. Greedy: a task that samples is refused."""
 
-    def __init__(self, path: str | Path, *, n_ctx: int = 2048, n_threads: int = 2, **settings: object) -> None:
-        """Load an artifact's folder. `settings` go to the engine. Raises UsageError, ArtifactError and EngineError."""
+    def __init__(
+        self, path: str | Path, *, engine: str | None = None, n_ctx: int = 2048, n_threads: int = 2, **settings: object
+    ) -> None:
+        """Load it in `engine`, else in the one that ships its kind. `settings` go to the engine.
+
+        Raises UsageError where that engine does not run it, ArtifactError and EngineError.
+        """
         super().__init__()
-        artifact = Artifact.open(Path(path))
-        kind = artifact.manifest.kind
-        if kind not in ENGINE_OF_KIND:
-            raise UsageError(f"{path} is of kind {kind!r}, which no engine runs; known: {list(ENGINE_OF_KIND)}")
-        self._digest, self._n_ctx = artifact.digest, n_ctx
-        self._golden = Golden.read(artifact.path)
-        self.engine = load_engine(ENGINE_OF_KIND[kind], artifact.path, n_ctx=n_ctx, n_threads=n_threads, **settings)
+        found = find(Path(path))
+        if engine is not None and engine not in found.engines:
+            raise UsageError(f"{path} is of kind {found.kind!r}, which runs in {' and '.join(found.engines)}")
+        job = found.job(Path(path).name, engine or found.engines[0], n_threads=n_threads, **settings)
+        self._digest, self._n_ctx = found.digest, n_ctx
+        self.engine = load_engine(job.engine, job.path, n_ctx=n_ctx, n_threads=n_threads, **job.settings)
+        self._golden = _golden(Path(path), found.kind, self.engine)
 
     @property
     def eot_token_id(self) -> int:
@@ -106,6 +112,10 @@ class LmEvalModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return outputs
 
     def _continued(self, context: str, stops: Sequence[str], limit: int) -> str:
+        if limit >= self._n_ctx:
+            raise UsageError(
+                f"max_gen_toks={limit} leaves no room for a prompt in n_ctx={self._n_ctx}; raise n_ctx or lower it"
+            )
         ids = self.tok_encode(context)[-(self._n_ctx - limit) :]
         logits = self.engine.prefill(ids)
         new: list[int] = []
@@ -122,3 +132,29 @@ class LmEvalModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if len(new) < limit:
                 logits = self.engine.decode(token)
         return text
+
+
+def _golden(path: Path, kind: str, engine: Any) -> Golden:
+    """Give stop tokens and chat template of an artifact, or what the files of something else say of them."""
+    if path.is_dir() and (path / FILE).is_file():
+        return Golden.read(path)
+    if kind == "gguf":
+        eos, ends, template, special = engine.eos_id, engine.stop_ids, engine.chat_template, engine.special_tokens
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} holds no tokenizer that Transformers reads: {first_line(error)}") from error
+        ends = engine.stop_ids if kind == "onnx" else declared_stop_ids(path)
+        eos = tokenizer.eos_token_id
+        template = str(tokenizer.chat_template or "")
+        special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+    stop = [token for token in dict.fromkeys([eos, *sorted(ends)]) if token is not None]  # the first begins texts too
+    if not stop:
+        raise UsageError(f"{path} names no token that ends an answer; give one as eos_token")
+    return Golden(
+        conversations=[], texts=[], stop_ids=stop, bos_id=None, n_bos=0, chat_template=template,
+        special_tokens=special,
+    )  # fmt: skip

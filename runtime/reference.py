@@ -75,10 +75,6 @@ class ReferencePack:
     drawn: NDArray[np.uint16 | np.uint32]  # [P, S], tokens drawn from the others
     drawn_logs: NDArray[np.uint16]  # [P, S], minus log of their probability among the others, in steps
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.lengths)
-
     def compare(self, row: int, logits: Logits, softmax: Softmax | None = None) -> Divergence:
         """Compare the logits of a row's target, [N, V], with the reference.
 

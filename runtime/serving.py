@@ -221,6 +221,11 @@ def figure(case: ServedCase, name: str, q: float, *, seed: int = 0) -> Interval:
     return percentile_interval(groups, q, seed=seed)
 
 
+def has_waits(case: ServedCase) -> bool:
+    """Tell whether any answer had a second token, so that waits between tokens were seen."""
+    return any(one.error is None and one.itl_ms for one in case.requests)
+
+
 def throughput(case: ServedCase) -> float:
     """Tokens a second that all clients together got; parts of the stream where the server counts no tokens."""
     good = [one for one in case.requests if one.error is None]

@@ -25,7 +25,7 @@ import numpy as np
 from edgetune.artifact import file_digest, json_digest, write_text
 from edgetune.errors import UsageError
 from edgetune.recipe_tasks import Task
-from edgetune.runtime.accuracy import CHUNK, Progress, ScoredRow, continue_greedily, score_row
+from edgetune.runtime.accuracy import CHUNK, TIMEOUT_S, Progress, ScoredRow, continue_greedily, score_row
 from edgetune.runtime.engine import Engine
 from edgetune.runtime.evidence import TaskRow, TaskScore
 from edgetune.runtime.machine import LoadMeter
@@ -93,7 +93,7 @@ def score_tasks(
     tokenizer: Path,
     stop_ids: Iterable[int],
     work: Path | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """Score an artifact on all tasks in one child process.
@@ -170,6 +170,8 @@ def _measure(work: TaskWork, answers: Sequence[Answer]) -> tuple[dict[str, float
         else:
             found = METRICS[work.task.kind][name].measure(answers, work.items[0].choices)
             figures[name], shares[name] = found.figure, found.rows.tolist()
+        if not all(map(math.isfinite, (figures[name], *shares[name]))):
+            raise UsageError(f"task {work.task.name}: {name} is not defined on these rows; leave it out of metrics")
     return figures, shares
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.artifact import Artifact
+from edgetune.artifact import Artifact, Store, draft
 from edgetune.errors import EdgetuneError, SourceError, UnsupportedError, UsageError
 from edgetune.found import find, jobs
 
@@ -45,6 +45,20 @@ def test_each_kind_is_told_by_what_it_holds(tiny_model: Artifact, tmp_path: Path
     graph.mkdir()
     (graph / "genai_config.json").write_text("{}")
     assert find(graph).engines == ("onnxruntime", "onnxruntime-genai")
+
+
+def test_an_adapter_runs_on_its_base_where_it_was_made(tiny_model: Artifact, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    shutil.copytree(tiny_model.path, store.place(tiny_model.identity))
+    made = tmp_path / "store" / "adapter"
+    with draft(made, kind="adapter", stage="adapt/1", config={"method": "qlora"}, parents=[tiny_model]) as pending:
+        (pending.path / "adapter_config.json").write_text("{}")
+    (job,) = jobs([made], [], n_threads=1)
+    assert (job.kind, job.engine, job.path) == ("adapter", "torch", store.place(tiny_model.identity))
+    assert job.settings == {"adapter": str(made), "quantize_base": True}
+    assert (job.artifact_digest, job.size_bytes) == (pending.artifact.digest, tiny_model.size_bytes + 2)
+    with pytest.raises(UsageError, match=r"its base is not in .*; give an adapter where it was made"):
+        find(Path(shutil.copytree(made, tmp_path / "alone")))
 
 
 def test_what_no_engine_runs_is_refused_in_one_line(tmp_path: Path) -> None:

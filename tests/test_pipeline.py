@@ -13,9 +13,13 @@ from rich.console import Console
 
 from edgetune import pipeline, plan, sources
 from edgetune.artifact import Artifact, Store
-from edgetune.errors import DataError, EdgetuneError, UnsupportedError
+from edgetune.errors import DataError, EdgetuneError, EngineError, UnsupportedError, UsageError
+from edgetune.past import merge_timings
 from edgetune.recipe import Recipe, parse_recipe
+from edgetune.runtime.evidence import Report
+from edgetune.runtime.report import beside
 from edgetune.runtime.report.write import read_report
+from edgetune.score import score
 
 
 def write_rows(path: Path, start: int, n: int) -> str:
@@ -91,6 +95,7 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
         assert not link.readlink().is_absolute()
         Artifact.open(link).verify()
     assert "done before" not in said
+    score_again(report, folder, tmp_path / "box.json")
 
     again, said = run(recipe, tmp_path)
     repeated = {stage["name"] for stage in again.stages if not stage["done_before"]}
@@ -102,6 +107,21 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     assert all(stage.cost.seconds > 0 and stage.cost.memory_mib > 0 for stage in planned)
     unmade = plan.plan(recipe, Store(tmp_path / "empty"))
     assert [stage.name for stage in unmade] == [stage.name for stage in planned]
+
+
+def score_again(report: Report, folder: Path, raw: Path) -> None:
+    """Another box scores a candidate against the pack of the run, and the report takes what it found."""
+    scored = score(folder / "candidates" / "q8", folder / pipeline.REFERENCE, Console(file=io.StringIO()), json=raw)
+    (mine,) = [found for found in report.accuracy if found.subject.name == "q8"]
+    assert [row.kl_tokens for row in scored.rows] == [row.kl_tokens for row in mine.rows]
+    assert scored.text == mine.text
+    merged = merge_timings(report, raw)
+    ((subject, said),) = beside.lines(merged)
+    assert subject == "q8"
+    assert "scored in llama.cpp on 12 rows: KL mean" in said
+    other = report.model_copy(update={"accuracy": [mine.model_copy(update={"workload": "of other rows"})]})
+    with pytest.raises(UsageError, match="none of the files of report 'tiny'; their digests or rows differ"):
+        merge_timings(other, raw)
 
 
 def write_tasks(folder: Path) -> list[dict[str, Any]]:
@@ -158,6 +178,13 @@ def test_a_general_probe_of_ones_own_is_checked_first_and_null_asks_nothing(
     own.write_text(json.dumps({"question": "light?", "choices": ["on"], "answer": 0}) + "\n")
     with pytest.raises(DataError, match=r"^task general_probe: .*own\.jsonl line 1: 'choices' must hold at least two"):
         stages(str(own))
+
+
+def test_a_scoring_has_the_time_that_the_recipe_gives(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates={"same": {}})
+    short = recipe.model_copy(update={"data": recipe.data.model_copy(update={"score_timeout_s": 0.01})})
+    with pytest.raises(EngineError, match=r"gave no answer in 0\.01 s while loading"):
+        run(short, tmp_path)
 
 
 def test_a_failing_candidate_is_a_row_and_the_others_go_on(

@@ -347,6 +347,7 @@ def test_a_method_s_own_keys_survive_and_those_that_it_does_not_read_are_not_wri
     assert adapt.items() <= dumped.items()
     assert ("r" in dumped) == (recipe.adapt is not None and recipe.adapt.method == "qlora")
     assert "prefer" not in recipe.model_dump()
+    assert "score_timeout_s" not in recipe.model_dump()["data"]
 
 
 def test_what_yesterday_s_recipes_wrote_is_what_they_write_today() -> None:

@@ -43,7 +43,9 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 def header_end(file: Path) -> int:
-    return read_header(file).data_start
+    from gguf import GGUFReader
+
+    return int(GGUFReader(file).data_offset)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

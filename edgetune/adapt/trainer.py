@@ -32,7 +32,7 @@ from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
 from edgetune.errors import DataError
-from edgetune.packed import TOKENS, Layout, can_pack, common_prefix, multiple, packed_attention
+from edgetune.packed import TOKENS, Layout, can_pack, multiple, packed_attention, shared_start
 from edgetune.progress import Report
 from edgetune.recipe_training import Training
 
@@ -172,7 +172,7 @@ def pack(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str,
     n_prefix = 0
     if share_prefix and len(rows) > 1:  # one unlabelled token is left to each row: it predicts the first label
         limit = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in rows) - 1
-        n_prefix = common_prefix([row["input_ids"] for row in rows], limit)
+        n_prefix = shared_start([row["input_ids"] for row in rows], limit)
     ids = rows[0]["input_ids"][:n_prefix]
     labels = [IGNORE] * n_prefix
     for row in rows:

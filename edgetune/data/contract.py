@@ -28,7 +28,7 @@ def hold(folder: Path) -> None:
     found: dict[str, tuple[Any, Any]] = {
         "chat template": (golden.chat_template, str(tokenizer.chat_template or "")),
         "BOS": (golden.bos_id, tokenizer.bos_token_id),
-        "stop set": (golden.stop_ids, _stop_ids(folder, golden)),
+        "stop set": (golden.stop_ids, declared_stop_ids(folder) or golden.stop_ids),
     }
     if tokenizer.eos_token_id not in (None, *golden.stop_ids):
         found["end token"] = (golden.stop_ids, tokenizer.eos_token_id)
@@ -58,10 +58,10 @@ def _same(folder: Path, index: int, trained: Conversation, tokenizer: Any, golde
         raise ContractError(f"{folder}: golden conversation {index} has other ids or labels than in training")
 
 
-def _stop_ids(folder: Path, golden: Golden) -> list[int]:
-    """The stop set that the folder declares; that of training where it declares none."""
+def declared_stop_ids(folder: Path) -> list[int]:
+    """The stop set that a model's folder declares; empty where it declares none."""
     path = folder / GENERATION
     declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     if declared is None:
-        return golden.stop_ids
+        return []
     return sorted(declared) if isinstance(declared, list) else [declared]

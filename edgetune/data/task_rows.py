@@ -52,6 +52,12 @@ def _conversations(task: Task, path: Path) -> list[Example]:
             raise DataError(
                 f"{path} line {example.line}: label {example.answers[0]!r} is not one of labels; add it or mend the row"
             )
+    occur = {example.answers[0] for example in found}
+    if "auc" in task.measured and len(occur) < 2:
+        raise DataError(
+            f"{path}: auc needs rows of two labels, found {occur.pop()!r} alone; add rows of another label or leave "
+            "auc out of metrics"
+        )
     return [Example(one.prompt, one.answers, labels, one.row, one.line) for one in found]
 
 

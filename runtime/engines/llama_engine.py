@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,7 +17,7 @@ import numpy as np
 
 from edgetune.backends import require
 from edgetune.errors import EngineError, UsageError
-from edgetune.runtime.engine import Logits, OneByOne, TokenRow
+from edgetune.runtime.engine import Logits, OneByOne, TokenRow, common_prefix
 from edgetune.runtime.engines.llama_batch import Batch, LastLogits, OneToken
 
 N_BATCH = 512  # tokens of one decode call, and of one physical batch
@@ -76,7 +75,6 @@ class LlamaEngine(OneByOne):
         kv_type: str = "f16",
         n_ubatch: int = N_BATCH,
         adapter: str | None = None,
-        debug: bool = False,
     ) -> LlamaEngine:
         """Load a .gguf file, or an artifact folder that holds exactly one.
 
@@ -90,7 +88,7 @@ class LlamaEngine(OneByOne):
         if kv_type not in KV_TYPES:
             raise UsageError(f"unknown kv_type {kv_type!r} for llama.cpp; known: {', '.join(KV_TYPES)}")
         file = gguf_file(path)
-        _listen(lib, debug)
+        _listen(lib)
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -146,6 +144,11 @@ class LlamaEngine(OneByOne):
         return token if token >= 0 else None
 
     @property
+    def eos_id(self) -> int | None:
+        token = int(self._lib.llama_vocab_eos(self._vocab))
+        return token if token >= 0 else None
+
+    @property
     def add_bos(self) -> bool:
         return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
@@ -153,6 +156,12 @@ class LlamaEngine(OneByOne):
     def chat_template(self) -> str:
         found: bytes | None = self._lib.llama_model_chat_template(self._model, None)
         return (found or b"").decode()
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Text of the tokens that chat templates name."""
+        text_of, ids = self._lib.llama_vocab_get_text, {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {name: text_of(self._vocab, token).decode() for name, token in ids.items() if token is not None}
 
     def tokenize(self, text: str) -> list[int]:
         data = text.encode()
@@ -236,7 +245,7 @@ class LlamaEngine(OneByOne):
         context = self._begin_scoring()
         mine = self._readings
         memory = self._lib.llama_get_memory(context)
-        n_shared = _common_prefix(rows)
+        n_shared = common_prefix(rows)
         if n_shared:
             self._read(context, rows[0].ids[:n_shared], 0, 0, n_shared, None)
             for sequence in range(1, N_ROWS + 1):
@@ -346,17 +355,6 @@ def gguf_file(path: Path) -> Path:
     return path
 
 
-def _common_prefix(rows: Sequence[TokenRow]) -> int:
-    """Tokens that all rows begin with, ending before the first position whose logits are wanted."""
-    longest = min(row.start for row in rows) - 1
-    first = np.asarray(rows[0].ids[:longest])
-    for row in rows[1:]:
-        differs = np.flatnonzero(first != np.asarray(row.ids[: len(first)]))
-        if differs.size:
-            first = first[: differs[0]]
-    return len(first)
-
-
 def _packs(rows: Sequence[TokenRow], n_shared: int) -> Iterator[list[TokenRow]]:
     """Cut rows, in order, into batches. A row that does not fit one is alone."""
     pack: list[TokenRow] = []
@@ -376,11 +374,9 @@ _lines: deque[str] = deque(maxlen=20)
 _callbacks: list[Any] = []
 
 
-def _listen(lib: Any, debug: bool) -> None:
+def _listen(lib: Any) -> None:
     def keep(level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace")
-        if debug:
-            sys.stderr.write(line)
         if level >= _LOG_WARN and len(line.strip()) > 1:
             _lines.append(line.strip())
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from edgetune.artifact import MANIFEST
 from edgetune.errors import EngineError, UsageError
 from edgetune.nf4 import keep_layout, nf4_config
-from edgetune.packed import TOKENS, Layout, can_pack, common_prefix, multiple, packed_attention
+from edgetune.packed import TOKENS, Layout, can_pack, multiple, packed_attention, shared_start
 from edgetune.quant_config import is_quantized
 from edgetune.runtime.engine import Logits, TokenRow, check_tokens, first_line, greedy
 
@@ -155,7 +155,7 @@ class TorchEngine:
 
     def _packed(self, rows: Sequence[TokenRow]) -> list[Tensor]:
         """Hidden states [N, C] at the target positions of each row."""
-        n_prefix = common_prefix([row.ids for row in rows], min(row.start for row in rows) - 1)
+        n_prefix = shared_start([row.ids for row in rows], min(row.start for row in rows) - 1)
         lengths = [len(row.ids) - 1 - n_prefix for row in rows]  # the last id is only a target
         ids = [*rows[0].ids[:n_prefix], *(token for row in rows for token in row.ids[n_prefix:-1])]
         ids += [0] * (multiple(len(ids), TOKENS) - len(ids))

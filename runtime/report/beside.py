@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgetune.runtime.evidence import Energy, Latency, Report, SweepPoint
+from edgetune.runtime import serving
+from edgetune.runtime.evidence import Accuracy, Energy, Latency, Report, Served, SweepPoint
 from edgetune.runtime.latency import case_interval, noise_floor
 from edgetune.runtime.probes import crossover
 
@@ -19,11 +20,16 @@ def lines(report: Report) -> Iterator[tuple[str, str]]:
             yield one.subject.name, sentence
         if reference is not None and one is not reference:
             yield from ((one.subject.name, sentence) for sentence in crossed(one, reference))
+    subjects = [*(one.subject for one in report.latency), *(one.subject for one in report.accuracy)]
     for timings in report.elsewhere:
         place = f"{timings.machine.cpu}, {timings.machine.cores} cores"
         for found in timings.results:
             if isinstance(found, Latency):
                 yield from ((found.subject.name, f"on {place}: {sentence}") for sentence in _timed(found))
+        yield from ((scored.subject.name, f"on {place}: {_scored(scored)}") for scored in timings.scored)
+        for served in timings.served:
+            name = next((s.name for s in subjects if s.artifact_digest == served.artifact_digest), served.model)
+            yield from ((name, f"as {served.url} serves it, asked from {place}: {said}") for said in _served(served))
 
 
 def probed(one: Latency) -> Iterator[str]:
@@ -122,3 +128,25 @@ def _timed(one: Latency) -> Iterator[str]:
             f"prompts of {case.prompt_tokens}: TTFT p50 {first:.1f} ms, ITL p50 {p50:.2f} ms, p95 {p95:.2f} ms, "
             f"{one.peak_rss_bytes / MB:.0f} MB at the peak"
         )
+
+
+def _scored(one: Accuracy) -> str:
+    rows, n_tokens = one.rows, sum(row.n_tokens for row in one.rows)
+    kl, agree = sum(row.kl or 0.0 for row in rows) / n_tokens, sum(row.n_agree or 0 for row in rows) / n_tokens
+    return (
+        f"scored in {one.subject.engine} on {len(rows)} rows: KL mean {kl:.3g} nats from the reference, the same first "
+        f"token at {agree:.2%} of {n_tokens}, exact match {sum(row.exact for row in rows) / len(rows):.1%}"
+    )
+
+
+def _served(one: Served) -> Iterator[str]:
+    for case in one.cases:
+        who = f"{case.concurrency} at once" if case.concurrency is not None else f"{case.rate:g} requests a second"
+        failed = sum(request.error is not None for request in case.requests)
+        if failed == len(case.requests):
+            yield f"{who}: every request failed ({case.requests[0].error})"
+            continue
+        first = serving.figure(case, "ttft_ms", 50).value
+        waits = [serving.figure(case, "itl_ms", q).value for q in (50, 95)] if serving.has_waits(case) else []
+        itl = f", ITL p50 {waits[0]:.2f} ms, p95 {waits[1]:.2f} ms" if waits else ""
+        yield f"{who}: TTFT p50 {first:.1f} ms{itl}, {serving.throughput(case):.1f} tokens/s, {failed} failed"

@@ -20,6 +20,7 @@ from edgetune.runtime import history
 from edgetune.runtime.evidence import Failure, Latency, Timings
 from edgetune.runtime.latency import make_prompts, measure
 from edgetune.runtime.report.write import read_report, write_report
+from tests.conftest import Call
 from tests.export.test_onnx import exported
 from tests.fakes import fake_job
 from tests.report_sample import sample_report
@@ -125,9 +126,22 @@ def test_evidence_of_another_machine_is_merged_by_digest(tmp_path: Path) -> None
     for page in ("report.md", "report.html"):
         assert "on far away, 2 cores" in (tmp_path / page).read_text()
     file.write_text(timings(7.0, digest="of something else").model_dump_json())
-    with pytest.raises(UsageError, match="timed none of the files"):
+    with pytest.raises(UsageError, match="timed and scored none of the files"):
         past.merge_timings(report, file)
     assert past.read_timings(tmp_path).results == [*merged.latency]
+
+
+def test_flags_are_the_recipes_keys(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Bench] = []
+
+    def keep(_paths: object, settings: Bench, *_: object, **__: object) -> bool:
+        asked.append(settings)
+        return True
+
+    monkeypatch.setattr(benching, "bench", keep)
+    assert call("bench", "a.gguf", "--warmup", "5", "--case-timeout-s", "9.5")[0] == 0
+    assert call("bench", "a.gguf")[0] == 0
+    assert [(one.warmup, one.case_timeout_s) for one in asked] == [(5, 9.5), (2, 300)]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +149,7 @@ def test_evidence_of_another_machine_is_merged_by_digest(tmp_path: Path) -> None
     [
         (["bench", "a.gguf", "--engine", "abacus"], "unknown engine 'abacus'; known: torch, llama.cpp"),
         (["bench", "nowhere.gguf"], "nowhere.gguf is not there"),
+        (["bench", "a.gguf", "--case-timeout-s", "0"], "bench: case_timeout_s: Input should be greater than 0"),
         (["bench", "a.gguf", "--probe", "mood"], "bench: probes.0: Input should be 'cold_start'"),
         (["bench-http", "localhost"], "'localhost' is no address of a server"),
         (["history", "--history", "none.sqlite"], "none.sqlite holds nothing of that kind; edgetune bench fills it"),

@@ -12,14 +12,56 @@ import pytest
 
 from edgetune.artifact import Artifact
 from edgetune.errors import UsageError
+from edgetune.export import gguf
+from edgetune.recipe_export import GgufExport
+from tests.export.test_onnx import exported
+from tests.test_found import bare
 
 pytest.importorskip("lm_eval")
 from edgetune.runtime.lm_eval_model import LmEvalModel
 
+ENGINES = ("torch", "llama.cpp", "onnxruntime", "onnxruntime-genai")
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Artifact) -> LmEvalModel:
-    return LmEvalModel(tiny_model.path, n_ctx=32, n_threads=1)
+
+def made_by_others(engine: str, model: Artifact, factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a file or folder without a manifest that an engine runs."""
+    folder = factory.mktemp("bare")
+    if engine == "torch":
+        return bare(model, folder / "model")
+    if engine == "llama.cpp":
+        pytest.importorskip("llama_cpp")
+        config = GgufExport(type="F32")
+        return gguf.run(config, model, folder / "made", moments=None, calibration_digest=None).path / gguf.FILE
+    pytest.importorskip("onnxruntime_genai")
+    return bare(exported("fp32", model, factory), folder / "onnx")
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def model(
+    request: pytest.FixtureRequest, tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> LmEvalModel:
+    path = made_by_others(request.param, tiny_model, tmp_path_factory)
+    made = LmEvalModel(path, engine=request.param, n_ctx=32, n_threads=1)
+    assert made.engine.name == request.param
+    return made
+
+
+def test_an_artifact_gives_what_its_bare_files_give(model: LmEvalModel, tiny_model: Artifact) -> None:
+    whole = LmEvalModel(tiny_model.path, n_ctx=32, n_threads=1)
+    assert whole.engine.name == "torch"
+    assert model.eot_token_id == whole.eot_token_id
+    assert model.chat_template(True) == whole.chat_template(True)
+    pairs = asked(("set the light", " to 30 percent"), ("", "what is the temperature"))
+    for (log, greedy), (same, also) in zip(model.loglikelihood(pairs), whole.loglikelihood(pairs), strict=True):
+        assert log == pytest.approx(same, rel=1e-3)
+        assert greedy == also
+
+
+def test_what_an_engine_does_not_run_is_refused(tiny_model: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is of kind 'model', which runs in torch"):
+        LmEvalModel(tiny_model.path, engine="llama.cpp")
+    with pytest.raises(UsageError, match="is not there"):
+        LmEvalModel(tmp_path / "nowhere")
 
 
 def asked(*requests: tuple[Any, ...]) -> list[Any]:
@@ -68,6 +110,10 @@ def test_generation_stops_at_a_text_or_its_limit(model: LmEvalModel) -> None:
     assert cut == whole[: whole.index(part)]
     with pytest.raises(UsageError, match="our engines are greedy"):
         model.generate_until(asked(("set", {"do_sample": True})))
+    with pytest.raises(UsageError, match="max_gen_toks=32 leaves no room for a prompt in n_ctx=32; raise n_ctx or"):
+        model.generate_until(asked(("set", {"max_gen_toks": 32})))
+    (one,) = model.generate_until(asked(("set the light " * 20, {"until": [], "max_gen_toks": 31})))
+    assert isinstance(one, str)  # of the context its last token is left
     said = model.apply_chat_template([{"role": "user", "content": "hi"}])
     assert said == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert model.chat_template(True)

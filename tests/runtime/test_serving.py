@@ -12,16 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from edgetune import bench, past
 from edgetune.artifact import Artifact
 from edgetune.bench_http import bench_http
 from edgetune.errors import EngineError, UsageError
-from edgetune.runtime import serving
+from edgetune.found import jobs
+from edgetune.runtime import history, serving
+from edgetune.runtime.engines.torch_engine import TorchEngine
 from edgetune.runtime.evidence import ServedCase, ServedRequest, Timings
+from edgetune.runtime.latency import make_prompts
+from edgetune.runtime.report import beside
 from edgetune.runtime.serving import Endpoint
+from tests.report_sample import sample_report
+from tests.runtime.test_history import timings
 
 PROMPTS = ["turn the light in", "set the boiler to", "what is the temperature"]
 
@@ -36,7 +44,7 @@ class Scripted(BaseHTTPRequestHandler):
         self._send(200, json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())  # type: ignore[attr-defined]
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(time.monotonic())  # type: ignore[attr-defined]
         self.server.how(self)  # type: ignore[attr-defined]
 
@@ -193,6 +201,54 @@ def real_server(tiny_model: Artifact, tmp_path: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_a_server_is_asked_the_prompts_of_bench_remembered_and_merged(
+    scripted: Server, tiny_model: Artifact, tmp_path: Path
+) -> None:
+    """Of a file that is named the prompts are text of the ids that `bench` gives it, and its digest is kept."""
+    asked: list[str] = []
+
+    def keep(server: Scripted) -> None:
+        asked.append(server.body["prompt"])
+        server.stream("a", "b", "c")
+
+    endpoint = scripted(keep)
+    screen, raw, place = Console(file=io.StringIO(), width=120), tmp_path / "raw.json", tmp_path / "history.sqlite"
+    cases: dict[str, Any] = {"concurrency": [1], "rates": [50.0], "n_requests": 2, "n_tokens": 3, "prompt_words": 7}
+    assert bench_http(endpoint, screen, **cases, artifact=tiny_model.path, prompt_tokens=8, json=raw, history=place)
+    (job,) = jobs([tiny_model.path], [], n_threads=1)
+    stream = bench.prompt_ids([job], timeout_s=60)
+    engine = TorchEngine.load(tiny_model.path, n_ctx=8, n_threads=1)
+    assert sorted(asked) == sorted(engine.detokenize(stream[at : at + 8]) for at in range(0, 40, 8))
+    assert asked[0] == engine.detokenize(make_prompts(stream, [8])[8])
+    (served,) = Timings.model_validate_json(raw.read_bytes()).served
+    assert (served.artifact_digest, served.prompt_tokens) == (tiny_model.digest, 8)
+
+    trends = history.trends(place, artifact=tiny_model.digest)
+    port = endpoint.url.rpartition(":")[2]
+    assert [(t.engine.rpartition(":")[2], t.prompt_tokens, t.new_tokens) for t in trends] == [
+        (f"{port}, 1 clients", 8, 3), (f"{port}, 50/s", 8, 3),
+    ]  # fmt: skip
+    past.history(place, screen, artifact="", machine="", add=raw)
+    assert "50/s" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+    report = sample_report(n_rows=20)
+    mine = report.latency[0].subject
+    with pytest.raises(UsageError, match="timed and scored none of the files"):
+        past.merge_timings(report, raw)
+    for digest, name in ((mine.artifact_digest, mine.name), (None, "m")):
+        same = served.model_copy(update={"artifact_digest": digest})
+        raw.write_text(timings(7.0).model_copy(update={"results": [], "served": [same]}).model_dump_json())
+        said = [line for subject, line in beside.lines(past.merge_timings(report, raw)) if subject == name]
+        assert f"as {endpoint.url} serves it, asked from A, 2 cores: 1 at once: TTFT p50" in said[-2]
+        assert "50 requests a second: TTFT p50" in said[-1]
+
+    asked.clear()
+    bench_http(endpoint, screen, **cases, history=place)
+    words = bench.prompt_text().split()
+    assert sorted(asked) == sorted(" ".join(words[at : at + 7]) for at in range(0, 35, 7))
+    assert len(history.trends(place)) == 4  # another subject: no file was named
 
 
 def test_a_real_server_is_timed(real_server: str, tmp_path: Path) -> None:

@@ -156,6 +156,10 @@ def test_files_labels_and_scorers_are_checked_before_work(tmp_path: Path, monkey
     row = {"input": "x", "output": "maybe"}
     with pytest.raises(DataError, match="label 'maybe' is not one of labels"):
         check_task(task("classification", rows=written(tmp_path, row), labels=["yes", "no"]))
+    both = task("classification", rows=written(tmp_path, row), labels=["maybe", "no"], metrics=["auc", "accuracy"])
+    with pytest.raises(DataError, match=r"task t: .*auc needs rows of two labels, found 'maybe' alone; add rows"):
+        check_task(both)
+    assert read_examples(both.model_copy(update={"metrics": ["accuracy"]}))
     (tmp_path / "my_scoring.py").write_text("def half(outputs, rows):\n    return [0.5 for _ in outputs]\n")
     monkeypatch.chdir(tmp_path)
     assert load_scorer("my_scoring:half")(["a"], [{}]) == [0.5]
@@ -263,6 +267,14 @@ def test_the_users_own_scorer(tiny_model: Artifact, tmp_path: Path, monkeypatch:
         run([work], tiny_model.path)
     monkeypatch.setattr(tasks, "load_scorer", lambda name: lambda outputs, rows: [1.0])
     with pytest.raises(UsageError, match="gave 1 scores for 20 rows"):
+        run([work], tiny_model.path)
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_a_figure_that_is_not_finite_is_no_evidence(tiny_model: Artifact) -> None:
+    one_label = choices()
+    work = TaskWork(task("classification", metrics=["auc"]), one_label.items, one_label.written)
+    with pytest.raises(UsageError, match="task t: auc is not defined on these rows; leave it out of metrics"):
         run([work], tiny_model.path)
 
 
