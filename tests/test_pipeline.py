@@ -14,6 +14,7 @@ from edgetune import pipeline, plan
 from edgetune.artifact import Artifact, Store
 from edgetune.errors import DataError, EdgetuneError, UnsupportedError
 from edgetune.recipe import Recipe, parse_recipe
+from edgetune.runtime.evidence import Accuracy
 from edgetune.runtime.report.write import read_report
 
 
@@ -76,6 +77,10 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
         "checkpoint: rtn int4 g32 sym",
     ]
     folder = tmp_path / "run"
+    assert [seam.subject for seam in report.seams] == ["base", None, "reference", "q8", "int4", "checkpoint"]
+    for seam in report.seams:  # what the page names as the place of its rows
+        raw = Accuracy.model_validate_json((tmp_path / "store" / seam.evidence).read_bytes())
+        assert "".join(str(int(row.exact)) for row in raw.rows) == seam.exact_rows
     assert read_report(folder / "report.json") == report
     for name in ("report.html", "report.md", "log.jsonl", "recipe.json"):
         assert (folder / name).stat().st_size > 0
