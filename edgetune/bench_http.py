@@ -11,6 +11,7 @@ from rich.table import Table
 
 from edgetune import __version__
 from edgetune.artifact import write_text
+from edgetune.bench_detail import served_detail
 from edgetune.data.general import general_text
 from edgetune.progress import reporting
 from edgetune.runtime import serving
@@ -61,6 +62,7 @@ def bench_http(
         ]
         table.add_row(who, *waits, f"{serving.throughput(case):.1f}", good, str(len(failed)))
     console.print(table)
+    console.print(served_detail(served.cases))
     errors = dict.fromkeys(one.error for case in served.cases for one in case.requests if one.error is not None)
     for error in errors:
         console.print(f"note: {error}", highlight=False, markup=False)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.runtime import history as past
-from edgetune.runtime.evidence import Latency, Report, Timings
+from edgetune.runtime.evidence import Failure, Latency, Report, Timings
 from edgetune.runtime.report.write import read_report
 
 
@@ -65,25 +65,33 @@ def read_timings(path: Path) -> Timings:
     except ValueError:
         report = read_report(file)
     written = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    return Timings(edgetune=report.edgetune, time=written, machine=report.machine, results=[*report.latency])
+    lost = [failure for failure in report.failures if failure.stage == "latency"]
+    return Timings(edgetune=report.edgetune, time=written, machine=report.machine, results=[*report.latency, *lost])
 
 
 def merge_timings(report: Report, path: Path) -> Report:
-    """Give a report with what another machine timed of the same files: matched by digest, never by name.
+    """Give a report with what another machine timed of the same files, failures too: matched by digest, never by name.
 
     The same evidence twice is kept once. Raises UsageError where it is of other files only.
     """
     timings = read_timings(path)
     subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
-    names = {subject.artifact_digest: subject.name for subject in subjects}
-    known = [
-        one.model_copy(update={"subject": one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})})
-        for one in timings.results
-        if isinstance(one, Latency) and one.subject.artifact_digest in names
-    ]
+    names: dict[str | None, str] = {lost.artifact_digest: lost.subject for lost in report.failures}
+    names |= {subject.artifact_digest: subject.name for subject in subjects}
+    names.pop(None, None)  # of what failed before it was made
+    known: list[Latency | Failure] = []
+    for one in timings.results:
+        digest = one.subject.artifact_digest if isinstance(one, Latency) else one.artifact_digest
+        if digest not in names:
+            continue
+        if isinstance(one, Latency):
+            subject = one.subject.model_copy(update={"name": names[digest]})
+            known.append(one.model_copy(update={"subject": subject}))
+        else:
+            known.append(one.model_copy(update={"subject": names[digest]}))
     if not known:
         raise UsageError(f"{path} has timed none of the files of report {report.name!r}; their digests differ")
-    merged = timings.model_copy(update={"results": known})
+    merged = timings.model_copy(update={"results": known, "figures": []})  # the page computes its own
     return (
         report if merged in report.elsewhere else report.model_copy(update={"elsewhere": [*report.elsewhere, merged]})
     )
