@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from edgetune import __version__, found
+from edgetune import __version__, bench_detail, found
 from edgetune.artifact import write_text
 from edgetune.data.general import general_text
 from edgetune.errors import EdgetuneError, UsageError
@@ -50,13 +50,16 @@ def bench(
             progress=progress,
         )  # fmt: skip
     timings = Timings(
-        edgetune=__version__, time=datetime.now(UTC).isoformat(timespec="seconds"), machine=describe(), results=results
-    )
+        edgetune=__version__, time=datetime.now(UTC).isoformat(timespec="seconds"), machine=describe(), results=results,
+        figures=bench_detail.figures(results),
+    )  # fmt: skip
     if json is not None:
         write_text(json, timings.model_dump_json(indent=1) + "\n")
     if history is not None:
         past.record(history, timings)
     console.print(ranking(results))
+    for table in bench_detail.details(results, timings.figures):
+        console.print(table)
     for name, lines in probed(results).items():
         console.print(f"{name}:", highlight=False, markup=False)
         for line in lines:
@@ -142,10 +145,10 @@ def probed(results: Sequence[Latency | Failure]) -> dict[str, list[str]]:
     """Say what the probes of each found, and where the largest, by bytes, is as fast as a smaller one."""
     timed = [one for one in results if isinstance(one, Latency)]
     large = max(timed, key=lambda one: one.subject.size_bytes, default=None)
-    said = {one.subject.name: list(beside.probed(one)) for one in timed}
+    said = {one.subject.name: [line.text for line in beside.probed(one)] for one in timed}
     for one in timed:
         if large is not None and one is not large:
-            said[one.subject.name] += beside.crossed(one, large)
+            said[one.subject.name] += [line.text for line in beside.crossed(one, large)]
     return {name: lines for name, lines in said.items() if lines}
 
 

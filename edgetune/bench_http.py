@@ -13,6 +13,7 @@ from rich.table import Table
 from edgetune import __version__, found
 from edgetune.artifact import write_text
 from edgetune.bench import prompt_text
+from edgetune.bench_detail import served_detail
 from edgetune.progress import reporting
 from edgetune.runtime import history as past
 from edgetune.runtime import serving
@@ -81,6 +82,7 @@ def bench_http(
         ]
         table.add_row(who, *waits, f"{serving.throughput(case):.1f}", good, str(len(failed)))
     console.print(table)
+    console.print(served_detail(served.cases))
     errors = dict.fromkeys(one.error for case in served.cases for one in case.requests if one.error is not None)
     for error in errors:
         console.print(f"note: {error}", highlight=False, markup=False)

@@ -25,9 +25,10 @@ from edgetune.runtime.tasks import TaskWork, score_tasks
 from edgetune.runtime.worker import Job
 
 ACCURACY_STAGE = "measure.accuracy/4"
-LATENCY_STAGE = "measure.latency/1"
+LATENCY_STAGE = "measure.latency/2"
 TASKS_STAGE = "measure.tasks/1"
 PACK = "reference.npz"
+ACCURACY = "accuracy.json"
 PACKAGE_OF_ENGINE = {
     "torch": "torch",
     "llama.cpp": "llama-cpp-python",
@@ -98,16 +99,16 @@ def accuracy(
         )
         if reference is None:
             ReferenceRows.of(rows, text_rows, stop_ids).save(pending.path / ROWS)
-        write_text(pending.path / "accuracy.json", found.model_dump_json(indent=1) + "\n")
+        write_text(pending.path / ACCURACY, found.model_dump_json(indent=1) + "\n")
     return pending.artifact
 
 
 def read_accuracy(evidence: Artifact) -> Accuracy:
     """Read the evidence of `accuracy`. Raises ArtifactError where it is damaged."""
     try:
-        return Accuracy.model_validate_json((evidence.path / "accuracy.json").read_bytes())
+        return Accuracy.model_validate_json((evidence.path / ACCURACY).read_bytes())
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{evidence.path / 'accuracy.json'} is damaged: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{evidence.path / ACCURACY} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def tasks_identity(job: Job, parents: Sequence[str], works: Sequence[TaskWork]) -> str:

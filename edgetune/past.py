@@ -13,7 +13,7 @@ from rich.text import Text
 
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.runtime import history as past
-from edgetune.runtime.evidence import Accuracy, Latency, Report, Timings
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, Timings
 from edgetune.runtime.report.write import read_report
 
 Measured = TypeVar("Measured", Accuracy, Latency)
@@ -69,23 +69,28 @@ def read_timings(path: Path) -> Timings:
     except ValueError:
         report = read_report(file)
     written = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    return Timings(edgetune=report.edgetune, time=written, machine=report.machine, results=[*report.latency])
+    lost = [failure for failure in report.failures if failure.stage == "latency"]
+    return Timings(edgetune=report.edgetune, time=written, machine=report.machine, results=[*report.latency, *lost])
 
 
 def merge_timings(report: Report, path: Path) -> Report:
-    """Give a report with what another machine timed and scored of the same files: matched by digest, never by name.
+    """Give a report with what another machine timed and scored of the same files, failures too: matched by digest.
 
     What a server was timed to do without naming its file stands under the server's own name. The same evidence twice
     is kept once. Raises UsageError where it is of other files only.
     """
     timings = read_timings(path)
     subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
-    names = {subject.artifact_digest: subject.name for subject in subjects}
-    known = [
-        _renamed(one, names)
-        for one in timings.results
-        if isinstance(one, Latency) and one.subject.artifact_digest in names
-    ]
+    names: dict[str | None, str] = {lost.artifact_digest: lost.subject for lost in report.failures}
+    names |= {subject.artifact_digest: subject.name for subject in subjects}
+    names.pop(None, None)  # of what failed before it was made
+    known: list[Latency | Failure] = []
+    for one in timings.results:
+        digest = one.subject.artifact_digest if isinstance(one, Latency) else one.artifact_digest
+        if digest in names:
+            known.append(
+                _renamed(one, names) if isinstance(one, Latency) else one.model_copy(update={"subject": names[digest]})
+            )
     rows = {found.workload for found in report.accuracy}
     scored = [
         _renamed(one, names) for one in timings.scored if one.subject.artifact_digest in names and one.workload in rows
@@ -95,13 +100,15 @@ def merge_timings(report: Report, path: Path) -> Report:
         raise UsageError(
             f"{path} has timed and scored none of the files of report {report.name!r}; their digests or rows differ"
         )
-    merged = timings.model_copy(update={"results": known, "scored": scored, "served": served})
+    merged = timings.model_copy(
+        update={"results": known, "scored": scored, "served": served, "figures": []}  # the page computes its own
+    )
     return (
         report if merged in report.elsewhere else report.model_copy(update={"elsewhere": [*report.elsewhere, merged]})
     )
 
 
-def _renamed(one: Measured, names: Mapping[str, str]) -> Measured:
+def _renamed(one: Measured, names: Mapping[str | None, str]) -> Measured:
     """Give evidence under the name that its file has in a report."""
     subject = one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})
     return one.model_copy(update={"subject": subject})

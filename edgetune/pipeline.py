@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -48,6 +48,18 @@ def run(recipe: Recipe, folder: Path, store: Store, console: Console, *, measure
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
     return Pipeline(recipe, ready, Stages(store, folder, console), measure_again=measure_again).run()
+
+
+class Hop(NamedTuple):
+    """One line of the seam ledger: what was scored, and the artifact that holds its rows."""
+
+    name: str
+    evidence: Artifact
+    accuracy: Accuracy
+
+    @classmethod
+    def read(cls, name: str, evidence: Artifact) -> Hop:
+        return cls(name, evidence, measure.read_accuracy(evidence))
 
 
 class Pipeline:
@@ -185,9 +197,7 @@ class Pipeline:
             asked += measure.read_tasks(found) if found is not None else []
         return asked
 
-    def _hops_of_steps(
-        self, name: str, candidate: Candidate, made: list[Artifact], reference: Artifact
-    ) -> list[tuple[str, Accuracy]]:
+    def _hops_of_steps(self, name: str, candidate: Candidate, made: list[Artifact], reference: Artifact) -> list[Hop]:
         """Score the models on the way; candidates that share a step share its score."""
         hops = []
         for step, between in zip(scored_steps(candidate), made, strict=False):
@@ -200,7 +210,7 @@ class Pipeline:
                 ),
             )
             if evidence is not None:
-                hops.append((hop, measure.read_accuracy(evidence)))
+                hops.append(Hop.read(hop, evidence))
         return hops
 
     def run(self) -> Report:
@@ -210,13 +220,12 @@ class Pipeline:
         self.steps = Steps(self.recipe, self.stages, self.graph, self.base, self.model)
         reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
         _link(self.stages.folder / REFERENCE, reference.path)
-        hops = self._hops_before(reference)
-        scored = {"reference": measure.read_accuracy(reference)}
+        hops = [*self._hops_before(reference), Hop.read(self.trained.hop(self.recipe), reference)]
+        scored = {"reference": hops[-1].accuracy}
         self.probe = self.score_probe()
         tasks: list[TaskScore] = []
         if self.task_works:
             tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
-        hops.append((self.trained.hop(self.recipe), scored["reference"]))
         shipped: dict[str, Artifact] = {}
         for name, candidate in self.recipe.candidates.items():
             made = self.build(name, candidate)
@@ -234,8 +243,8 @@ class Pipeline:
                 lambda j=job, a=artifact: self.score(j, [a], generate=True, reference=reference),  # type: ignore[misc]
             )
             if evidence is not None:
-                scored[name] = measure.read_accuracy(evidence)
-                hops.append((f"{name}: {last_hop(candidate)}", scored[name]))
+                hops.append(Hop.read(f"{name}: {last_hop(candidate)}", evidence))
+                scored[name] = hops[-1].accuracy
             if self.task_works:
                 found = self.stages.attempt(
                     name,
@@ -272,7 +281,7 @@ class Pipeline:
     def _training_dtype(self) -> str:
         return str(compute_dtype(self.recipe.device)).removeprefix("torch.")
 
-    def _hops_before(self, reference: Artifact) -> list[tuple[str, Accuracy]]:
+    def _hops_before(self, reference: Artifact) -> list[Hop]:
         """Score what comes before the reference, in the dtype of training."""
         hops = []
         for hop, name, artifact in self.trained.before(self.recipe):
@@ -280,7 +289,7 @@ class Pipeline:
             parents = [self.trained.under(self.recipe, artifact)[0], artifact] if apart else [artifact]
             job = self._job(name, artifact, dtype=self._training_dtype)
             found = self.score(job, parents, generate=False, reference=reference)
-            hops.append((hop, measure.read_accuracy(found)))
+            hops.append(Hop.read(hop, found))
         return hops
 
     def _time(self, shipped: dict[str, Artifact]) -> list[Latency | Failure]:
@@ -307,22 +316,29 @@ class Pipeline:
         shipped: dict[str, Artifact],
         scored: dict[str, Accuracy],
         tasks: list[TaskScore],
-        hops: list[tuple[str, Accuracy]],
+        hops: list[Hop],
         timed: list[Latency | Failure],
     ) -> Report:
         latencies = {found.subject.name: found for found in timed if isinstance(found, Latency)}
         failures = self.stages.failures + [found for found in timed if isinstance(found, Failure)]
+        base = [hop.accuracy for hop in hops if hop.name == "base"] if self.model is not self.base else []
+        accuracy = [*base, *scored.values()]
+        held = {id(found) for found in accuracy}
         report = Report(
             name=self.recipe.name,
             edgetune=__version__,
             recipe=self.recipe.model_dump(mode="json"),
             machine=describe(),
             reference="reference",
-            accuracy=[*(found for hop, found in hops if hop == "base"), *scored.values()]
-            if self.model is not self.base
-            else list(scored.values()),
+            accuracy=accuracy,
             latency=list(latencies.values()),
-            seams=[*self.trained.tried_merges(), *(seam(hop, found) for hop, found in hops)],
+            seams=[
+                *self.trained.tried_merges(),
+                *(
+                    seam(name, found, evidence=f"{made.path.name}/{measure.ACCURACY}", reported=id(found) in held)
+                    for name, made, found in hops
+                ),
+            ],
             verdicts=self._verdicts(shipped, scored, tasks, latencies, failures),
             failures=failures,
             artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},

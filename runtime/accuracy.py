@@ -198,13 +198,14 @@ def summary(accuracy: Accuracy) -> dict[str, float | None]:
     }
 
 
-def seam(hop: str, accuracy: Accuracy) -> Seam:
-    """Make one line of the seam ledger."""
+def seam(hop: str, accuracy: Accuracy, *, evidence: str | None = None, reported: bool = False) -> Seam:
+    """Make one line of the seam ledger. `evidence` is the file that holds its rows; `reported`: the report does too."""
     figures = summary(accuracy)
     return Seam(
         hop=hop, engine=accuracy.subject.engine, n_rows=len(accuracy.rows), kl_per_token=figures["kl_per_token"],
         exact_match=figures["exact_match"] or 0.0, token_accuracy=figures["token_accuracy"] or 0.0,
         nll_per_token=figures["nll_per_token"] or 0.0, exact_rows="".join(str(int(row.exact)) for row in accuracy.rows),
+        subject=accuracy.subject.name if reported else None, evidence=evidence,
     )  # fmt: skip
 
 

@@ -6,10 +6,10 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +121,12 @@ ENGINES: dict[str, str] = {
 }
 
 ON_GPU = ("tensorrt",)  # engines that run on an NVIDIA GPU only
+
+
+def runs_on_gpu(engine: str, settings: Mapping[str, Any]) -> bool:
+    """Tell whether an engine runs on a GPU: by itself, or by its settings."""
+    return engine in ON_GPU or str(settings.get("device", "cpu")).startswith("cuda")
+
 
 # artifact kind -> engine that ships it
 ENGINE_OF_KIND: dict[str, str] = {

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from edgetune.runtime.engine import runs_on_gpu
+
 SCHEMA_VERSION = 1
 
 
@@ -44,6 +46,11 @@ class Subject(Record):
     engine_version: str
     n_threads: int
     settings: dict[str, Any] = {}
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it ran on a GPU."""
+        return runs_on_gpu(self.engine, self.settings)
 
 
 class RowScore(Record):
@@ -205,6 +212,7 @@ class Failure(Record):
     subject: str
     stage: str
     reason: str  # one line
+    artifact_digest: str | None = None  # of what was to be measured, where that was made
 
 
 class ServedRequest(Record):
@@ -238,6 +246,15 @@ class Served(Record):
     prompt_tokens: int | None = None  # of each prompt, by that file's tokenizer
 
 
+class CaseFigures(Record):
+    """What was computed from the samples of one case: percentiles in milliseconds, rates in tokens a second."""
+
+    subject: str
+    prompt_tokens: int
+    new_tokens: int
+    figures: dict[str, tuple[float, float | None, float | None]]  # "itl_p95" -> value, and its 95 % interval
+
+
 class Timings(Record):
     """What one `bench` or `score` measured, with the machine; what a history keeps and `report --merge` reads."""
 
@@ -246,6 +263,7 @@ class Timings(Record):
     time: str  # ISO 8601, UTC
     machine: Machine
     results: list[Latency | Failure]
+    figures: list[CaseFigures] = []  # of the results, as they were printed
     served: list[Served] = []
     scored: list[Accuracy] = []  # against a reference pack
 
@@ -262,6 +280,8 @@ class Seam(Record):
     kl_per_token: float | None
     aside: bool = False  # measured on other rows, and against another reference: not a step of the way
     exact_rows: str | None = None  # "1" for each row that is exact and "0" for the others, in their order
+    subject: str | None = None  # whose rows in the report's `accuracy` these are; None where it has them not
+    evidence: str | None = None  # the file of the store that has them
 
 
 class Check(Record):

@@ -201,7 +201,10 @@ def _guarded(candidate: _Candidate, do: Callable[[_Candidate], None]) -> None:
         try:
             do(candidate)
         except EdgetuneError as error:
-            candidate.failure = Failure(subject=candidate.job.name, stage="latency", reason=str(error))
+            job = candidate.job
+            candidate.failure = Failure(
+                subject=job.name, stage="latency", reason=str(error), artifact_digest=job.artifact_digest
+            )
             candidate.worker.kill()
 
 

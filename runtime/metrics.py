@@ -39,6 +39,17 @@ def slot_counts(predicted_text: str, gold_text: str) -> SlotCounts:
     return SlotCounts((predicted & gold).total(), predicted.total(), gold.total())
 
 
+def slot_counts_by_key(predicted_text: str, gold_text: str) -> dict[str, SlotCounts]:
+    """Count the same slots key by key; the intent counts under its own key."""
+    predicted, gold = parse_slots(predicted_text) or Counter(), parse_slots(gold_text) or Counter()
+    sides = (predicted & gold, predicted, gold)
+    counts: dict[str, list[int]] = {}
+    for i, side in enumerate(sides):
+        for (_, key, _), n in side.items():
+            counts.setdefault(key, [0, 0, 0])[i] += n
+    return {key: SlotCounts(*found) for key, found in counts.items()}
+
+
 def micro_f1(counts: Iterable[SlotCounts | tuple[int, int, int]]) -> float:
     """Give 2 TP / (predicted + gold) over all rows; 1 where neither has any slot."""
     rows = list(counts)

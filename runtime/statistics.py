@@ -145,6 +145,22 @@ def token_intervals(
     return made
 
 
+def ratio_interval(
+    top: Sequence[float], bottom: Sequence[float], *, seed: int, confidence: float = 0.95, n_resamples: int = 2000
+) -> Interval:
+    """Give sum(top) / sum(bottom) over rows, [n] each, with a bootstrap interval over whole rows.
+
+    Raises ValueError where `bottom` is zero in every row.
+    """
+    tops, bottoms = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    if not bottoms.any():
+        raise ValueError("a ratio needs a row to divide by")
+    picks = np.random.default_rng(seed).integers(len(tops), size=(n_resamples, len(tops)))
+    above, below = tops[picks].sum(1), bottoms[picks].sum(1)
+    low, high = np.quantile(above[below > 0] / below[below > 0], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(tops.sum() / bottoms.sum()), float(low), float(high))
+
+
 def f1_differences(candidate: Sequence[SlotCounts] | Floats, reference: Sequence[SlotCounts] | Floats) -> Floats:
     """Give numbers, one a row, whose mean is micro F1 of the reference minus that of the candidate, exactly.
 

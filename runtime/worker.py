@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from edgetune import errors
 from edgetune.errors import EdgetuneError, EngineError, UsageError
 from edgetune.runtime.child import doing
-from edgetune.runtime.engine import ENGINE_OF_KIND, ON_GPU
+from edgetune.runtime.engine import ENGINE_OF_KIND, runs_on_gpu
 
 if TYPE_CHECKING:  # pydantic is not the measured engine's memory
     from edgetune.artifact import Artifact
@@ -67,8 +67,8 @@ class Job:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it runs on a GPU: by its engine, or by its settings."""
-        return self.engine in ON_GPU or str(self.settings.get("device", "cpu")).startswith("cuda")
+        """Whether it runs on a GPU."""
+        return runs_on_gpu(self.engine, self.settings)
 
     def subject(self, engine_version: str) -> Subject:
         from edgetune.runtime.evidence import Subject

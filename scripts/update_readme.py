@@ -14,7 +14,8 @@ from edgetune.errors import EdgetuneError
 from edgetune.runtime.accuracy import summary
 from edgetune.runtime.evidence import Report
 from edgetune.runtime.report.columns import DASH, number, seconds
-from edgetune.runtime.report.view import Case, Row, build_view
+from edgetune.runtime.report.timings import Case
+from edgetune.runtime.report.view import Row, build_view
 from edgetune.runtime.report.write import read_report
 
 ROOT = Path(__file__).resolve().parent.parent

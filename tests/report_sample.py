@@ -25,6 +25,7 @@ from edgetune.runtime.evidence import (
     TextScore,
     Verdict,
 )
+from edgetune.runtime.metrics import slot_counts
 from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -55,8 +56,11 @@ def texts(n_rows: int = 500) -> list[RowText]:
     return made
 
 
-def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
-    """Build the report. The reference is right on about 95 % of the rows; candidates lose 0 to 7 points."""
+def sample_report(*, n_rows: int = 500, seed: int = 0, generated_rows: int | None = None) -> Report:
+    """Build the report. The reference is right on about 95 % of the rows; candidates lose 0 to 7 points.
+
+    Answers are made of the first `generated_rows` rows (None: of all).
+    """
     rng = np.random.default_rng(seed)
     ref_exact = rng.random(n_rows) < 0.95
     rows = {
@@ -66,6 +70,8 @@ def sample_report(*, n_rows: int = 500, seed: int = 0) -> Report:
         "q4-onnx": _rows(rng, ref_exact, harm=0.024, help_=0.1, shift=0.011),
         "student-q4": _rows(rng, ref_exact, harm=0.08, help_=0.05, shift=0.09),
     }
+    if generated_rows is not None:
+        rows = {name: _cut(found, generated_rows) for name, found in rows.items()}
     subjects = {
         "base": _subject("base", "model", "torch", "2.13.0"),
         "reference": _subject("reference", "model", "torch", "2.13.0"),
@@ -176,14 +182,22 @@ def _rows(
         output = None if exact else golds[i].gold.replace("set_light", "set_lamp" if i % 3 else "get_light")
         if not exact and i % 4 == 0:
             output = HOSTILE if i % 8 else HOSTILE_LINK
+        counts = slot_counts(golds[i].gold if exact else output or "", golds[i].gold)
+        n_agree = n - int(rng.random() < shift * 4)
         made.append(
             RowScore(
                 exact=exact, n_tokens=n, n_correct=n - wrong, nll=float(rng.gamma(2.0, 0.05) + wrong * 1.3),
-                kl=kl, kl_tokens=[kl / n] * n, n_agree=n - int(rng.random() < shift * 4),
-                output=output, slot_true_positives=3 if exact else 2, slot_predicted=3, slot_gold=3,
+                kl=kl, kl_tokens=[kl / n] * n, n_agree=n_agree,
+                first_divergence=i % n if n_agree < n else None, output=output, slot_true_positives=counts[0],
+                slot_predicted=counts[1], slot_gold=counts[2],
             )
         )  # fmt: skip
     return made
+
+
+def _cut(rows: list[RowScore], generated_rows: int) -> list[RowScore]:
+    unmade = dict.fromkeys(("output", "slot_true_positives", "slot_predicted", "slot_gold"))
+    return [row if i < generated_rows else row.model_copy(update=unmade) for i, row in enumerate(rows)]
 
 
 def _subject(name: str, kind: str, engine: EngineName, version: str) -> Subject:

@@ -16,7 +16,7 @@ from edgetune.artifact import Artifact, Store
 from edgetune.errors import DataError, EdgetuneError, EngineError, UnsupportedError, UsageError
 from edgetune.past import merge_timings
 from edgetune.recipe import Recipe, parse_recipe
-from edgetune.runtime.evidence import Report
+from edgetune.runtime.evidence import Accuracy, Report
 from edgetune.runtime.report import beside
 from edgetune.runtime.report.write import read_report
 from edgetune.score import score
@@ -82,6 +82,10 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
         "checkpoint: rtn int4 g32 sym",
     ]
     folder = tmp_path / "run"
+    assert [seam.subject for seam in report.seams] == ["base", None, "reference", "q8", "int4", "checkpoint"]
+    for seam in report.seams:  # what the page names as the place of its rows
+        raw = Accuracy.model_validate_json((tmp_path / "store" / seam.evidence).read_bytes())
+        assert "".join(str(int(row.exact)) for row in raw.rows) == seam.exact_rows
     assert read_report(folder / "report.json") == report
     assert [(p.subject.name, p.subject.engine, len(p.rows)) for p in report.probe] == [
         ("base", "torch", 120),

@@ -86,7 +86,8 @@ def method(report: Report) -> list[str]:
     said.append(
         "Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds: Tango's score bounds for exact "
         "match and, with effective counts of flips, for slot F1 and tasks. Percentiles have 95 % bootstrap intervals "
-        "over whole generations, because tokens of one generation share its disturbances; divergence over whole rows."
+        "over whole generations, because tokens of one generation share its disturbances; divergence, agreement, slot "
+        "F1 and perplexity over whole rows."
     )
     if any(seam.exact_rows is not None for seam in report.seams):
         said.append("A change from hop to hop has Tango's two-sided 95 % interval over the rows that both hops scored.")
@@ -153,7 +154,14 @@ def _notes(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> Iterator[
             what = "accuracy" if isinstance(measured, Accuracy) else "latency"
             share = number(measured.load.others_during * 100, 0)
             yield measured.subject.name, f"the machine was busy during {what}: other processes held {share} % of it"
+    timed = next((one.subject for one in report.latency if one.subject.name == report.reference), None)
     for latency in report.latency:
+        if timed is not None and latency.subject.on_gpu != timed.on_gpu:
+            ours, theirs = ("a GPU" if one.on_gpu else "the CPU" for one in (latency.subject, timed))
+            yield (
+                latency.subject.name,
+                f"timed on {ours}, but {timed.name} on {theirs}: their times compare devices too",
+            )
         for case in latency.cases:
             if case.steady is False:
                 yield latency.subject.name, f"warm-up with {case.prompt_tokens} prompt tokens never became steady"

@@ -3,66 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from edgetune.runtime import serving
-from edgetune.runtime.evidence import Accuracy, Energy, Latency, Report, Served, SweepPoint
+from edgetune.runtime.evidence import Accuracy, Energy, Failure, Latency, Report, Served, SweepPoint
 from edgetune.runtime.latency import case_interval, noise_floor
 from edgetune.runtime.probes import crossover
 
 MB = 1e6
 
 
-def lines(report: Report) -> Iterator[tuple[str, str]]:
-    """Give (subject, sentence), subject by subject."""
-    reference = next((one for one in report.latency if one.subject.name == report.reference), None)
-    for one in report.latency:
-        for sentence in probed(one):
-            yield one.subject.name, sentence
-        if reference is not None and one is not reference:
-            yield from ((one.subject.name, sentence) for sentence in crossed(one, reference))
+class Said(NamedTuple):
+    """A sentence, and the field of the evidence that it was read from."""
+
+    text: str
+    field: str
+
+
+class Line(NamedTuple):
+    """A sentence on one subject, and its place in report.json."""
+
+    subject: str
+    text: str
+    source: str
+
+
+def lines(report: Report) -> Iterator[Line]:
+    """Give what was measured beside, subject by subject; at the end what other machines timed."""
+    base = next(((i, one) for i, one in enumerate(report.latency) if one.subject.name == report.reference), None)
+    for i, one in enumerate(report.latency):
+        for said in probed(one):
+            yield Line(one.subject.name, said.text, f"latency[{i}].{said.field}")
+        if base is not None and one is not base[1]:
+            for said in crossed(one, base[1]):
+                yield Line(one.subject.name, said.text, f"latency[{i}].{said.field}, latency[{base[0]}].{said.field}")
     subjects = [*(one.subject for one in report.latency), *(one.subject for one in report.accuracy)]
-    for timings in report.elsewhere:
+    for i, timings in enumerate(report.elsewhere):
         place = f"{timings.machine.cpu}, {timings.machine.cores} cores"
-        for found in timings.results:
-            if isinstance(found, Latency):
-                yield from ((found.subject.name, f"on {place}: {sentence}") for sentence in _timed(found))
-        yield from ((scored.subject.name, f"on {place}: {_scored(scored)}") for scored in timings.scored)
-        for served in timings.served:
+        for j, found in enumerate(timings.results):
+            name = found.subject.name if isinstance(found, Latency) else found.subject
+            for said in _timed(found) if isinstance(found, Latency) else _failed(found):
+                yield Line(name, f"on {place}: {said.text}", f"elsewhere[{i}].results[{j}].{said.field}")
+        for j, scored in enumerate(timings.scored):
+            yield Line(scored.subject.name, f"on {place}: {_scored(scored)}", f"elsewhere[{i}].scored[{j}].rows[]")
+        for j, served in enumerate(timings.served):
             name = next((s.name for s in subjects if s.artifact_digest == served.artifact_digest), served.model)
-            yield from ((name, f"as {served.url} serves it, asked from {place}: {said}") for said in _served(served))
+            for said in _served(served):
+                text = f"as {served.url} serves it, asked from {place}: {said.text}"
+                yield Line(name, text, f"elsewhere[{i}].served[{j}].{said.field}")
 
 
-def probed(one: Latency) -> Iterator[str]:
-    """Say what the probes of one artifact found."""
+def probed(one: Latency) -> Iterator[Said]:
+    """Say what a longer context costs one artifact, and what its probes found."""
+    yield from _growth(one)
     found = one.probes
     if found is None:
         return
-    by_threads = {point.n_threads: _rate(point) for point in found.sweep if point.n_rows == 1}
-    if len(by_threads) > 1:
-        yield "threads: " + ", ".join(f"{n}: {rate}" for n, rate in sorted(by_threads.items())) + " tokens/s"
-    by_rows = {p.n_rows: _rate(p) for p in found.sweep if p.n_threads == one.subject.n_threads}
-    if len(by_rows) > 1:
-        yield "rows at once: " + ", ".join(f"{n}: {rate}" for n, rate in sorted(by_rows.items())) + " tokens/s in all"
-    yield from _growth(one)
+    yield from _swept(one, found.sweep)
     if (cold := found.cold_start) is not None:
         kept = "" if cold.resident is None else f" ({cold.resident:.0%} of the files stayed in memory)"
-        yield (
+        yield Said(
             f"cold start{kept}: load {cold.load_ms:.0f} ms and first token {cold.ttft_ms:.0f} ms; "
-            f"warm {cold.warm_load_ms:.0f} ms and {cold.warm_ttft_ms:.0f} ms"
+            f"warm {cold.warm_load_ms:.0f} ms and {cold.warm_ttft_ms:.0f} ms",
+            "probes.cold_start",
         )
     if (memory := found.memory) is not None:
-        yield (
+        yield Said(
             f"resident memory: {memory.loaded / MB:.0f} MB loaded, at most {memory.prefill_peak / MB:.0f} MB while "
-            f"reading the prompt and {memory.decode_peak / MB:.0f} MB while decoding"
+            f"reading the prompt and {memory.decode_peak / MB:.0f} MB while decoding",
+            "probes.memory",
         )
     if (energy := found.energy) is not None:
-        yield f"energy: {_energy(energy, energy.joules, energy.reason)}"
+        yield Said(f"energy: {_energy(energy, energy.joules, energy.reason)}", "probes.energy")
         if energy.gpu_joules is not None or energy.gpu_reason is not None:
-            yield f"energy of the GPU: {_energy(energy, energy.gpu_joules, energy.gpu_reason)}"
+            yield Said(f"energy of the GPU: {_energy(energy, energy.gpu_joules, energy.gpu_reason)}", "probes.energy")
     if (roof := found.roofline) is not None:
-        yield (
+        yield Said(
             f"roofline: a token reads {roof.bytes_per_token / MB:.1f} MB, memory gives "
-            f"{roof.memory_bytes_per_s / 1e9:.1f} GB/s, {roof.share:.0%} of it is reached"
+            f"{roof.memory_bytes_per_s / 1e9:.1f} GB/s, {roof.share:.0%} of it is reached",
+            "probes.roofline",
         )
     before, after = found.cpu_before, found.cpu_after
     if before is not None and after is not None:
@@ -70,18 +89,23 @@ def probed(one: Latency) -> Iterator[str]:
         times = "not told how often"
         if before.throttled is not None and after.throttled is not None:
             times = f"{after.throttled - before.throttled} times"
-        yield f"clock: {clock}; throttled {times} meanwhile"
+        yield Said(f"clock: {clock}; throttled {times} meanwhile", "probes.cpu_before, .cpu_after")
     for probe, reason in found.failures.items():
-        yield f"{probe.replace('_', ' ')} failed: {reason}"
+        yield Said(f"{probe.replace('_', ' ')} failed: {reason}", f"probes.failures.{probe}")
 
 
-def crossed(small: Latency, large: Latency) -> Iterator[str]:
+def crossed(small: Latency, large: Latency) -> Iterator[Said]:
     """Say how the speed of smaller weights over larger ones changes with the rows that share a read of them.
 
-    Faster is what lies beyond the interval of the ratio and, where runs were repeated, beyond their noise floor.
+    Faster is what lies beyond the interval of the ratio and, where runs were repeated, beyond their noise floor. Of two
+    that ran on different devices there is no such ratio: the devices would make it, not the weights.
     """
     points = list(crossover(small, large))
     if not points:
+        return
+    if small.subject.on_gpu != large.subject.on_gpu:
+        ours, theirs = ("a GPU" if one.subject.on_gpu else "the CPU" for one in (small, large))
+        yield Said(f"no speed over {large.subject.name}: it ran on {theirs} and this one on {ours}", "subject")
         return
     floors = [floor for one in (small, large) for case in one.cases if (floor := noise_floor(case, "itl_ms"))]
     faster = [n for n, _, low, _ in points if low > 1 + max(floors, default=0.0)]
@@ -93,7 +117,7 @@ def crossed(small: Latency, large: Latency) -> Iterator[str]:
         said = f"no longer faster from {ends} rows on"
     else:
         said = "faster at none of them"
-    yield f"speed over {large.subject.name} by rows at once: {shown}; {said}"
+    yield Said(f"speed over {large.subject.name} by rows at once: {shown}; {said}", "probes.sweep[]")
 
 
 def _energy(found: Energy, joules: float | None, reason: str | None) -> str:
@@ -102,14 +126,31 @@ def _energy(found: Energy, joules: float | None, reason: str | None) -> str:
     return f"{joules / found.n_tokens:.3f} J a token ({joules / found.seconds:.1f} W)"
 
 
-def _growth(one: Latency) -> Iterator[str]:
+def _swept(one: Latency, sweep: list[SweepPoint]) -> Iterator[Said]:
+    """Say the rate at each number of threads and of rows; the point of the timing's own threads and one row is both."""
+    own = one.subject.n_threads
+    by_threads = {point.n_threads: _rate(point) for point in sweep if point.n_rows == 1}
+    by_rows = {point.n_rows: _rate(point) for point in sweep if point.n_threads == own}
+    has_rows = bool(by_rows.keys() - {1})
+    if by_threads.keys() - {own} or (by_threads and not has_rows):
+        said = ", ".join(f"{n}: {rate}" for n, rate in sorted(by_threads.items()))
+        yield Said(f"threads: {said} tokens/s", "probes.sweep[]")
+    if has_rows:
+        said = ", ".join(f"{n}: {rate}" for n, rate in sorted(by_rows.items()))
+        yield Said(f"rows at once: {said} tokens/s in all", "probes.sweep[]")
+
+
+def _growth(one: Latency) -> Iterator[Said]:
     """Say what a longer context costs each further token."""
+    if not one.cases:
+        return
     short, long = (pick(one.cases, key=lambda case: case.prompt_tokens) for pick in (min, max))
     if long.prompt_tokens > short.prompt_tokens:
         waits = [case_interval(case, "itl_ms", 50).value for case in (short, long)]
-        yield (
+        yield Said(
             f"context: ITL p50 {waits[0]:.2f} ms after {short.prompt_tokens} tokens, {waits[1]:.2f} ms after "
-            f"{long.prompt_tokens}: {(waits[1] / waits[0] - 1):+.0%}"
+            f"{long.prompt_tokens}: {(waits[1] / waits[0] - 1):+.0%}",
+            "cases[].generations[].itl_ms",
         )
 
 
@@ -120,13 +161,18 @@ def _rate(point: SweepPoint) -> str:
     return f"{point.n_rows * len(waits) / sum(waits) * 1e3:.1f}"
 
 
-def _timed(one: Latency) -> Iterator[str]:
-    for case in one.cases:
+def _failed(one: Failure) -> Iterator[Said]:
+    yield Said(f"{one.stage} failed: {one.reason}", "reason")
+
+
+def _timed(one: Latency) -> Iterator[Said]:
+    for i, case in enumerate(one.cases):
         p50, p95 = (case_interval(case, "itl_ms", q).value for q in (50, 95))
         first = case_interval(case, "ttft_ms", 50).value
-        yield (
+        yield Said(
             f"prompts of {case.prompt_tokens}: TTFT p50 {first:.1f} ms, ITL p50 {p50:.2f} ms, p95 {p95:.2f} ms, "
-            f"{one.peak_rss_bytes / MB:.0f} MB at the peak"
+            f"{one.peak_rss_bytes / MB:.0f} MB at the peak",
+            f"cases[{i}].generations[]",
         )
 
 
@@ -139,14 +185,15 @@ def _scored(one: Accuracy) -> str:
     )
 
 
-def _served(one: Served) -> Iterator[str]:
-    for case in one.cases:
+def _served(one: Served) -> Iterator[Said]:
+    for i, case in enumerate(one.cases):
         who = f"{case.concurrency} at once" if case.concurrency is not None else f"{case.rate:g} requests a second"
         failed = sum(request.error is not None for request in case.requests)
         if failed == len(case.requests):
-            yield f"{who}: every request failed ({case.requests[0].error})"
+            yield Said(f"{who}: every request failed ({case.requests[0].error})", f"cases[{i}].requests[]")
             continue
         first = serving.figure(case, "ttft_ms", 50).value
         waits = [serving.figure(case, "itl_ms", q).value for q in (50, 95)] if serving.has_waits(case) else []
         itl = f", ITL p50 {waits[0]:.2f} ms, p95 {waits[1]:.2f} ms" if waits else ""
-        yield f"{who}: TTFT p50 {first:.1f} ms{itl}, {serving.throughput(case):.1f} tokens/s, {failed} failed"
+        text = f"{who}: TTFT p50 {first:.1f} ms{itl}, {serving.throughput(case):.1f} tokens/s, {failed} failed"
+        yield Said(text, f"cases[{i}].requests[]")

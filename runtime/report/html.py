@@ -13,7 +13,9 @@ from markupsafe import Markup, escape
 
 from edgetune.runtime.report import plots
 from edgetune.runtime.report.columns import DASH, number
-from edgetune.runtime.report.view import Hop, Row, View
+from edgetune.runtime.report.ledger import Hop
+from edgetune.runtime.report.measures import PERCENTILES
+from edgetune.runtime.report.view import Row, View
 
 FOLDER = Path(__file__).parent
 GROUPS = {"summary": "Summary", "accuracy": "Accuracy", "latency": "Latency", "footprint": "Footprint", "all": "All"}
@@ -55,6 +57,7 @@ def render_html(view: View, *, evidence: str = "report.json", digest: str = "") 
         digest=digest,
         groups=list(GROUPS.items()),
         scatters=scatters,
+        percentiles=PERCENTILES,
         costs=[(key, COSTS[key]) for key in scatters],
         lengths=[(n, f"{n} tokens") for n in view.cases],
         distributions=_distributions(view),

@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from edgetune.runtime.evidence import Report
-from edgetune.runtime.report.view import Cell, Row, View, build_view
+from edgetune.runtime.report.cells import Cell
+from edgetune.runtime.report.view import Row, View, build_view
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +39,7 @@ def render_markdown(view: View) -> str:
                  "KL per token (nats)"]  # fmt: skip
         rows = [
             [_plain(f"{hop.branch}: {hop.name}" if hop.branch else hop.name), _plain(hop.engine), hop.exact.text,
-             _with_interval(hop.change), *hop.cells]
+             _with_interval(hop.change), *(cell.text for cell in hop.cells)]
             for hop in view.hops
         ]  # fmt: skip
         lines += ["", "**Where the accuracy went**", "", *_table(heads, rows, right_from=2)]
@@ -66,7 +67,7 @@ def render_markdown(view: View) -> str:
         lines += ["", "**Tasks**", "", *_table(heads, rows, right_from=4)]
     if view.beside:
         lines += ["", "**Measured beside**", ""]
-        lines += [f"- **{_plain(subject)}** {_plain(text)}" for subject, text in view.beside]
+        lines += [f"- **{_plain(line.subject)}** {_plain(line.text)}" for line in view.beside]
     machine = "; ".join(f"{key}: {_plain(value)}" for key, value in view.machine)
     lines += ["", f"Measured on {machine}.", "", "Raw samples: `report.json`. Every figure explained: `report.html`."]
     return "\n".join(lines) + "\n"

@@ -10,9 +10,10 @@ import numpy as np
 
 from edgetune.runtime import statistics
 from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Report, RowScore, Seam
-from edgetune.runtime.metrics import SlotCounts, micro_f1
+from edgetune.runtime.metrics import SlotCounts
 
 LEVEL = 0.95  # of intervals that no budget names, two-sided
+PERCENTILES = (50, 90, 95, 99)
 KL = {"kl": "mean", "kl_p50": "p50", "kl_p99": "p99"}  # column -> what of the divergence of all answer tokens
 
 
@@ -22,6 +23,7 @@ class Figure(NamedTuple):
     value: float | None
     low: float | None = None
     high: float | None = None
+    n_rows: int | None = None  # that it is of, where that may be fewer than were scored
 
 
 class Judged(NamedTuple):
@@ -58,11 +60,15 @@ def accuracy_figures(
     made: dict[str, Figure] = {}
     if n:
         made["exact"] = share_interval(right, n)
-    counts = _slots(rows)
-    if counts:
-        made["slot_f1"] = Figure(micro_f1(counts) * 100)
-    if (found := perplexity(score)) is not None:
-        made["ppl"] = Figure(found)
+    counts = [counted for row in rows if (counted := slots_of(row)) is not None]
+    if any(counted.predicted + counted.gold for counted in counts):
+        doubled, slots = [2 * c.true_positives for c in counts], [c.predicted + c.gold for c in counts]
+        found = statistics.ratio_interval(doubled, slots, seed=seed, confidence=LEVEL)
+        made["slot_f1"] = _percent(found)._replace(n_rows=len(counts))
+    if score.text is not None and sum(score.text.n_tokens) > 0:
+        found = statistics.ratio_interval(score.text.nll, score.text.n_tokens, seed=seed, confidence=LEVEL)
+        value, low, high = (math.exp(min(700.0, x)) for x in found)
+        made["ppl"] = Figure(value, low, high)
     if score is reference or not n or not paired(score, reference):
         return made
     made["loss"] = _loss(score, reference, budget, checks)
@@ -78,7 +84,13 @@ def accuracy_figures(
         made |= {key: Figure(*spread[name]) for key, name in KL.items()}
         made["kl_max"] = Figure(spread["max"].value)
     if len(agree) == n:
-        made["agree"] = Figure(sum(agree) / n_tokens * 100)
+        found = statistics.ratio_interval(agree, [row.n_tokens for row in rows], seed=seed, confidence=LEVEL)
+        made["agree"] = _percent(found)
+        parted = [[row.first_divergence + 1.0] for row in rows if row.first_divergence is not None]
+        made["alike"] = share_interval(n - len(parted), n)
+        if parted:
+            found = statistics.percentile_interval(parted, 50, seed=seed, confidence=LEVEL)
+            made["parts_at"] = Figure(found.value, found.low, found.high, len(parted))
     return made
 
 
@@ -121,13 +133,17 @@ def _loss(score: Accuracy, reference: Accuracy, budget: Judged, checks: Sequence
             and check.high is not None
         ):
             return Figure(check.value * 100, check.low * 100, check.high * 100)
-    mine, theirs = _slots(score.rows), _slots(reference.rows)
-    if budget.metric == "slot_f1" and mine and theirs:
-        differences = statistics.f1_differences(mine, theirs)
+    pairs = list(zip(score.rows, reference.rows, strict=True))
+    slots = [(mine, theirs) for c, r in pairs if (mine := slots_of(c)) and (theirs := slots_of(r))]
+    if budget.metric == "slot_f1" and slots:
+        differences = statistics.f1_differences([mine for mine, _ in slots], [theirs for _, theirs in slots])
     else:
-        pairs = zip(score.rows, reference.rows, strict=True)
         differences = np.array([float(r.exact) - float(c.exact) for c, r in pairs])
-    return Figure(*(100 * x for x in statistics.mean_bounds(differences, budget.confidence)))
+    return _percent(statistics.mean_bounds(differences, budget.confidence))
+
+
+def _percent(share: statistics.Interval) -> Figure:
+    return Figure(100 * share.value, 100 * share.low, 100 * share.high)
 
 
 def mcnemar(report: Report) -> dict[str, float]:
@@ -143,13 +159,11 @@ def mcnemar(report: Report) -> dict[str, float]:
     return dict(zip(names, statistics.holm_adjusted(p_values), strict=True))
 
 
-def _slots(rows: Sequence[RowScore]) -> list[SlotCounts] | None:
-    made = []
-    for row in rows:
-        if row.slot_true_positives is None or row.slot_predicted is None or row.slot_gold is None:
-            return None
-        made.append(SlotCounts(row.slot_true_positives, row.slot_predicted, row.slot_gold))
-    return made or None
+def slots_of(row: RowScore) -> SlotCounts | None:
+    """Give the slot counts of a row; None where its answer was not made (`data.generated_rows`)."""
+    if row.slot_true_positives is None or row.slot_predicted is None or row.slot_gold is None:
+        return None
+    return SlotCounts(row.slot_true_positives, row.slot_predicted, row.slot_gold)
 
 
 def latency_figures(latency: Latency, cases: Sequence[dict[str, Figure]]) -> tuple[dict[str, Figure], dict[str, int]]:
@@ -159,13 +173,14 @@ def latency_figures(latency: Latency, cases: Sequence[dict[str, Figure]]) -> tup
     """
     made = {
         "load": Figure(latency.load_ms),
+        "first_run": Figure(latency.first_run_ms),
         "size": Figure(latency.subject.size_bytes / 1e6),
         "memory": Figure(latency.peak_rss_bytes / 1e6),
     }
     places: dict[str, int] = {}
     for judge, keys in (
-        ("ttft_p95", ("ttft_p50", "ttft_p95", "prefill")),
-        ("itl_p95", ("itl_p50", "itl_p95", "decode")),
+        ("ttft_p95", (*_keys("ttft"), "prefill")),
+        ("itl_p95", (*_keys("itl"), *_keys("tpot"), "decode")),
     ):
         held = [i for i, figures in enumerate(cases) if judge in figures]
         if held:
@@ -180,9 +195,10 @@ def case_figures(case: LatencyCase, *, seed: int = 0) -> dict[str, Figure]:
     kept = [g for g in case.generations if not g.warmup]
     firsts = [[g.ttft_ms] for g in kept]
     waits = [g.itl_ms for g in kept if g.itl_ms]
+    means = [[sum(wait) / len(wait)] for wait in waits]
     made: dict[str, Figure] = {}
-    for name, groups in (("ttft", firsts), ("itl", waits)):
-        for q in (50, 95) if groups else ():
+    for name, groups in (("ttft", firsts), ("itl", waits), ("tpot", means)):
+        for q in PERCENTILES if groups else ():
             found = statistics.percentile_interval(groups, q, seed=seed, confidence=LEVEL)
             made[f"{name}_p{q}"] = Figure(*found)
     if firsts and made["ttft_p50"].value:
@@ -190,6 +206,10 @@ def case_figures(case: LatencyCase, *, seed: int = 0) -> dict[str, Figure]:
     if waits:
         made["decode"] = Figure(sum(map(len, waits)) / sum(map(sum, waits)) * 1000)
     return made
+
+
+def _keys(figure: str) -> list[str]:
+    return [f"{figure}_p{q}" for q in PERCENTILES]
 
 
 def bits_per_weight(manifest: dict[str, Any]) -> float | None:

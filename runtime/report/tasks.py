@@ -21,12 +21,19 @@ class TaskLine:
     task: str
     kind: str
     n_rows: int
-    metric: str
+    key: str  # of the metric
+    metric: str  # as it is written
     subject: str
     figure: str
     loss: str
     bounds: str
     source: str
+    loss_source: str  # of the rows of both sides
+
+    @property
+    def budget(self) -> str:
+        """The name of a budget on this loss."""
+        return f"{self.task}: {self.key} loss"
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ def task_lines(report: Report) -> Iterator[TaskLine]:
     """
     checks = {(v.candidate, check.budget): check for v in report.verdicts for check in v.checks}
     before = tasks_of(report, report.reference)
+    places = {found.task: i for i, found in enumerate(report.tasks) if found.subject.name == report.reference}
     confidence = measures.accuracy_budget(report).confidence
     order = list(dict.fromkeys(found.task for found in report.tasks))
     for i, found in sorted(enumerate(report.tasks), key=lambda pair: order.index(pair[1].task)):
@@ -57,16 +65,18 @@ def task_lines(report: Report) -> Iterator[TaskLine]:
             known = METRICS[found.kind].get(metric)
             relative = known is not None and known.relative
             loss = bounds = DASH
+            source, loss_source = f"tasks[{i}].rows[].scores.{metric}", ""
             if reference is not None and found is not reference and found.workload == reference.workload:
                 judged = task_loss(found, reference, metric, ONLY_BOUNDS, confidence)
                 check = checks.get((found.subject.name, f"{found.task}: {metric} loss"))
                 low, high = (judged.low, judged.high) if check is None else (check.low, check.high)
                 loss, bounds = _written(judged.loss, low, high, relative)
+                loss_source = f"{source}, tasks[{places[found.task]}].rows[].scores.{metric}"
             yield TaskLine(
-                task=found.task, kind=found.kind.replace("_", " "), n_rows=len(found.rows),
+                task=found.task, kind=found.kind.replace("_", " "), n_rows=len(found.rows), key=metric,
                 metric=known.title if known else "Own scorer", subject=found.subject.name,
                 figure=number(figure, 2) if relative else f"{number(figure * 100, 1)} %", loss=loss, bounds=bounds,
-                source=f"tasks[{i}].rows[].scores.{metric}",
+                source=source, loss_source=loss_source,
             )  # fmt: skip
 
 

@@ -6,26 +6,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Seam, Subject
-from edgetune.runtime.report import background, beside, measures
-from edgetune.runtime.report.columns import BY_KEY, COLUMNS, DASH, Column, budget, number
+from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Subject
+from edgetune.runtime.report import background, beside, ledger, measures, timings
+from edgetune.runtime.report.cells import Cell, column_cell, column_cells
+from edgetune.runtime.report.columns import COLUMNS, Column, budget, number
 from edgetune.runtime.report.forgetting import Forgetting, forgetting
+from edgetune.runtime.report.slots import SlotTable, slot_table
 from edgetune.runtime.report.tasks import TaskLine, WorstRow, task_lines, worst_rows
 
 VERDICTS = ("ship", "inconclusive", "built, not run", "do not ship", "failed")  # the order of rows
 N_CHANGES = 5  # changed answers that the page shows of each candidate
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure: its text, the number to sort by, its interval, and its place in report.json."""
-
-    text: str = DASH
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    note: str = ""
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,7 @@ class Budgeted:
     low: float | None
     high: float | None
     limit: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -67,30 +58,6 @@ class Decision:
     candidate: str
     verdict: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """One latency case of one subject; `waits` are the raw inter-token latencies, warm-up left out."""
-
-    name: str
-    prompt_tokens: int
-    n_runs: int
-    waits: list[float]
-    cells: dict[str, Cell]
-    source: str
-
-
-@dataclass(frozen=True)
-class Hop:
-    name: str
-    branch: str  # candidate, or empty on the trunk that all share
-    engine: str
-    n_rows: int
-    exact: Cell  # percent
-    before: float | None  # percent, of the hop that this one follows
-    change: Cell  # points
-    cells: list[str]  # token accuracy in percent, nll and kl per token in nats
 
 
 @dataclass(frozen=True)
@@ -125,8 +92,9 @@ class View:
     budgets: list[BudgetColumn]
     candidates: list[Row]
     yardsticks: list[Row]  # reference and base
-    cases: dict[int, list[Case]]  # prompt tokens -> one case of each subject
-    hops: list[Hop]
+    cases: dict[int, list[timings.Case]]  # prompt tokens -> one case of each subject
+    hops: list[ledger.Hop]
+    slots: SlotTable | None
     changes: list[Changes]
     forgetting: list[Forgetting]
     tasks: list[TaskLine]
@@ -140,7 +108,7 @@ class View:
     stages: list[tuple[str, str, str, str]]
     commands: dict[str, list[str]]
     notes: list[tuple[str, str]]  # subject, what fell back, failed or is to be known
-    beside: list[tuple[str, str]]  # subject, what was measured beside the timing
+    beside: list[beside.Line]
     columns: tuple[Column, ...] = field(default=COLUMNS)
 
     def bound(self, key: str) -> float | None:
@@ -165,21 +133,23 @@ def build_view(report: Report) -> View:
     for row in rows:
         if row.name in p_values:
             found = measures.Figure(p_values[row.name])
-            row.cells["mcnemar"] = _cell("mcnemar", found, f"accuracy[{scores[row.name][0]}]")
+            row.cells["mcnemar"] = column_cell("mcnemar", found, f"accuracy[{scores[row.name][0]}]")
+    tasks = list(task_lines(report))
     return View(
         name=report.name,
         edgetune=report.edgetune,
         headline=_headline(decisions),
         lead=_lead(report, scores),
         decisions=decisions,
-        budgets=_budgets(report, names),
+        budgets=_budgets(report, rows[: len(names)], tasks),
         candidates=rows[: len(names)],
         yardsticks=[row for row in rows[len(names) :] if any(c.value is not None for c in row.cells.values())],
-        cases=_cases(report, [*names, *dict.fromkeys(plain)], timed),
-        hops=list(_hops(report.seams, set(names))),
+        cases=timings.cases(report, [*names, *dict.fromkeys(plain)], timed),
+        hops=list(ledger.hops(report, set(names))),
+        slots=slot_table(report, names),
         changes=list(_changes(report, names, report.texts)),
         forgetting=list(forgetting(report)),
-        tasks=list(task_lines(report)),
+        tasks=tasks,
         worst_rows=list(worst_rows(report)),
         training=background.curve(report.training, "loss"),
         heldout=background.curve(report.training, "heldout_loss"),
@@ -235,17 +205,17 @@ def _row(
         checks = next((v.checks for v in report.verdicts if v.candidate == name), [])
         budgeted = measures.accuracy_budget(report)
         found = measures.accuracy_figures(score, reference, budgeted, checks, seed=_seed(report))
-        cells |= _as_cells(found, f"accuracy[{i}]")
-        cells["size"] = _cell("size", measures.Figure(score.subject.size_bytes / 1e6), f"accuracy[{i}]")
+        cells |= column_cells(found, f"accuracy[{i}]")
+        cells["size"] = column_cell("size", measures.Figure(score.subject.size_bytes / 1e6), f"accuracy[{i}]")
         engine = _engine(score.subject)
     if name in speeds:
         i, speed = speeds[name]
         figures, places = measures.latency_figures(speed, timed[i])
-        for key, cell in _as_cells(figures, f"latency[{i}]").items():
+        for key, cell in column_cells(figures, f"latency[{i}]").items():
             cells[key] = replace(cell, source=cell.source.replace("cases[]", f"cases[{places.get(key)}]"))
         engine = _engine(speed.subject)
     bpw = measures.bits_per_weight(report.artifacts.get(name, {}))
-    cells["bpw"] = _cell("bpw", measures.Figure(bpw), f"artifacts.{name}")
+    cells["bpw"] = column_cell("bpw", measures.Figure(bpw), f"artifacts.{name}")
     role = "candidate" if verdict else "reference" if name == report.reference else "base"
     return Row(name, role, verdict, engine, cells)
 
@@ -256,87 +226,39 @@ def _engine(subject: Subject) -> str:
     return version if version.startswith(subject.engine) else f"{subject.engine} {version}"
 
 
-def _as_cells(figures: dict[str, measures.Figure], place: str) -> dict[str, Cell]:
-    return {key: _cell(key, figure, place) for key, figure in figures.items()}
-
-
-def _cell(key: str, figure: measures.Figure, place: str) -> Cell:
-    column = BY_KEY[key]
-    stored = column.source
-    for head in ("accuracy[]", "latency[].cases[]" if ".cases[" in place else "latency[]", "artifacts.*"):
-        stored = stored.replace(head, place)
-    return _figure(figure, column.digits, signed=key == "loss", source=stored)
-
-
-def _figure(figure: measures.Figure, digits: int, *, signed: bool = False, source: str) -> Cell:
-    """Write a figure, and below it its interval where it has one."""
-    if figure.value is None:
-        return Cell()
-    note = ""
-    if figure.low is not None and figure.high is not None:
-        low, high = (number(x, digits, signed=signed) for x in (figure.low, figure.high))
-        note = f"{low} to {high}"
-    return Cell(number(figure.value, digits, signed=signed), figure.value, figure.low, figure.high, note, source)
-
-
-def _budgets(report: Report, names: list[str]) -> list[BudgetColumn]:
+def _budgets(report: Report, rows: Sequence[Row], tasks: Sequence[TaskLine]) -> list[BudgetColumn]:
+    names, cells = [row.name for row in rows], {row.name: row.cells for row in rows}
     checks = {v.candidate: {c.budget: c for c in v.checks} for v in report.verdicts}
     keys = dict.fromkeys(key for name in names for key in checks[name])
+    sources = {
+        (v.candidate, c.budget): f"verdicts[{i}].checks[{j}].value"
+        for i, v in enumerate(report.verdicts)
+        for j, c in enumerate(v.checks)
+    }
+    sources |= {(line.subject, line.budget): line.loss_source for line in tasks if line.loss_source}
     made = []
     for key in keys:
         about = budget(key)
         found = {name: checks[name][key] for name in names if key in checks[name]}
         limit = next(iter(found.values())).limit * about.factor
         written = f"at most {limit:,.10g} {about.unit}".strip()
-        judged = {name: _budgeted(check, about.factor, about.digits) for name, check in found.items()}
+        judged = {
+            name: _budgeted(
+                check, about.factor, about.digits,
+                (about.column and cells[name][about.column].source) or sources[name, key],
+            )
+            for name, check in found.items()
+        }  # fmt: skip
         made.append(BudgetColumn(about.column, about.title, written, limit, judged))
     return made
 
 
-def _budgeted(check: Check, factor: float, digits: int) -> Budgeted:
+def _budgeted(check: Check, factor: float, digits: int, source: str) -> Budgeted:
     value, low, high = (None if x is None else x * factor for x in (check.value, check.low, check.high))
     interval = f"{number(low, digits)} to {number(high, digits)}" if low is not None and high is not None else ""
     return Budgeted(
-        number(value, digits), interval, check.verdict, check.reason, value, low, high, check.limit * factor
+        number(value, digits), interval, check.verdict, check.reason, value, low, high, check.limit * factor, source
     )
-
-
-def _cases(report: Report, names: list[str], timed: list[list[dict[str, measures.Figure]]]) -> dict[int, list[Case]]:
-    made: dict[int, list[Case]] = {}
-    for i, latency in sorted(enumerate(report.latency), key=lambda pair: names.index(pair[1].subject.name)):
-        for j, case in enumerate(latency.cases):
-            kept = [g for g in case.generations if not g.warmup]
-            place = f"latency[{i}].cases[{j}]"
-            cells = _as_cells(timed[i][j], place)
-            waits = [x for g in kept for x in g.itl_ms]
-            lengths = {c.new_tokens for c in latency.cases if c.prompt_tokens == case.prompt_tokens}
-            name = f"{latency.subject.name}, {case.new_tokens} new" if len(lengths) > 1 else latency.subject.name
-            made.setdefault(case.prompt_tokens, []).append(
-                Case(name, case.prompt_tokens, len(kept), waits, cells, place)
-            )
-    return dict(sorted(made.items(), reverse=True))
-
-
-def _hops(seams: list[Seam], candidates: set[str]) -> Iterator[Hop]:
-    """Follow the ledger. A hop named "candidate: step" leaves the trunk that all candidates share."""
-    last: dict[str, Seam] = {}
-    for i, seam in enumerate(seams):
-        branch, _, step = seam.hop.partition(": ")
-        if branch not in candidates:
-            branch, step = "", seam.hop
-        before = None if seam.aside else last.get(branch, last.get(""))
-        if not seam.aside:
-            last[branch] = seam
-        place = f"seams[{i}].exact_rows"
-        level = _figure(measures.share_interval(round(seam.exact_match * seam.n_rows), seam.n_rows), 1, source=place)
-        change = Cell() if before is None else _figure(measures.change(seam, before), 1, signed=True, source=place)
-        cells = [
-            number(seam.token_accuracy * 100, 2),
-            number(seam.nll_per_token, 4),
-            number(seam.kl_per_token, 4),
-        ]
-        start = None if before is None else before.exact_match * 100
-        yield Hop(step, branch, seam.engine, seam.n_rows, level, start, change, cells)
 
 
 def _changes(report: Report, names: list[str], texts: Sequence[RowText]) -> Iterator[Changes]:

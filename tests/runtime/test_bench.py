@@ -6,18 +6,19 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from edgetune import bench as benching
-from edgetune import past
+from edgetune import bench_detail, past
 from edgetune.artifact import Artifact
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.export import gguf
 from edgetune.recipe import Bench
 from edgetune.recipe_export import GgufExport
 from edgetune.runtime import history
-from edgetune.runtime.evidence import Failure, Latency, Timings
+from edgetune.runtime.evidence import Failure, Latency, ServedCase, ServedRequest, Timings
 from edgetune.runtime.latency import make_prompts, measure
 from edgetune.runtime.report.write import read_report, write_report
 from tests.conftest import Call
@@ -54,6 +55,10 @@ def test_whatever_is_made_elsewhere_is_timed_without_a_recipe(
     said = screen.file.getvalue()
     assert "failed" in said
     assert "one run tells no noise floor" in said
+    assert "tiny.gguf: load " in said
+    assert {case.subject for case in Timings.model_validate_json(raw.read_bytes()).figures} == {
+        one.subject.name for one in timed if isinstance(one, Latency)
+    }
     trend = next(trend for trend in history.trends(place) if trend.subject == "tiny.gguf")
     past.history(place, screen, artifact=trend.artifact[:6], machine="", add=raw)
     assert f"tiny.gguf {trend.artifact[:8]}" in screen.file.getvalue()
@@ -142,6 +147,78 @@ def test_flags_are_the_recipes_keys(call: Call, monkeypatch: pytest.MonkeyPatch)
     assert call("bench", "a.gguf", "--warmup", "5", "--case-timeout-s", "9.5")[0] == 0
     assert call("bench", "a.gguf")[0] == 0
     assert [(one.warmup, one.case_timeout_s) for one in asked] == [(5, 9.5), (2, 300)]
+
+
+def test_a_file_that_failed_elsewhere_is_merged_with_its_reason(tmp_path: Path) -> None:
+    report = sample_report(n_rows=20)
+    mine = report.latency[1].subject
+    far = timings(7.0, cpu="far away", digest="of something else")
+    lost = Failure(
+        subject="box-name", stage="latency", reason="llama.cpp died of SIGILL", artifact_digest=mine.artifact_digest
+    )
+    file = tmp_path / "box.json"
+    file.write_text(far.model_copy(update={"results": [*far.results, lost]}).model_dump_json())
+    (elsewhere,) = past.merge_timings(report, file).elsewhere
+    assert elsewhere.results == [lost.model_copy(update={"subject": mine.name})]  # by digest; the others are unknown
+    merged = past.merge_timings(report, file)
+    write_report(merged, tmp_path / "page")
+    for page in ("report.md", "report.html"):
+        assert (
+            "on far away, 2 cores: latency failed: llama.cpp died of SIGILL" in (tmp_path / "page" / page).read_text()
+        )
+    (tmp_path / "run").mkdir()
+    failed = report.model_copy(update={"latency": [], "failures": [*report.failures, lost]})
+    write_report(failed, tmp_path / "run")
+    assert past.read_timings(tmp_path / "run").results == [lost]  # a run's report tells what it could not time
+
+
+@pytest.mark.usefixtures("fakes_in_child")
+def test_details_have_intervals_and_rates_and_fit_a_terminal() -> None:
+    bench = QUICK.model_copy(update={"repeats": 4, "new_tokens": 5})
+    found = measure(
+        [fake_job("a-rather-long-name-of-a-file.Q4_K_M.gguf", decode_s=0.002)], bench, make_prompts([1], [8])
+    )
+    (one,) = found
+    assert isinstance(one, Latency)
+    figures = bench_detail.figures(found)
+    (case,) = figures
+    waits = [x for g in one.cases[0].generations if not g.warmup for x in g.itl_ms]
+    value, low, high = case.figures["itl_p95"]
+    assert value == pytest.approx(np.percentile(waits, 95))
+    assert low is not None
+    assert high is not None
+    assert low <= value <= high
+    assert case.figures["decode"] == (pytest.approx(1000 / np.mean(waits)), None, None)
+    assert {f"{name}_p{q}" for name in ("ttft", "itl", "tpot") for q in (50, 90, 95, 99)} < set(case.figures)
+    big = case.model_copy(
+        update={"figures": {k: (v[0] * 1e4, v[0] * 9e3, v[0] * 2e4) for k, v in case.figures.items()}}
+    )
+    for shown in (case, big):
+        screen = Console(file=io.StringIO(), width=100)
+        for table in bench_detail.details(found, [shown]):
+            screen.print(table)
+        assert isinstance(screen.file, io.StringIO)
+        said = screen.file.getvalue()
+        assert "…" not in said
+        assert len(said.splitlines()) == 5  # title, heads, TTFT, ITL, TPOT
+        assert f"first run {one.first_run_ms:.0f} ms" in said
+        for part in ("p50 (95 %)", "p90", "p99", " prefill", " decode", " to "):
+            assert part in said
+
+
+def test_a_server_s_cases_have_intervals() -> None:
+    requests = [ServedRequest(sent_s=0, done_s=1, ttft_ms=40 + n, itl_ms=[9.0, 11.0 + n], n_tokens=3) for n in range(8)]
+    lost = ServedRequest(sent_s=0, error="HTTP 500")
+    cases = [
+        ServedCase(concurrency=2, rate=None, seconds=1, requests=[*requests, lost]),
+        ServedCase(concurrency=None, rate=0.5, seconds=1, requests=[lost]),
+    ]
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(bench_detail.served_detail(cases))
+    assert isinstance(screen.file, io.StringIO)
+    rows = screen.file.getvalue().splitlines()[2:]
+    assert [row.split()[:2] for row in rows] == [["2", "TTFT"], ["ITL", "10.0"], ["TPOT", "11.8"]]
+    assert "43.5 (" in rows[0]
 
 
 @pytest.mark.parametrize(

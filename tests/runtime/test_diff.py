@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,77 @@ def test_slower_answers_and_lost_answers_are_worse() -> None:
     lost = of(compare(report, report.model_copy(update={"accuracy": worse})), "q4-gguf", "answers")
     assert lost.kind == "worse"
     assert "0 right" in lost.says
+
+
+def test_an_undecided_verdict_is_no_worse_one() -> None:
+    report = sample_report(n_rows=40).model_copy(update={"latency": []})
+
+    def judged(verdict: str) -> Report:
+        verdicts = [
+            v.model_copy(update={"verdict": verdict}) if v.candidate == "q4-gguf" else v for v in report.verdicts
+        ]
+        return report.model_copy(update={"verdicts": verdicts})
+
+    kinds = {
+        (old, new): of(compare(judged(old), judged(new)), "q4-gguf", "verdict").kind
+        for old, new in [("ship", "inconclusive"), ("inconclusive", "do not ship"), ("inconclusive", "ship"),
+                         ("ship", "do not ship"), ("failed", "ship"), ("ship", "built, not run")]
+    }  # fmt: skip
+    assert list(kinds.values()) == ["changed", "changed", "changed", "worse", "better", "changed"]
+
+
+def test_tasks_are_compared_row_by_row() -> None:
+    report = sample_report(n_rows=40).model_copy(update={"latency": []})
+
+    def changed(value: float) -> Report:
+        tasks = [
+            task.model_copy(update={"rows": [
+                row.model_copy(update={"scores": {metric: value if i < 30 else score
+                                                  for metric, score in row.scores.items()}})
+                for i, row in enumerate(task.rows)
+            ]}) if task.subject.name == "q4-gguf" else task
+            for task in report.tasks
+        ]  # fmt: skip
+        return report.model_copy(update={"tasks": tasks})
+
+    worse = compare(report, changed(0.0))
+    lost = of(worse, "q4-gguf", "task moods")
+    assert lost.kind == "worse"
+    assert re.fullmatch(r"Accuracy -\d+\.\d\d points \(-\d.* to -\d.*\)", lost.says)
+    assert of(worse, "q4-gguf", "task manual").kind == "better"  # of perplexity less is better
+    assert of(compare(report, changed(9.0)), "q4-gguf", "task manual").kind == "worse"
+    assert of(worse, "q4-onnx", "task moods").kind == "same"
+    others = [task.model_copy(update={"workload": "other"}) for task in report.tasks]
+    found = of(compare(report, report.model_copy(update={"tasks": others})), "q4-gguf", "task moods")
+    assert found.kind == "not comparable"
+
+
+def test_memory_size_and_versions_need_no_other_measurement() -> None:
+    report = sample_report(n_rows=40)
+    report = report.model_copy(update={"latency": report.latency[1:2]})
+
+    def heavier(share: float) -> Report:
+        latency = [
+            one.model_copy(update={"peak_rss_bytes": round(one.peak_rss_bytes * share)}) for one in report.latency
+        ]
+        return report.model_copy(update={"latency": latency})
+
+    kinds = [of(compare(report, heavier(share)), "q4-gguf", "memory").kind for share in (1.3, 0.7, 1.03)]
+    assert kinds == ["worse", "better", "same"]
+    scored = report.model_copy(update={"latency": []})
+    newer = [
+        one.model_copy(
+            update={"subject": one.subject.model_copy(update={"engine_version": "99", "size_bytes": 1_000_000})}
+        )
+        for one in scored.accuracy
+    ]
+    manifest = report.artifacts["q4-gguf"]
+    made = report.artifacts | {"q4-gguf": manifest | {"versions": {"edgetune": "0.2.0"}}}
+    found = compare(scored, scored.model_copy(update={"accuracy": newer, "artifacts": made, "tasks": []}))
+    assert of(found, "q4-gguf", "size").kind == "better"
+    assert of(found, "q4-gguf", "engine").says == "llama.cpp 0.3.36 to llama.cpp 99"
+    assert of(found, "q4-gguf", "made by").says.startswith("edgetune 0.1.0 to 0.2.0, numpy ")
+    assert of(found, "q4-gguf", "made by").says.endswith(" to absent")
 
 
 def test_other_rows_and_other_machines_are_not_compared() -> None:

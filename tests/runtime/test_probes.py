@@ -101,13 +101,14 @@ def test_gpus_are_read_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fakes_in_child")
 def test_an_engine_on_a_gpu_has_the_energy_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.runtime.worker.ON_GPU", ("gpu",))
+    monkeypatch.setattr("edgetune.runtime.engine.ON_GPU", ("gpu",))
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     bench = BENCH.model_copy(update={"probes": ["energy"]})
     found = measure([fake_job("here"), fake_job("there", engine="gpu")], bench, PROMPTS)
     energies = [one.probes.energy for one in found if isinstance(one, Latency) and one.probes is not None]
     assert [e is not None and e.gpu_joules for e in energies] == [None, 2.0]
-    (said,) = [line for one in found[1:] if isinstance(one, Latency) for line in beside.probed(one) if "GPU" in line]
+    lines = [said.text for one in found[1:] if isinstance(one, Latency) for said in beside.probed(one)]
+    (said,) = [line for line in lines if "GPU" in line]
     assert said.startswith("energy of the GPU: 0.250 J a token (")  # 4 + 4 tokens
 
 
@@ -165,8 +166,8 @@ def test_all_probes_of_all_candidates() -> None:
     assert ratios[1][1] > 1
     assert ratios[8][2] < 1  # 18 ms against 13
     (said,) = beside.crossed(small, large)
-    assert said.endswith("no longer faster from 8 rows on")
-    lines = "\n".join(beside.probed(small))
+    assert said.text.endswith("no longer faster from 8 rows on")
+    lines = "\n".join(said.text for said in beside.probed(small))
     for part in (
         "threads: 1: ",
         "rows at once: ",
@@ -177,7 +178,7 @@ def test_all_probes_of_all_candidates() -> None:
         "clock: ",
     ):
         assert part in lines
-    assert "8: failed (fake died of SIGSEGV" in "\n".join(beside.probed(breaks))
+    assert "8: failed (fake died of SIGSEGV" in "\n".join(said.text for said in beside.probed(breaks))
 
 
 def swept(waits: dict[int, float], *, spread: float = 0.0, runs: tuple[float, ...] = (10.0,)) -> Latency:
@@ -208,14 +209,14 @@ def test_the_crossover_is_where_smaller_weights_stop_being_faster(
     small: dict[int, float], large: dict[int, float], said: str
 ) -> None:
     (line,) = beside.crossed(swept(small), swept(large))
-    assert line.endswith("; " + said)
+    assert line.text.endswith("; " + said)
 
 
 def test_a_crossover_is_no_finer_than_spread_and_noise_floor() -> None:
     small, large = {1: 9.0, 4: 20.0}, {1: 10.0, 4: 21.0}
-    assert "no longer faster from 4 rows on" in next(beside.crossed(swept(small, spread=0.06), swept(large)))
+    assert "no longer faster from 4 rows on" in next(beside.crossed(swept(small, spread=0.06), swept(large))).text
     sides = swept(small, runs=(10.0, 10.2)), swept(large)  # the floor of two runs is wide
-    assert "faster at none of them" in next(beside.crossed(*sides))
+    assert "faster at none of them" in next(beside.crossed(*sides)).text
 
 
 def test_a_longer_context_is_said_to_cost_more() -> None:
@@ -230,8 +231,37 @@ def test_a_longer_context_is_said_to_cost_more() -> None:
         )
         for n, wait in ((32, 10.0), (2048, 15.0))
     ]  # fmt: skip
-    found = list(beside.probed(one.model_copy(update={"cases": cases, "probes": Probes(sweep=[])})))
-    assert "context: ITL p50 10.00 ms after 32 tokens, 15.00 ms after 2048: +50%" in found
+    (said,) = beside.probed(one.model_copy(update={"cases": cases}))  # no probe is asked for
+    assert said.text == "context: ITL p50 10.00 ms after 32 tokens, 15.00 ms after 2048: +50%"
+    assert said.field == "cases[].generations[].itl_ms"
+
+
+@pytest.mark.parametrize(
+    ("points", "lines"),
+    [
+        ([(1, 1)], ["threads: 1: 200.0 tokens/s"]),
+        ([(2, 1)], ["threads: 2: 200.0 tokens/s"]),
+        ([(2, 4)], ["rows at once: 4: 800.0 tokens/s in all"]),
+        ([(2, 1), (2, 4)], ["rows at once: 1: 200.0, 4: 800.0 tokens/s in all"]),
+        ([(1, 1), (2, 4)], ["threads: 1: 200.0 tokens/s", "rows at once: 4: 800.0 tokens/s in all"]),
+    ],
+)
+def test_a_sweep_of_one_point_is_said(points: list[tuple[int, int]], lines: list[str]) -> None:
+    one = swept({})
+    generation = Generation(ttft_ms=5, itl_ms=[5.0] * 4, warmup=False)
+    sweep = [SweepPoint(n_threads=t, n_rows=n, prompt_tokens=4, generations=[generation]) for t, n in points]
+    assert [said.text for said in beside.probed(one.model_copy(update={"probes": Probes(sweep=sweep)}))] == lines
+    lost = [sweep[0].model_copy(update={"generations": [], "reason": "died"})]
+    said = [line.text for line in beside.probed(one.model_copy(update={"probes": Probes(sweep=lost)}))]
+    assert len(said) == 1
+    assert "failed (died)" in said[0]
+
+
+def test_speeds_of_two_devices_have_no_ratio() -> None:
+    small, large = swept({1: 5, 4: 8}), swept({1: 10, 4: 11})
+    cuda = small.model_copy(update={"subject": small.subject.model_copy(update={"settings": {"device": "cuda:0"}})})
+    (said,) = beside.crossed(cuda, large)
+    assert said.text == f"no speed over {large.subject.name}: it ran on the CPU and this one on a GPU"
 
 
 @pytest.mark.usefixtures("fakes_in_child")
@@ -247,7 +277,10 @@ def test_each_kind_of_failure_is_a_row_and_the_others_go_on() -> None:
     jobs = [fake_job(fail, fail=fail, at="prefill", after=4) for fail in failures]
     *broken, good = measure([*jobs, fake_job("good")], bench, PROMPTS)
     assert isinstance(good, Latency)
-    assert broken == [Failure(subject=name, stage="latency", reason=said) for name, said in failures.items()]
+    assert [(lost.subject, lost.stage, lost.reason) for lost in broken if isinstance(lost, Failure)] == [
+        (name, "latency", said) for name, said in failures.items()
+    ]
+    assert [lost.artifact_digest for lost in broken if isinstance(lost, Failure)] == [j.artifact_digest for j in jobs]
 
 
 def repeated(medians: list[float]) -> LatencyCase:

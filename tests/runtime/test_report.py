@@ -7,7 +7,6 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -99,19 +98,6 @@ def test_a_loss_without_a_verdict_has_bounds_too(view: View) -> None:
     assert loss.low is not None
     assert loss.high is not None
     assert loss.low < loss.value < loss.high
-
-
-def test_every_figure_names_raw_samples_that_exist(view: View, paths: dict[str, Path]) -> None:
-    raw = json.loads(paths["json"].read_text())
-    for row in (*view.candidates, *view.yardsticks):
-        for cell in row.cells.values():
-            if cell.value is None:
-                continue
-            node: Any = raw
-            for part in re.findall(r"[^.\[\]]+|\[\d*\]", cell.source.split(",")[0].replace(f".{row.name}.", ".\0.")):
-                part = row.name if part == "\0" else part
-                node = node[int(part[1:-1] or 0)] if part.startswith("[") else node[part]
-            assert node is not None
 
 
 def test_rows_are_ordered_by_verdict_and_headline_says_it(report: Report, view: View) -> None:
