@@ -21,8 +21,8 @@ def bench(
     paths: Annotated[list[Path], typer.Argument(help=".gguf files; folders of artifacts, ONNX, GPTQ, Hugging Face")],
     prompt_tokens: Annotated[list[int] | None, typer.Option(help="prompt length, may be repeated; 32 and 256")] = None,
     new_tokens: Annotated[list[int] | None, typer.Option(help="tokens to generate, may be repeated; 64")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="do it all so often in fresh processes; 2 or more tell noise")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case in each run")] = 5,
+    runs: Annotated[int, typer.Option(min=1, help="do it all so often in fresh processes; 1 tells no noise")] = 2,
     threads: Threads = 2,
     engine: Annotated[list[str] | None, typer.Option(help="engine for what it can run; may be repeated")] = None,
     sweep_threads: Annotated[list[int] | None, typer.Option(help="also with so many threads; may be repeated")] = None,
@@ -47,7 +47,7 @@ def bench(
         raise UsageError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
     raw = {
         "prompt_tokens": prompt_tokens or [32, 256], "new_tokens": new_tokens or [64], "repeats": repeats,
-        "threads": threads, "runs": runs if runs > 1 else None, "sweep_threads": sweep_threads or None,
+        "threads": threads, "runs": runs, "sweep_threads": sweep_threads or None,
         "sweep_rows": sweep_rows or None, "probes": probe or None,
     }  # fmt: skip
     ok = benching.bench(
