@@ -1,11 +1,12 @@
-"""Coverage and false passes of the statistics that decide a release, on simulated rows whose true loss is known.
+"""Coverage and false passes of the statistics that decide a release, on simulated rows and waits of known truth.
 
     python benchmarks/intervals.py            # 2,000 trials of each case
     python benchmarks/intervals.py --quick    # 200
 
 A case is a metric and a number of rows. `coverage` is the share of two-sided 95 % intervals that hold the true loss,
 `false_passes` the share of trials in which a candidate that loses exactly the margin ships at 95 %, `family_passes`
-that any of four such candidates ships under Holm's correction.
+that any of four such candidates ships under Holm's correction. Of latency a case is a kind of waits and a number of
+generations, and the limit is the true p95. `rare_passes` is what no statistic of so few generations can prevent.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from tiny import ROOT
 from edgetune.artifact import write_text
 from edgetune.runtime.machine import LoadMeter, describe
 from edgetune.runtime.statistics import holm, non_inferiority
+from tests import simulated_waits as waits
 from tests.simulated import METRICS, coverage, exact_rows, false_passes, trials
 
 RESULT = ROOT / "benchmarks" / "results" / "intervals.json"
 ROWS = (60, 200, 500, 1000)
+GENERATIONS = (10, 59, 100)
 CANDIDATES, LOSS = 4, 0.04
 
 
@@ -40,6 +43,18 @@ def case(metric: str, n: int, times: int) -> dict[str, Any]:
         "metric": metric, "n_rows": n, "trials": times, "coverage": coverage(metric, found),
         "false_passes": false_passes(found),
         "samples": [[*(round(x, 4) for x in t[:3]), int(t.shipped)] for t in found],
+    }  # fmt: skip
+
+
+def latency(kind: str, n: int, times: int) -> dict[str, Any]:
+    """Hold the p95 of n generations to a limit that it equals; every trial's bounds are kept, null where infinite."""
+    draw = waits.KINDS.get(kind, waits.rare)
+    found = waits.trials(draw, n, times=times, seed=n)
+    return {
+        "waits": kind, "n_generations": n, "trials": times, "limit": waits.true_percentile(draw),
+        "false_passes": waits.false_passes(draw, found), "false_stops": waits.false_stops(draw, found),
+        "bounded": float(np.mean([np.isfinite(one.high) for one in found])),
+        "samples": [[round(end, 4) if np.isfinite(end) else None for end in one] for one in found],
     }  # fmt: skip
 
 
@@ -70,20 +85,30 @@ def main() -> None:
     meter, began = LoadMeter(), time.monotonic()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(case, metric, n, times) for metric in METRICS for n in ROWS]
+        timing = [pool.submit(latency, kind, n, times) for kind in (*waits.KINDS, "rare") for n in GENERATIONS]
         together = pool.submit(family, 500, times)
-        cases, corrected = [job.result() for job in jobs], together.result()
+        cases, corrected, timed = [job.result() for job in jobs], together.result(), [job.result() for job in timing]
     for one in cases:
         print(f"{one['metric']:12} {one['n_rows']:5} rows: coverage {one['coverage']:.4f}, "
               f"false passes {one['false_passes']:.4f}")  # fmt: skip
+    for one in timed:
+        print(f"{one['waits']:12} {one['n_generations']:5} generations: false passes {one['false_passes']:.4f}, "
+              f"false stops {one['false_stops']:.4f}, bounded {one['bounded']:.4f}")  # fmt: skip
+    seen = [one for one in timed if one["waits"] != "rare"]
+    few = [one["coverage"] for one in cases if one["n_rows"] == 60]
     enough = [one for one in cases if one["n_rows"] >= 200]
     keys = {
         "coverage_min": min(one["coverage"] for one in enough), "coverage_max": max(one["coverage"] for one in enough),
         "false_passes_max": max(one["false_passes"] for one in enough),
-        "coverage_60_min": min(one["coverage"] for one in cases if one["n_rows"] == 60),
+        "coverage_60_min": min(few), "coverage_60_max": max(few),
         "family_passes": corrected["family_passes"], "without_correction": corrected["without_correction"],
+        "latency_passes_max": max(one["false_passes"] for one in seen),
+        "latency_stops_max": max(one["false_stops"] for one in seen),
+        "rare_passes": max(one["false_passes"] for one in timed if one["waits"] == "rare"),
     }  # fmt: skip
     result = {
-        "keys": keys, "cases": cases, "family": corrected, "seconds": round(time.monotonic() - began, 1),
+        "keys": keys, "cases": cases, "latency": timed, "family": corrected,
+        "seconds": round(time.monotonic() - began, 1),
         "machine": describe().model_dump(), "load": meter.stop().model_dump(),
         "versions": {name: metadata.version(name) for name in ("edgetune", "numpy", "scipy")}
         | {"python": platform.python_version()},

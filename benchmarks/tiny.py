@@ -36,7 +36,7 @@ def make_recipe(folder: Path) -> Path:
                 "export": {"onnx": {}},
             },
         },
-        "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 1, "warmup": 1, "threads": 1},
+        "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 1, "runs": 1, "warmup": 1, "threads": 1},
         "budgets": {"accuracy": {"max_loss": 0.5}, "size_mb": 50},
     }
     file = folder / "recipe.yaml"

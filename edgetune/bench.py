@@ -95,7 +95,7 @@ def prompt_ids(jobs: Sequence[Job], timeout_s: float) -> list[int]:
 def ranking(results: Sequence[Latency | Failure]) -> Table:
     """Rank what was timed by the time of all cases together, fastest first.
 
-    Two share a rank where the interval of their ratio, widened by the noise floor where runs were repeated, holds 1.
+    Two share a rank where the interval of their ratio, widened by the noise floor, holds 1, or one run told none.
     """
     table = Table(title="latency, ms: p50 / p95", title_justify="left", box=None, pad_edge=False)
     for head in ("", "artifact", "engine", "time", "prompt", "new", "TTFT", "ITL", "peak MB", "size MB"):
@@ -130,9 +130,11 @@ def ranked(results: Sequence[Latency]) -> list[tuple[int, Latency, Interval]]:
 
 
 def _slower(one: Latency, other: Latency) -> bool:
-    """Tell whether one is slower beyond chance."""
-    floors = [floor for side in (one, other) for case in side.cases if (floor := noise_floor(case, "tpot_ms"))]
-    return percentile_ratio(_totals(one), _totals(other), 50, seed=0).low > 1 + max(floors, default=0.0)
+    """Tell whether one is slower beyond chance; of one run nobody knows what chance does."""
+    found = [noise_floor(case, "tpot_ms") for side in (one, other) for case in side.cases]
+    floors = [floor for floor in found if floor is not None]
+    ratio = percentile_ratio(_totals(one), _totals(other), 50, seed=0)
+    return len(floors) == len(found) and ratio.low > 1 + max(floors)
 
 
 def _totals(one: Latency) -> list[list[float]]:
@@ -164,5 +166,5 @@ def remarks(results: Sequence[Latency | Failure]) -> list[str]:
     if floors:
         said.append(f"runs of the same artifact may differ by {max(floors):.1%} by chance (the noise floor)")
     elif timed:
-        said.append("one run tells no noise floor: ranks rest on the spread within it; --runs 3 measures one")
+        said.append("one run tells no noise floor, so nothing is called faster; --runs 2 or more measures it")
     return said

@@ -21,9 +21,9 @@ def bench(
     paths: Annotated[list[Path], typer.Argument(help=".gguf files; folders of artifacts, ONNX, GPTQ, Hugging Face")],
     prompt_tokens: Annotated[list[int] | None, typer.Option(help="prompt length, may be repeated; 32 and 256")] = None,
     new_tokens: Annotated[list[int] | None, typer.Option(help="tokens to generate, may be repeated; 64")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="measured generations of each case in each run")] = 5,
     warmup: Annotated[int, typer.Option(min=1, help="generations of each case before them that do not count")] = 2,
-    runs: Annotated[int, typer.Option(min=1, help="do it all so often in fresh processes; 2 or more tell noise")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="do it all so often in fresh processes; 1 tells no noise")] = 2,
     threads: Threads = 2,
     case_timeout_s: Annotated[float, typer.Option(help="seconds after which an engine is given up")] = 300.0,
     engine: Annotated[list[str] | None, typer.Option(help="engine for what it can run; may be repeated")] = None,
@@ -49,8 +49,8 @@ def bench(
         raise UsageError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
     raw = {
         "prompt_tokens": prompt_tokens or [32, 256], "new_tokens": new_tokens or [64], "repeats": repeats,
-        "warmup": warmup, "threads": threads, "case_timeout_s": case_timeout_s,
-        "runs": runs if runs > 1 else None, "sweep_threads": sweep_threads or None,
+        "warmup": warmup, "threads": threads, "case_timeout_s": case_timeout_s, "runs": runs,
+        "sweep_threads": sweep_threads or None,
         "sweep_rows": sweep_rows or None, "probes": probe or None,
     }  # fmt: skip
     ok = benching.bench(

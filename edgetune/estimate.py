@@ -315,13 +315,13 @@ class Estimator:
             for name, found in self.recipe.candidates.items()
             if why_not_run(found) is None
         ]
-        rounds = (bench.repeats + bench.warmup) * (bench.runs or 1)
+        rounds = (bench.repeats + bench.warmup) * bench.runs
         swept = SWEPT * (len(bench.sweep_threads or ()) + sum(bench.sweep_rows or ()))
         n_new = rounds * sum(bench.output_lengths) * len(bench.prompt_tokens) + swept * bench.output_lengths[0]
         read = sum(DECODING[kind] * sizes.bytes_16 for kind, sizes in subjects) * n_new / MEMORY_BYTES_PER_S
         n_read = rounds * sum(bench.prompt_tokens) * len(bench.output_lengths) + swept * min(bench.prompt_tokens)
         prefill = sum(self._seconds(n_read * 2 * sizes.linear, SCORING.get(kind, TORCH)) for kind, sizes in subjects)
-        processes = (bench.runs or 1) + len(bench.sweep_threads or ()) + bool(bench.sweep_rows)
+        processes = bench.runs + len(bench.sweep_threads or ()) + bool(bench.sweep_rows)
         processes += PROBE_PROCESSES * len(bench.probes or ())
         starting = len(subjects) * processes * START_S / 2
         return Cost(starting + read + prefill, RUNTIME_MIB + self.sizes.bytes_16 / MIB)

@@ -379,7 +379,7 @@ class Pipeline:
                 accuracy=scored.get(name), reference=scored["reference"], tasks=subjects[name].tasks,
                 reference_tasks=subjects["reference"].tasks, level=levels[name], latency=latencies.get(name),
                 failures=[failure for failure in failures if failure.subject == name],
-                not_run=self._not_run(name, shipped.get(name)), seed=self.recipe.seed,
+                not_run=self._not_run(name, shipped.get(name)),
             )
             for name in names
         ]  # fmt: skip

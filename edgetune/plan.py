@@ -16,10 +16,11 @@ from edgetune.data.task_rows import read_examples
 from edgetune.devices import check_device
 from edgetune.errors import EdgetuneError, UnsupportedError
 from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
-from edgetune.graph import Graph, learns_rows, stage_names
+from edgetune.graph import Graph, learns_rows, stage_names, why_not_run
 from edgetune.hub import is_hub_id
 from edgetune.progress import Report, silent
 from edgetune.recipe import Candidate, Recipe
+from edgetune.recipe_tasks import OF_FLIPS
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
 from edgetune.task_work import check_task, guess_counts, probe_task
@@ -124,16 +125,18 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
 
 
 def rows_said(recipe: Recipe) -> str | None:
-    """Say whether the rows can show the loss that the accuracy budget allows; None where there is no such budget.
+    """Say whether the rows can show the loss that the accuracy budget allows, to all candidates together.
 
-    How many rows will flip is not known yet, so EXPECTED_FLIPS is taken; the report says it with what was seen.
+    How many rows will flip is not known yet, so EXPECTED_FLIPS is taken; the report says it with what was seen. None
+    where there is no such budget, or its metric is not one of rows that are right or wrong.
     """
     budget = recipe.budgets.accuracy
-    if budget is None:
+    if budget is None or budget.metric not in OF_FLIPS:
         return None
     tasks = {task.name: task for task in recipe.tasks}
     n_rows = len(read_examples(tasks[budget.task]) if budget.task else workload.heldout_rows(recipe.data))
-    return rows_in_words(n_rows, budget.max_loss, EXPECTED_FLIPS, budget.confidence)
+    judged = sum(why_not_run(candidate) is None for candidate in recipe.candidates.values())
+    return rows_in_words(n_rows, budget.max_loss, EXPECTED_FLIPS, budget.confidence, n_candidates=max(judged, 1))
 
 
 @dataclass(frozen=True)

@@ -178,11 +178,13 @@ class Bench(Closed):
     prompt_tokens: Annotated[list[Count], Field(min_length=1)] = [32, 256]
     new_tokens: NewTokens | Annotated[list[NewTokens], Field(min_length=1)] = 64
     threads: Count = 2
-    repeats: Count = Field(10, description="measured generations of each case, candidates interleaved")
+    repeats: Count = Field(5, description="measured generations of each case in each run, candidates interleaved")
     warmup: Count = Field(2, description="generations of each case that are named, kept apart and not counted")
     case_timeout_s: Annotated[float, Field(gt=0)] = 300
-    runs: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="do it all so many times in fresh processes; their spread is the noise floor of verdicts"
+    runs: Count = Field(
+        2,
+        description="do it all so many times in fresh processes; their spread is the noise floor, and with 1 no "
+        "latency is judged",
     )
     sweep_threads: Annotated[list[Count], Field(min_length=1)] | None = Field(
         None, description="also time the first case with each of these numbers of threads"
@@ -218,6 +220,8 @@ class Budgets(Closed):
     accuracy: AccuracyBudget | None = None
     itl_ms_p95: Annotated[float, Field(gt=0)] | None = None
     ttft_ms_p95: Annotated[float, Field(gt=0)] | None = None
+    itl_ms_p50: Annotated[float, Field(gt=0)] | None = Field(None, exclude_if=lambda value: value is None)
+    ttft_ms_p50: Annotated[float, Field(gt=0)] | None = Field(None, exclude_if=lambda value: value is None)
     size_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="10^6 bytes")
     peak_memory_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="10^6 bytes, resident")
 

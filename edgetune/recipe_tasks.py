@@ -19,6 +19,8 @@ TASK_METRICS: dict[str, tuple[MetricName, ...]] = {
     "question_answering": ("exact_match", "f1", "scorer"),
     "perplexity": ("perplexity",),
 }
+# of these a row is right or wrong, so that a loss is made of rows that flip
+OF_FLIPS: tuple[MetricName, ...] = ("exact_match", "accuracy", "json_valid")
 HELDOUT_METRICS: tuple[MetricName, ...] = ("exact_match", "slot_f1")
 Count = Annotated[int, Field(gt=0)]
 

@@ -17,7 +17,7 @@ from edgetune.runtime.verdict import Scored, accuracy_levels, judge, tasks_of
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that XML 1.0 forbids
 
 
-def judge_again(report: Report, budgets: Budgets, *, seed: int = 0) -> Report:
+def judge_again(report: Report, budgets: Budgets) -> Report:
     """Give the same evidence with verdicts by other budgets. Nothing is measured.
 
     Raises DataError where the report has no candidate, or lacks the reference that an accuracy budget needs.
@@ -42,7 +42,7 @@ def judge_again(report: Report, budgets: Budgets, *, seed: int = 0) -> Report:
                 reference=accuracy.get(report.reference), tasks=tasks[name], reference_tasks=tasks[report.reference],
                 level=levels[name], latency=latency.get(name),
                 failures=[failure for failure in report.failures if failure.subject == name],
-                not_run=not_run.get(name), seed=seed,
+                not_run=not_run.get(name),
             )
         )  # fmt: skip
     recipe = report.recipe | {"budgets": budgets.model_dump(mode="json")}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice, pairwise
+from itertools import chain, cycle, islice, pairwise
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from edgetune.recipe import Bench
 from edgetune.runtime import probes, sensors
 from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase, Load
 from edgetune.runtime.machine import LoadMeter
-from edgetune.runtime.statistics import Interval, percentile_interval, repeatability
+from edgetune.runtime.percentiles import percentile_bounds
+from edgetune.runtime.statistics import Interval, repeatability
 from edgetune.runtime.worker import Job, Worker
 
 STEADY = 0.05  # the last two warm-ups' medians differ by less
@@ -105,7 +106,7 @@ def measure(
     cases = [(n, new) for n in prompts for new in bench.output_lengths]
     work = _Work.of(prompts, continuation, max(bench.output_lengths) - 1)
     rng = np.random.default_rng(seed)
-    n_runs, runs, before = bench.runs or 1, [], sensors.cpu_state()
+    n_runs, runs, before = bench.runs, [], sensors.cpu_state()
     n_rounds = 1 + bench.warmup + EXTRA_WARMUPS + bench.repeats  # of one run, at most
 
     def told(run: int, n: int, label: str) -> None:
@@ -247,21 +248,24 @@ def _is_steady(generations: Sequence[Generation]) -> bool:
     return all(abs(a - b) <= STEADY * max(a, b) for a, b in pairs)
 
 
-def case_interval(case: LatencyCase, figure: str, q: float, *, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """Give a percentile of `ttft_ms`, `itl_ms` or `tpot_ms` over the measured generations of a case.
+def case_interval(case: LatencyCase, figure: str, q: float, *, confidence: float = 0.95) -> Interval:
+    """Give a percentile of a figure over the measured generations of a case, with one-sided bounds at `confidence`."""
+    return percentile_bounds(waits(case, figure), q, confidence=confidence)
+
+
+def waits(case: LatencyCase, figure: str) -> list[list[float]]:
+    """Give `ttft_ms`, `itl_ms` or `tpot_ms` of each measured generation of a case.
 
     tpot_ms = (t_last - t_first) / (n - 1) of one generation, the mean of its itl_ms.
     """
     measured = [g for g in case.generations if not g.warmup]
     if figure == "itl_ms":
-        groups = [g.itl_ms for g in measured]
-    elif figure == "tpot_ms":
-        groups = [[sum(g.itl_ms) / len(g.itl_ms)] for g in measured]
-    elif figure == "ttft_ms":
-        groups = [[g.ttft_ms] for g in measured]
-    else:
-        raise UsageError(f"unknown figure {figure!r}; known: ttft_ms, itl_ms, tpot_ms")
-    return percentile_interval(groups, q, seed=seed, confidence=confidence)
+        return [g.itl_ms for g in measured]
+    if figure == "tpot_ms":
+        return [[sum(g.itl_ms) / len(g.itl_ms)] for g in measured]
+    if figure == "ttft_ms":
+        return [[g.ttft_ms] for g in measured]
+    raise UsageError(f"unknown figure {figure!r}; known: ttft_ms, itl_ms, tpot_ms")
 
 
 def noise_floor(case: LatencyCase, figure: str) -> float | None:
@@ -269,8 +273,5 @@ def noise_floor(case: LatencyCase, figure: str) -> float | None:
     runs = sorted({g.run for g in case.generations if not g.warmup})
     if len(runs) < 2:
         return None
-    medians = []
-    for run in runs:
-        part = case.model_copy(update={"generations": [g for g in case.generations if g.run == run]})
-        medians.append(case_interval(part, figure, 50).value)
-    return repeatability(medians)
+    parts = [case.model_copy(update={"generations": [g for g in case.generations if g.run == run]}) for run in runs]
+    return repeatability([statistics.median(chain(*waits(part, figure))) for part in parts])

@@ -55,8 +55,8 @@ def percentile_interval(
 ) -> Interval:
     """Give a percentile of all samples with a bootstrap interval over whole groups.
 
-    Tokens of one generation share its disturbances, so generations are resampled, not tokens. A percentile near
-    the end of few samples is bounded by the largest that was seen: p95 of ten groups is about their maximum.
+    Tokens of one generation share its disturbances, so generations are resampled, not tokens. It shows a spread and
+    decides nothing: no resample exceeds the largest sample, so of few it does not hold (`percentiles` has what does).
     """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]
     if not arrays:
@@ -287,12 +287,15 @@ def rows_needed(
     return math.ceil(max(z * z * max(seen - loss * loss, 0.0) / distance**2, min(no_event, 1e12)))
 
 
-def rows_in_words(n_rows: int, margin: float, discordance: float, confidence: float, *, power: float = 0.8) -> str:
+def rows_in_words(
+    n_rows: int, margin: float, discordance: float, confidence: float, *, n_candidates: int = 1, power: float = 0.8
+) -> str:
     """Say whether `n_rows` can show that a loss is at most `margin`, were there none and `discordance` of rows to flip.
 
     "500 rows cannot show a loss of at most 1 point; 1,900 can". Numbers of rows are rounded up to two digits.
+    `confidence` is that of all candidates together; the rows are those that the first of them to pass needs.
     """
-    needed = rows_needed(margin, discordance, confidence, power=power)
+    needed = rows_needed(margin, discordance, level_of_each(n_candidates, confidence), power=power)
     assert needed is not None, "a margin above zero can be shown"
     unit = 10 ** max(0, len(str(needed)) - 2)
     points = f"{100 * margin:.3g} point{'' if math.isclose(margin, 0.01) else 's'}"
@@ -300,22 +303,31 @@ def rows_in_words(n_rows: int, margin: float, discordance: float, confidence: fl
     said = f"{n_rows:,} rows cannot show a loss of at most {points}; {enough} can"
     if n_rows >= needed:
         said = f"{n_rows:,} rows can show a loss of at most {points}; {enough} would do"
-    return f"{said} (no loss, {discordance:.2g} of the rows flipping, {confidence:.4g} confidence, {power:.0%} power)"
+    together = f" of {n_candidates} candidates together" if n_candidates > 1 else ""
+    return (
+        f"{said} (no loss, {discordance:.2g} of the rows flipping, {confidence:.4g} confidence{together}, "
+        f"{power:.0%} power)"
+    )
 
 
 def holm(n: int, confidence: float, passes: Callable[[int, float], bool]) -> list[float]:
     """Give the one-sided confidence at which each of `n` candidates is judged, so that with probability `confidence`
     none of them passes that should not (Holm, Scandinavian Journal of Statistics 6:65, 1979).
 
-    `passes(i, confidence)` judges one. With k found to pass, the others are judged at 1 - (1 - confidence) / (n - k).
+    `passes(i, confidence)` judges one. With k found to pass, the others are judged at the level of n - k.
     """
     levels: dict[int, float] = {}
     while len(levels) < n:
-        level = 1 - (1 - confidence) / (n - len(levels))
+        level = level_of_each(n - len(levels), confidence)
         rest = [i for i in range(n) if i not in levels]
         passed = [i for i in rest if passes(i, level)]
         levels |= dict.fromkeys(passed or rest, level)
     return [levels[i] for i in range(n)]
+
+
+def level_of_each(n: int, confidence: float) -> float:
+    """Give the confidence at which each of `n` is judged first: 1 - (1 - confidence) / n, Bonferroni's."""
+    return 1 - (1 - confidence) / n
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:

@@ -16,14 +16,26 @@ from typing import Literal
 
 from edgetune.errors import DataError
 from edgetune.recipe import AccuracyBudget, Budgets
-from edgetune.runtime.evidence import Accuracy, Check, Failure, Latency, Report, TaskScore, Verdict
-from edgetune.runtime.latency import case_interval, noise_floor
+from edgetune.runtime.evidence import (
+    Accuracy,
+    Check,
+    Failure,
+    Latency,
+    LatencyCase,
+    Load,
+    Report,
+    TaskScore,
+    Verdict,
+)
+from edgetune.runtime.latency import case_interval, noise_floor, waits
 from edgetune.runtime.metrics import SlotCounts
-from edgetune.runtime.statistics import Interval, NonInferiority, holm, non_inferiority, non_inferiority_f1
+from edgetune.runtime.percentiles import groups_needed
+from edgetune.runtime.statistics import Interval, NonInferiority, Outcome, holm, non_inferiority, non_inferiority_f1
 from edgetune.runtime.task_metrics import METRICS
 
 NO_TASKS: Mapping[str, TaskScore] = {}
 ONLY_BOUNDS = 1.0  # a margin for those who want a loss and its bounds, and no verdict
+TIMINGS = (("ttft_ms", 50), ("ttft_ms", 95), ("itl_ms", 50), ("itl_ms", 95))
 # worst last
 ORDER = ("ship", "inconclusive", "do not ship")
 
@@ -49,7 +61,6 @@ def judge(
     latency: Latency | None = None,
     failures: Sequence[Failure] = (),
     not_run: str | None = None,
-    seed: int = 0,
 ) -> Verdict:
     """Judge one candidate. Whatever failed makes it "failed"; a budget without its measurement is inconclusive.
 
@@ -62,9 +73,10 @@ def judge(
     if budgets.accuracy is not None:
         scored, before = Scored(accuracy, tasks), Scored(reference, reference_tasks)
         checks.append(_accuracy_check(budgets.accuracy, scored, before, level or budgets.accuracy.confidence))
-    for figure, limit in (("ttft_ms", budgets.ttft_ms_p95), ("itl_ms", budgets.itl_ms_p95)):
+    for figure, q in TIMINGS:
+        limit = getattr(budgets, f"{figure}_p{q}")
         if limit is not None:
-            checks.append(_timing_check(figure, limit, latency, seed))
+            checks.append(_timing_check(figure, q, limit, latency))
     if budgets.size_mb is not None:
         checks.append(_bytes_check("size_mb", budgets.size_mb, size_bytes, "the files that ship take"))
     if budgets.peak_memory_mb is not None:
@@ -197,43 +209,60 @@ def _accuracy_reason(budget: AccuracyBudget, found: NonInferiority, level: float
     return f"{said}, which does not tell on which side of the {limit} it is; {needed}."
 
 
-def _timing_check(figure: str, limit: float, latency: Latency | None, seed: int) -> Check:
-    """Hold the worst prompt length's p95 against its limit; a busy machine decides nothing."""
-    name = f"{figure} p95"
+def _timing_check(figure: str, q: int, limit: float, latency: Latency | None) -> Check:
+    """Hold a percentile against its limit at every prompt length; the worst answer counts.
+
+    Nothing is decided on a busy machine, by one run, or by fewer generations than tell.
+    """
+    name = f"{figure} p{q}"
     if latency is None:
         return _unmeasured(name, limit)
-    case, found = max(
-        ((case, case_interval(case, figure, 95, seed=seed)) for case in latency.cases), key=lambda pair: pair[1].value
-    )
-    n = sum(not g.warmup for g in case.generations)
+    made = [_case_check(name, figure, q, limit, case, latency.load) for case in latency.cases]
+    return max(made, key=lambda check: (ORDER.index(check.verdict), check.value))
+
+
+def _case_check(name: str, figure: str, q: int, limit: float, case: LatencyCase, load: Load) -> Check:
+    found, floor, groups = case_interval(case, figure, q), noise_floor(case, figure), waits(case, figure)
+    alone = _decided(found, limit)
+    spread = found.value * (floor or 0.0)
+    found = Interval(found.value, min(found.low, found.value - spread), max(found.high, found.value + spread))
+    chance = f"; runs differ by {floor:.1%} by chance" if floor is not None else ""
     said = (
-        f"{name} is {found.value:.3g} ms ({found.low:.3g} to {found.high:.3g}, {n} generations, prompts of "
-        f"{case.prompt_tokens} tokens)"
+        f"{name} is {found.value:.3g} ms ({_range(found)} at 95% on either side, {len(groups)} generations, prompts of "
+        f"{case.prompt_tokens} tokens{chance})"
     )
-    floor = noise_floor(case, figure)
-    if floor is not None:
-        spread = found.value * floor
-        found = Interval(found.value, min(found.low, found.value - spread), max(found.high, found.value + spread))
-        said = f"{said[:-1]}; runs differ by {floor:.1%} by chance)"
-    verdict: Literal["ship", "do not ship", "inconclusive"]
-    if latency.load.busy:
+    verdict = _decided(found, limit)
+    if load.busy:
         verdict = "inconclusive"
         reason = (
-            f"{said} against {limit:g} ms, but other processes used {latency.load.others_during:.0%} of the machine; "
+            f"{said} against {limit:g} ms, but other processes used {load.others_during:.0%} of the machine; "
             "measure again when it is idle."
         )
-    elif found.high < limit:
-        verdict, reason = "ship", f"{said}, below {limit:g} ms."
-    elif found.low > limit:
-        verdict, reason = "do not ship", f"{said}, above {limit:g} ms."
-    else:
+    elif floor is None:
         verdict = "inconclusive"
-        reason = f"{said}, too close to {limit:g} ms to tell; more repeats would narrow it."
+        reason = f"{said} against {limit:g} ms, but one run has no noise floor; set bench.runs to 2 or more."
+    elif verdict != "inconclusive":
+        reason = f"{said}, {'below' if verdict == 'ship' else 'above'} {limit:g} ms."
+    elif alone != "inconclusive":
+        reason = f"{said}, too close to {limit:g} ms to tell from chance; more runs would narrow it."
+    else:
+        needed = groups_needed(groups, limit, q)
+        advice = "no number of generations would decide" if needed is None else f"{needed:,} generations would decide"
+        reason = f"{said}, which does not tell on which side of {limit:g} ms it is; {advice}."
     if case.steady is False:
         reason = f"{reason[:-1]}; its warm-ups never became steady."
-    return Check(
-        budget=name, limit=limit, value=found.value, low=found.low, high=found.high, verdict=verdict, reason=reason
-    )
+    low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
+    return Check(budget=name, limit=limit, value=found.value, low=low, high=high, verdict=verdict, reason=reason)
+
+
+def _decided(found: Interval, limit: float) -> Outcome:
+    return "ship" if found.high < limit else "do not ship" if found.low > limit else "inconclusive"
+
+
+def _range(found: Interval) -> str:
+    if math.isinf(found.high):
+        return "no bound" if math.isinf(found.low) else f"{found.low:.3g} or more"
+    return f"{found.high:.3g} or less" if math.isinf(found.low) else f"{found.low:.3g} to {found.high:.3g}"
 
 
 def _bytes_check(name: str, limit: float, n_bytes: int | None, what: str) -> Check:

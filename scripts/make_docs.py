@@ -131,8 +131,13 @@ MEANING = {
     "AccuracyBudget.max_loss": "largest loss, as a share: 0.02 is two points; of perplexity its relative rise",
     "AccuracyBudget.confidence": "of the one-sided bound that must stay below max_loss, for all candidates together",
     "Budgets.accuracy": "loss against the adapted model before compression",
-    "Budgets.itl_ms_p95": "inter-token latency, ms; 95 % of the tokens are faster",
-    "Budgets.ttft_ms_p95": "time to first token, ms; 95 % of the generations are faster",
+    "Budgets.itl_ms_p95": "inter-token latency, ms; 95 % of the tokens are faster; decided by what is worth 59 "
+    "independent tokens",
+    "Budgets.ttft_ms_p95": "time to first token, ms; 95 % of the generations are faster; decided by 59 generations or "
+    "more",
+    "Budgets.itl_ms_p50": "inter-token latency, ms; half of the tokens are faster",
+    "Budgets.ttft_ms_p50": "time to first token, ms; half of the generations are faster; decided by 5 generations or "
+    "more",
 }
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.runtime.statistics import NonInferiority, non_inferiority, non_inferiority_f1
+from edgetune.runtime.task_metrics import Answer, macro_f1
 
 HARMFUL, BENEFICIAL, RIGHT = 0.06, 0.1, 0.8  # of right rows; of wrong rows; rows the reference has right
-METRICS = ("exact_match", "slot_f1", "score")
+METRICS = ("exact_match", "slot_f1", "score", "macro_f1")
+LABELS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}  # of a classification, with their shares
 
 
 def exact_rows(rng: np.random.Generator, n: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -42,9 +44,30 @@ def score_rows(rng: np.random.Generator, n: int) -> tuple[NDArray[np.float64], N
     return (before + rng.normal(0, 0.04, n) - far).clip(0, 1), before
 
 
+def macro_f1_rows(rng: np.random.Generator, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pseudo-values of macro F1: a wrong answer is one of the other labels."""
+    names = np.array(list(LABELS))
+    gold = rng.choice(len(names), n, p=list(LABELS.values()))
+    other = (gold + rng.integers(1, len(names), n)) % len(names)
+    sides = [
+        macro_f1([Answer(said, (label,)) for said, label in zip(names[chosen], names[gold], strict=True)], list(LABELS))
+        for chosen in (np.where(right, gold, other) for right in exact_rows(rng, n))
+    ]
+    return sides[0].rows, sides[1].rows
+
+
+def true_macro_f1(right: float) -> float:
+    """Macro F1 where this share of the answers is right, whatever the label."""
+    wrong = (1 - right) / (len(LABELS) - 1)
+    return sum(2 * p * right / (p * right + (1 - p) * wrong + p) for p in LABELS.values()) / len(LABELS)
+
+
 def rows(metric: str, rng: np.random.Generator, n: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Draw rows of one metric: candidate, reference."""
-    return {"exact_match": exact_rows, "slot_f1": slot_rows, "score": score_rows}[metric](rng, n)
+    draw: dict[str, Callable[[np.random.Generator, int], tuple[NDArray[Any], NDArray[Any]]]] = {
+        "exact_match": exact_rows, "slot_f1": slot_rows, "score": score_rows, "macro_f1": macro_f1_rows,
+    }  # fmt: skip
+    return draw[metric](rng, n)
 
 
 def judged(metric: str, pair: tuple[NDArray[Any], NDArray[Any]], margin: float, confidence: float) -> NonInferiority:
@@ -56,8 +79,11 @@ def judged(metric: str, pair: tuple[NDArray[Any], NDArray[Any]], margin: float, 
 @cache
 def true_loss(metric: str) -> float:
     """The loss of very many rows."""
+    lost = RIGHT * HARMFUL - (1 - RIGHT) * BENEFICIAL
     if metric == "exact_match":
-        return RIGHT * HARMFUL - (1 - RIGHT) * BENEFICIAL
+        return lost
+    if metric == "macro_f1":
+        return true_macro_f1(RIGHT) - true_macro_f1(RIGHT - lost)
     return judged(metric, rows(metric, np.random.default_rng(0), 2_000_000), 0.5, 0.95).loss
 
 

@@ -237,7 +237,8 @@ def test_a_whole_run(tiny_model: Artifact, tmp_path: Path) -> None:
                 "gptq": {"compress": [{"gptq": {"group_size": 32, "calibration": {"n_samples": 4, "n_tokens": 16}}}],
                          "runtime": {"torch": {"dtype": "float16", "device": "cuda"}}},
             },
-            "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 3, "warmup": 1, "probes": ["energy"]},
+            "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 3, "runs": 1, "warmup": 1,
+                      "probes": ["energy"]},
         }
     )  # fmt: skip
     stages = Stages(Store(tmp_path / "store"), tmp_path / "run", Console())

@@ -54,7 +54,7 @@ def make_recipe(folder: Path, base: Path, **changes: Any) -> Recipe:
             },
             "checkpoint": {"compress": [{"rtn": {"group_size": 32}}]},
         },
-        "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 2, "warmup": 1, "threads": 1},
+        "bench": {"prompt_tokens": [8], "new_tokens": 4, "repeats": 2, "runs": 1, "warmup": 1, "threads": 1},
         "budgets": {"accuracy": {"max_loss": 0.5}, "size_mb": 50},
     }
     return parse_recipe(raw | changes)
@@ -159,7 +159,10 @@ def test_tasks_are_scored_in_each_runtime_and_judged(tmp_path: Path, tiny_model_
     assert texts[1] == pytest.approx(texts[0], rel=0.1)
     planned = plan.plan(recipe, Store(tmp_path / "store"))
     assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
-    assert plan.rows_said(recipe) is not None
+    assert plan.rows_said(recipe) == (
+        "6 rows can show a loss of at most 90 points; 1 would do (no loss, 0.03 of the rows flipping, 0.95 confidence, "
+        "80% power)"
+    )
     plain = make_recipe(tmp_path, tiny_model_wide.path, **changes)
     stages = {stage.name: stage.done for stage in plan.plan(plain, Store(tmp_path / "store"))}
     assert stages["q4: gguf Q4_0 gptq"]  # tasks change no other identity
@@ -189,6 +192,32 @@ def test_a_scoring_has_the_time_that_the_recipe_gives(tmp_path: Path, tiny_model
     short = recipe.model_copy(update={"data": recipe.data.model_copy(update={"score_timeout_s": 0.01})})
     with pytest.raises(EngineError, match=r"gave no answer in 0\.01 s while loading"):
         run(short, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("budget", "n_candidates", "said"),
+    [
+        ({"max_loss": 0.02}, 1, "12 rows cannot show a loss of at most 2 points; 470 can (no loss, 0.03 of the rows"),
+        ({"max_loss": 0.02}, 3, "12 rows cannot show a loss of at most 2 points; 670 can (no loss, 0.03 of the rows"),
+        ({"task": "moods", "metric": "accuracy", "max_loss": 0.02}, 1, "6 rows cannot show a loss of at most 2 points"),
+        ({"metric": "slot_f1", "max_loss": 0.02}, 3, None),  # no row of these flips
+        ({"task": "texts", "metric": "perplexity", "max_loss": 0.02}, 1, None),
+        (None, 1, None),
+    ],
+)
+def test_the_plan_of_rows_counts_candidates_and_knows_which_metrics_flip(
+    budget: dict[str, Any] | None, n_candidates: int, said: str | None, tmp_path: Path
+) -> None:
+    candidates = {f"q{n}": {"export": {"gguf": {"type": "Q8_0"}}} for n in range(n_candidates)}
+    changes: dict[str, Any] = {
+        "candidates": candidates,
+        "tasks": write_tasks(tmp_path),
+        "budgets": {"accuracy": budget},
+    }
+    found = plan.rows_said(make_recipe(tmp_path, tmp_path, **changes))
+    assert (found is None) if said is None else (found or "").startswith(said)
+    if n_candidates > 1 and found is not None:
+        assert "0.95 confidence of 3 candidates together" in found
 
 
 def test_a_failing_candidate_is_a_row_and_the_others_go_on(

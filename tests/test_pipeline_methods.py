@@ -27,7 +27,9 @@ CHECKPOINT = {"candidates": {"checkpoint": {"compress": [{"rtn": {"group_size": 
 
 
 def recipe_of(folder: Path, base: Artifact, **changes: Any) -> Recipe:
-    quick: dict[str, Any] = {"bench": {"prompt_tokens": [4], "new_tokens": 2, "repeats": 1, "warmup": 1, "threads": 1}}
+    quick: dict[str, Any] = {
+        "bench": {"prompt_tokens": [4], "new_tokens": 2, "repeats": 1, "runs": 1, "warmup": 1, "threads": 1}
+    }
     return make_recipe(folder, base.path, **quick | changes)
 
 

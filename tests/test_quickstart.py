@@ -35,7 +35,7 @@ def test_the_real_model_goes_through_a_shortened_quickstart(tmp_path: Path, monk
     raw["adapt"] |= {"eval_rows": 8, "eval_steps": 10}
     del raw["candidates"]["gguf-q8"]
     raw["candidates"]["onnx-int4"]["compress"][0]["gptq"]["calibration"] = {"n_samples": 8, "n_tokens": 128}
-    raw["bench"] = {"prompt_tokens": [16], "new_tokens": 4, "repeats": 1, "warmup": 1, "threads": 2}
+    raw["bench"] = {"prompt_tokens": [16], "new_tokens": 4, "repeats": 1, "runs": 1, "warmup": 1, "threads": 2}
     report = pipeline.run(parse_recipe(raw), tmp_path / "run", Store(tmp_path / "store"), Console(file=io.StringIO()))
     assert not report.failures, report.failures
     figures = {found.subject.name: summary(found) for found in report.accuracy}

@@ -77,11 +77,16 @@ def method(report: Report) -> list[str]:
             f"Latency: prompts of {lengths} tokens, {new} new tokens, {bench.get('repeats')} "
             f"measured runs after {bench.get('warmup')} warm-up runs, {bench.get('threads')} threads."
         )
-        if bench.get("runs"):
+        if (bench.get("runs") or 1) > 1:
             said.append(
                 f"All of it {bench['runs']} times in fresh processes; the noise floor is the repeatability limit of "
                 "ISO 5725-1 of their medians, and no verdict on latency is finer than it."
             )
+        said.append(
+            "A latency budget is judged by order statistics, which bound a percentile whatever the distribution, each "
+            "bound one-sided at 95 %; tokens of one generation count for fewer samples than they are (Kish's design "
+            "effect)."
+        )
     accuracy = measures.accuracy_budget(report)
     said.append(
         "Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds: Tango's score bounds for exact "
@@ -120,7 +125,13 @@ def _rows_in_words(report: Report, budget: measures.Judged) -> Iterator[str]:
     if shares and max(shares) > 0:
         margins = sorted({0.01, budget.max_loss})
         n_rows = len(reference.rows)
-        yield "; ".join(rows_in_words(n_rows, margin, max(shares), budget.confidence) for margin in margins) + "."
+        yield (
+            "; ".join(
+                rows_in_words(n_rows, margin, max(shares), budget.confidence, n_candidates=len(shares))
+                for margin in margins
+            )
+            + "."
+        )
 
 
 def stage_line(stage: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -167,6 +167,8 @@ BUDGETS = {
     "slot_f1 loss": Budget("loss", "Slot F1 loss", "points", 100.0, 2),
     "itl_ms p95": Budget("itl_p95", "ITL p95", "ms", 1.0, 2),
     "ttft_ms p95": Budget("ttft_p95", "TTFT p95", "ms", 1.0, 1),
+    "itl_ms p50": Budget("itl_p50", "ITL p50", "ms", 1.0, 2),
+    "ttft_ms p50": Budget("ttft_p50", "TTFT p50", "ms", 1.0, 1),
     "size_mb": Budget("size", "Size", "MB", 1.0, 1),
     "peak_memory_mb": Budget("memory", "Peak memory", "MB", 1.0, 0),
 }

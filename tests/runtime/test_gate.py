@@ -14,7 +14,7 @@ from edgetune.cli import app
 from edgetune.errors import DataError
 from edgetune.recipe import Budgets
 from edgetune.runtime import gate
-from edgetune.runtime.evidence import Verdict
+from edgetune.runtime.evidence import Report, Verdict
 from edgetune.runtime.report.write import dump_report
 from tests.report_sample import BUDGETS, sample_report
 
@@ -63,19 +63,47 @@ def test_csv_has_a_line_for_each_figure() -> None:
     assert all(row["unit"] and row["source"] for row in rows)
 
 
-@pytest.mark.parametrize(("limit", "code"), [(10_000, 1), (1, 1)])
-def test_the_verb_says_a_line_for_each_candidate(tmp_path: Path, limit: float, code: int) -> None:
-    (tmp_path / "report.json").write_text(dump_report(sample_report()), encoding="utf-8")
+def without_failures() -> Report:
+    report = sample_report()
+    finished = [verdict for verdict in report.verdicts if verdict.verdict != "failed"]
+    return report.model_copy(update={"verdicts": finished, "failures": []})
+
+
+@pytest.mark.parametrize(
+    ("report", "budgets", "code"),
+    [
+        (without_failures(), "{size_mb: 10000}", 0),
+        (without_failures(), "{size_mb: 1, ttft_ms_p95: 10000}", 3),
+        (without_failures(), "{size_mb: 10000, ttft_ms_p95: 10000}", 4),  # of ten first tokens none bounds p95
+        (without_failures(), "{size_mb: 10000, ttft_ms_p50: 10000}", 0),
+        (sample_report(), "{size_mb: 10000}", 1),
+        (sample_report(), "{size_mb: 1}", 1),
+    ],
+)
+def test_the_verb_says_a_line_for_each_candidate(report: Report, budgets: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(dump_report(report), encoding="utf-8")
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"name: r\nbase: b\ndata: {{train: t, heldout: h}}\nbudgets: {{size_mb: {limit}}}\n"
+        f"name: r\nbase: b\ndata: {{train: t, heldout: h}}\nbudgets: {budgets}\n"
         "candidates: {q8: {export: {gguf: {type: Q8_0}}}}\n"
     )
     done = CliRunner().invoke(
         app, ["gate", str(tmp_path), "--recipe", str(recipe), "--junit", str(tmp_path / "j.xml"),
               "--csv", str(tmp_path / "f.csv")],
     )  # fmt: skip
-    assert done.exit_code == code, done.output  # one candidate of the sample failed
-    assert len(done.output.strip().splitlines()) == len(sample_report().verdicts)
+    assert done.exit_code == code, done.output
+    assert len(done.output.strip().splitlines()) == len(report.verdicts)
     assert (tmp_path / "j.xml").stat().st_size
     assert (tmp_path / "f.csv").stat().st_size
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_verb_without_a_recipe_repeats_the_run_s_own_verdicts(tmp_path: Path, seed: int) -> None:
+    """Nothing in a verdict is drawn, so neither the seed of the run nor that of the gate can change one."""
+    made = without_failures()
+    report = made.model_copy(update={"recipe": made.recipe | {"seed": seed}})
+    (tmp_path / "report.json").write_text(dump_report(report), encoding="utf-8")
+    done = CliRunner().invoke(app, ["gate", str(tmp_path)])
+    assert done.exit_code == 3, done.output
+    said = [f"{verdict.candidate}: {verdict.verdict}. {verdict.reason}" for verdict in report.verdicts]
+    assert done.output.splitlines() == said

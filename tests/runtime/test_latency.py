@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from edgetune.runtime.worker import Job, Worker
 from tests.fakes import fake_job
 
 pytestmark = pytest.mark.usefixtures("fakes_in_child")
-BENCH = Bench(prompt_tokens=[4, 9], new_tokens=5, threads=1, repeats=3, warmup=1, case_timeout_s=30)
+BENCH = Bench(prompt_tokens=[4, 9], new_tokens=5, threads=1, repeats=3, runs=1, warmup=1, case_timeout_s=30)
 PROMPTS = make_prompts(range(3, 30), [4, 9])
 
 
@@ -66,7 +67,7 @@ def test_candidates_are_measured_side_by_side_and_failures_are_rows() -> None:
     case = slow.cases[0]
     assert 30 <= case_interval(case, "ttft_ms", 50).value < 200
     assert 10 <= case_interval(case, "itl_ms", 50).value < 100
-    assert case_interval(case, "tpot_ms", 50).low >= 10
+    assert case_interval(case, "tpot_ms", 50).value >= 10
     with pytest.raises(UsageError, match="unknown figure 'speed'"):
         case_interval(case, "speed", 50)
     assert case_interval(fast.cases[0], "itl_ms", 50).value < case_interval(case, "itl_ms", 50).value
@@ -108,7 +109,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
 
 
 def test_every_candidate_does_the_same_work_in_an_order_drawn_each_round(scripted: type[Scripted]) -> None:
-    bench = Bench(prompt_tokens=[4, 9], new_tokens=5, repeats=12, warmup=2)
+    bench = Bench(prompt_tokens=[4, 9], new_tokens=5, repeats=12, runs=1, warmup=2)
     measure([fake_job("a"), fake_job("b"), fake_job("c")], bench, PROMPTS, seed=3)
     measured = scripted.asked[-12 * 6 :]
     rounds = [[turn[:2] for turn in measured[n : n + 6]] for n in range(0, 72, 6)]
@@ -122,7 +123,7 @@ def test_every_candidate_does_the_same_work_in_an_order_drawn_each_round(scripte
 
 
 def test_warming_up_goes_on_until_steady_and_no_longer_than_its_bound(scripted: type[Scripted]) -> None:
-    bench = Bench(prompt_tokens=[4], new_tokens=5, repeats=2, warmup=2)
+    bench = Bench(prompt_tokens=[4], new_tokens=5, repeats=2, runs=1, warmup=2)
     prompts = {4: PROMPTS[4]}
     scripted.tokens_ms = iter([9.0, 8.0, 7.0, 6.0, 5.0, 5.1, 5.0, 5.0])
     (found,) = measure([fake_job()], bench, prompts)
@@ -175,11 +176,11 @@ def test_percentiles_leave_warm_ups_out() -> None:
     case = LatencyCase(prompt_tokens=4, new_tokens=3, generations=generations)
     assert case_interval(case, "ttft_ms", 50) == (12, 10, 14)
     assert case_interval(case, "itl_ms", 50).value == 2
-    assert case_interval(case, "tpot_ms", 95) == (2, 2, 2)
+    assert case_interval(case, "tpot_ms", 95) == (2, 2, math.inf)
 
 
 def test_a_real_model_is_measured(tiny_model: Artifact) -> None:
-    bench = Bench(prompt_tokens=[8], new_tokens=4, repeats=2, warmup=1)
+    bench = Bench(prompt_tokens=[8], new_tokens=4, repeats=2, runs=1, warmup=1)
     (found,) = measure([Job.of("tiny", tiny_model, n_threads=1)], bench, make_prompts(range(3, 50), [8]))
     assert isinstance(found, Latency)
     assert found.subject.size_bytes == tiny_model.size_bytes

@@ -18,7 +18,7 @@ from edgetune.runtime.statistics import repeatability
 from edgetune.runtime.verdict import judge
 from tests.fakes import fake_job
 
-BENCH = Bench(prompt_tokens=[4, 9], new_tokens=5, threads=1, repeats=2, warmup=1, case_timeout_s=20)
+BENCH = Bench(prompt_tokens=[4, 9], new_tokens=5, threads=1, repeats=2, runs=1, warmup=1, case_timeout_s=20)
 PROMPTS = make_prompts(range(3, 30), [4, 9])
 
 
@@ -283,9 +283,10 @@ def test_each_kind_of_failure_is_a_row_and_the_others_go_on() -> None:
     assert [lost.artifact_digest for lost in broken if isinstance(lost, Failure)] == [j.artifact_digest for j in jobs]
 
 
-def repeated(medians: list[float]) -> LatencyCase:
+def repeated(medians: list[float], n: int = 2) -> LatencyCase:
+    """A case whose runs of n generations each have these medians."""
     generations = [
-        Generation(ttft_ms=5, itl_ms=[m] * 4, warmup=False, run=run) for run, m in enumerate(medians) for _ in "ab"
+        Generation(ttft_ms=5, itl_ms=[m] * 4, warmup=False, run=run) for run, m in enumerate(medians) for _ in range(n)
     ]
     return LatencyCase(prompt_tokens=4, new_tokens=5, generations=generations, steady=True)
 
@@ -294,13 +295,16 @@ def test_no_verdict_is_finer_than_the_noise_floor() -> None:
     assert noise_floor(repeated([10.0]), "itl_ms") is None
     floor = noise_floor(repeated([10.0, 10.4, 9.8]), "itl_ms")
     assert floor == pytest.approx(repeatability([10.0, 10.4, 9.8]))
-    (quiet,) = measure_of(repeated([10.0, 10.4, 9.8]))
+    (quiet,) = measure_of(repeated([10.0, 10.4, 9.8], 60))
     sharp = judge("q4", Budgets(itl_ms_p95=11.0), latency=quiet)
     assert sharp.verdict == "inconclusive"
     assert "runs differ by" in sharp.reason
     assert judge("q4", Budgets(itl_ms_p95=20.0), latency=quiet).verdict == "ship"
-    (once,) = measure_of(repeated([10.4]))
-    assert judge("q4", Budgets(itl_ms_p95=11.0), latency=once).verdict == "ship"
+    (once,) = measure_of(repeated([10.4], 180))
+    for limit in (1.0, 11.0, 1000.0):  # a floor that is not known is not zero
+        found = judge("q4", Budgets(itl_ms_p95=limit), latency=once)
+        assert found.verdict == "inconclusive"
+        assert "one run has no noise floor" in found.reason
 
 
 def measure_of(case: LatencyCase) -> list[Latency]:

@@ -40,9 +40,13 @@ def accuracy(exact: list[bool], *, workload: str = "rows", slots: bool = False) 
     return Accuracy(subject=SUBJECT, workload=workload, rows=rows, text=None, seconds=1, load=IDLE)
 
 
-def latency(itl: list[float], *, load: Load = IDLE, steady: bool = True, long: list[float] | None = None) -> Latency:
+def latency(
+    itl: list[float], *, load: Load = IDLE, steady: bool = True, long: list[float] | None = None, runs: int = 2
+) -> Latency:
     def case(n: int, values: list[float]) -> LatencyCase:
-        generations = [Generation(ttft_ms=10 * v, itl_ms=[v, v], warmup=False) for v in values]
+        generations = [
+            Generation(ttft_ms=10 * v, itl_ms=[v, v], warmup=False, run=i % runs) for i, v in enumerate(values)
+        ]
         generations.insert(0, Generation(ttft_ms=9999, itl_ms=[9999, 9999], warmup=True))
         return LatencyCase(prompt_tokens=n, new_tokens=3, generations=generations, steady=steady)
 
@@ -57,7 +61,7 @@ def test_all_budgets_hold() -> None:
         accuracy=AccuracyBudget(max_loss=0.02), itl_ms_p95=25, ttft_ms_p95=300, size_mb=120, peak_memory_mb=400
     )
     right = accuracy([True] * 300)
-    found = judge("q4", budgets, size_bytes=100_000_000, accuracy=right, reference=right, latency=latency([20.0] * 5))
+    found = judge("q4", budgets, size_bytes=100_000_000, accuracy=right, reference=right, latency=latency([20.0] * 60))
     assert found.verdict == "ship"
     assert found.reason == "All 5 budgets hold."
     assert [check.budget for check in found.checks] == [
@@ -164,17 +168,32 @@ def test_rows_must_be_the_same() -> None:
 @pytest.mark.parametrize(
     ("measured", "verdict", "said"),
     [
-        (latency([20.0] * 5), "ship", ""),
+        (latency([20.0] * 60), "ship", ""),
         (
-            latency([30.0] * 5),
+            latency([30.0] * 60),
             "do not ship",
-            "itl_ms p95 is 30 ms (30 to 30, 5 generations, prompts of 32 tokens), above",
+            "itl_ms p95 is 30 ms (30 to 30 at 95% on either side, 60 generations, prompts of 32 tokens; runs differ by "
+            "0.0% by chance), above 25 ms.",
         ),
-        (latency([20.0] * 5, long=[40.0] * 5), "do not ship", "prompts of 256 tokens"),  # the worst length counts
-        (latency([20.0, 22, 24, 26, 28]), "inconclusive", "too close to 25 ms to tell; more repeats"),
-        (latency([20.0] * 5, load=BUSY), "inconclusive", "other processes used 23% of the machine"),
-        (latency([30.0] * 5, load=BUSY), "inconclusive", "other processes used 23% of the machine"),
-        (latency([30.0] * 5, steady=False), "do not ship", "; its warm-ups never became steady."),
+        (latency([20.0] * 60, long=[40.0] * 60), "do not ship", "prompts of 256 tokens"),  # the worst length counts
+        (latency([20.0] * 60, long=[15.0] * 5), "inconclusive", "prompts of 256 tokens"),  # not the slowest
+        (
+            latency([20.0] * 5),
+            "inconclusive",
+            "(20 or more at 95% on either side, 5 generations, prompts of 32 tokens; runs differ by 0.0% by chance), "
+            "which does not tell on which side of 25 ms it is; 30 generations would decide.",
+        ),
+        (latency([20.0] * 57 + [30.0] * 3), "inconclusive", "; no number of generations would decide."),
+        (
+            latency([20.0, 23.0] * 30),
+            "inconclusive",
+            "too close to 25 ms to tell from chance; more runs would narrow it.",
+        ),
+        (latency([20.0] * 60, runs=1), "inconclusive", "but one run has no noise floor; set bench.runs to 2 or more."),
+        (latency([30.0] * 60, runs=1), "inconclusive", "but one run has no noise floor; set bench.runs to 2 or more."),
+        (latency([20.0] * 60, load=BUSY), "inconclusive", "other processes used 23% of the machine"),
+        (latency([30.0] * 60, load=BUSY), "inconclusive", "other processes used 23% of the machine"),
+        (latency([30.0] * 60, steady=False), "do not ship", "; its warm-ups never became steady."),
         (None, "inconclusive", "itl_ms p95 was not measured"),
     ],
 )
@@ -184,6 +203,17 @@ def test_timings_are_judged_by_the_worst_case_and_not_on_a_busy_machine(
     found = judge("q4", Budgets(itl_ms_p95=25), latency=measured)
     assert found.verdict == verdict
     assert said in found.reason
+
+
+@pytest.mark.parametrize(("key", "enough"), [("ttft_ms_p95", 59), ("ttft_ms_p50", 5)])
+def test_a_percentile_is_held_to_a_limit_by_no_fewer_generations_than_tell(key: str, enough: int) -> None:
+    """The chance that all of n generations lie below a percentile that is above the limit is q^n."""
+    budgets = Budgets.model_validate({key: 300})
+    few, many = (judge("q4", budgets, latency=latency([20.0] * n)) for n in (enough - 1, enough))
+    assert (few.verdict, many.verdict) == ("inconclusive", "ship")
+    assert few.reason.endswith(f"; {enough} generations would decide.")
+    assert few.checks[0].high is None
+    assert many.checks[0].high == 200
 
 
 def test_bytes_are_judged_even_on_a_busy_machine() -> None:
