@@ -192,6 +192,7 @@ class Reward(Closed):
         return exactly_one(self)
 
 
+PAIRED = ("dpo", "ipo", "orpo")  # a row is a chosen and a rejected answer
 PREFER_READS: dict[str, tuple[str, ...]] = {
     "max_length": ("dpo", "ipo", "kto", "orpo"),
     **dict.fromkeys(("rewards", "generations", "max_new_tokens", "temperature"), ("grpo",)),
@@ -225,6 +226,7 @@ class Prefer(Closed):
     warmup_ratio: Share = 0.05
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     save_steps: Count = Field(50, description="optimizer steps between checkpoints")
+    gradient_checkpointing: bool = Field(False, exclude_if=_unset, description="as adapt.gradient_checkpointing")
     report_to: list[Logger] = ["tensorboard"]
 
     @model_validator(mode="after")
