@@ -80,13 +80,17 @@ def plan(
     ] = None,
     memory_gb: Annotated[float | None, typer.Option(min=0.1, help="with --shape: memory that it must fit into")] = None,
     device: Annotated[str, typer.Option(help="with --shape: cuda or cpu")] = "cuda",
+    gflops: Annotated[
+        float | None, typer.Option(min=0.1, help="with --shape: matrix products of a device that is not here, GFLOP/s")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="with --shape: rows to train on once, for the time")] = None,
 ) -> None:
     """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
     terminal.quiet()
     from rich.table import Table
 
     if shape is not None:
-        _plan_shape(shape, recipe, memory_gb, device)
+        _plan_shape(shape, recipe, memory_gb, device, gflops, rows)
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe, or --shape with the config.json of a model")
@@ -122,18 +126,26 @@ def plan(
         console.print(f"accuracy: {said}")
 
 
-def _plan_shape(shape: Path, recipe: Path | None, memory_gb: float | None, device: str) -> None:
+def _plan_shape(
+    shape: Path, recipe: Path | None, memory_gb: float | None, device: str, gflops: float | None, rows: int | None
+) -> None:
     from rich.table import Table
 
+    from edgetune.estimate import spoken
     from edgetune.recipe import load_recipe
     from edgetune.shape_plan import read_shape, shape_plan
 
     table = Table("Method", "How", box=None, pad_edge=False)
-    table.add_column("Memory, about", justify="right")
+    for column in ("Memory, about", "A step, about", "All, about")[: None if rows or recipe else 2]:
+        table.add_column(column, justify="right")
     loaded = load_recipe(recipe) if recipe is not None else None
-    for way in shape_plan(read_shape(shape), loaded, memory_gb, device):
+    for way in shape_plan(read_shape(shape), loaded, memory_gb, device, gflops, rows):
         memory = f"{way.peak_gb:.1f} GB" if way.peak_gb is not None else "does not fit"
-        table.add_row(way.method, way.how, memory)
+        step = "not known here (--gflops tells)"
+        if way.step_s is not None:
+            step = f"{way.step_s:.2g} s" if way.step_s < 10 else spoken(way.step_s)
+        times = [step, spoken(way.all_s) if way.all_s is not None else ""] if way.peak_gb is not None else []
+        table.add_row(way.method, way.how, memory, *times[: len(table.columns) - 3])
     terminal.console().print(table, highlight=False)
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import workload
-from edgetune.artifact import Store
+from edgetune.artifact import Artifact, Store
 from edgetune.backends import require
 from edgetune.compress import chain
 from edgetune.data.checks import prompt_digest, refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.errors import EdgetuneError, RecipeError, UnsupportedError
-from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
+from edgetune.estimate import UNKNOWN, Cost, Counts, Estimator, Speeds, measured_stages
 from edgetune.graph import Graph, stage_names
 from edgetune.recipe import Candidate, Recipe
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
 from edgetune.task_work import check_task, guess_counts
-from edgetune.training_memory import said
+from edgetune.training_memory import Lengths, said
 
 EXPECTED_FLIPS = 0.03  # share of rows whose answer changes, before it was measured
 
@@ -145,7 +145,23 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         stages = Graph(recipe, base.identity, work).stages()
         states = [(name, store.get(made) is not None) for name, made in stages]
     states += [(name, None) for name in measured_stages(recipe)]
-    estimator = Estimator(recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks))
+    speeds, tasks = Speeds.measure(recipe.device), guess_counts(recipe.tasks)
+    estimator = Estimator(recipe, ready.model_config, train, heldout, speeds, tasks, _asked(recipe, base))
     adapt = recipe.adapt
     how = said(estimator.fitted(adapt)) if adapt is not None and adapt.memory_gb is not None else None
+    if adapt is not None and not dict(states)["adapt"]:
+        from edgetune.adapt import step_time
+
+        fitted = estimator.fitted(adapt)
+        measured = step_time.measure(fitted, ready.model_config, train.lengths, recipe.device)
+        estimator.step_s = measured.step_s(fitted)
     return [PlannedStage(name, done, estimator.cost(name), how if name == "adapt" else None) for name, done in states]
+
+
+def _asked(recipe: Recipe, base: Artifact | None) -> Lengths:
+    """Give the lengths of what `prefer` trains on."""
+    if recipe.prefer is None:
+        return UNKNOWN
+    from edgetune.adapt import preference
+
+    return preference.lengths_of(recipe.prefer, None if base is None else base.path)
