@@ -180,7 +180,12 @@ def _kept(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str,
 def module_bytes(method: str, shape: Shape, attended: int, device: str, b: int) -> float:
     """What a block that runs as modules keeps of a token for its backward; `attended` numbers are of attention."""
     s = shape
-    kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended)
+    if method == "ia3":  # frozen layers keep no input: activations, and what its factors multiply
+        kept = b * (s.Q + 4 * s.K + 4 * s.I + attended)
+    elif method == "prefix":  # padded rows, so torch's own attention
+        kept = b * (4 * s.Q + 3 * s.I)
+    else:
+        kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended)
     if b < 4:
         kept += 8 * s.C  # what a norm casts
     if method == "dora":  # peft's layer: each linear layer's input, and its outputs twice and more
