@@ -11,16 +11,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.models import CommandInfo
 
 from edgetune import terminal
 from edgetune.errors import EdgetuneError, UsageError
-
-if TYPE_CHECKING:
-    from edgetune.recipe import Recipe
 
 app = typer.Typer(
     help="Adapt a language model, make it small, export it, and prove what was gained and lost.",
@@ -73,84 +70,6 @@ def init(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, recipe_text(base))
     typer.echo(f"wrote {path}; put your rows into it, then: edgetune plan {path}")
-
-
-@app.command()
-def plan(
-    recipe: Annotated[Path | None, typer.Argument(help="recipe file (YAML)", show_default=False)] = None,
-    store: StoreFolder = DEFAULT_STORE,
-    shape: Annotated[
-        Path | None, typer.Option(help="config.json of any model: the memory that its training takes, no recipe needed")
-    ] = None,
-    memory_gb: Annotated[float | None, typer.Option(min=0.1, help="with --shape: memory that it must fit into")] = None,
-    device: Annotated[str | None, typer.Option(help="with --shape: cuda or cpu; cuda if absent")] = None,
-) -> None:
-    """Check a recipe and show its stages, which are done, and what time and memory each will take. Nothing is made."""
-    from edgetune.recipe import load_recipe
-
-    loaded = load_recipe(recipe) if recipe is not None else None
-    if shape is not None:
-        _plan_shape(shape, loaded, memory_gb, device or "cuda")
-        return
-    if loaded is None:
-        raise typer.BadParameter("give a recipe, or --shape with the config.json of a model")
-    for flag, given, key in (("--memory-gb", memory_gb, "adapt.memory_gb"), ("--device", device, "device")):
-        if given is not None:
-            raise UsageError(f"{flag} is read with --shape only; set {key} in {recipe}")
-    _plan_recipe(loaded, store)
-
-
-def _plan_recipe(recipe: Recipe, store: Path) -> None:
-    terminal.quiet()
-    from rich.table import Table
-
-    from edgetune import workload
-    from edgetune.artifact import Store
-    from edgetune.estimate import spoken
-    from edgetune.graph import why_not_run
-    from edgetune.plan import plan as make_plan
-    from edgetune.plan import rows_said
-
-    console, stages = terminal.console(), make_plan(recipe, Store(store))
-    table = Table("Stage", "State", box=None, pad_edge=False)
-    table.add_column("Time, about", justify="right")
-    table.add_column("Memory, about", justify="right")
-    for stage in stages:
-        state = {True: "done", False: "to do", None: "later"}[stage.done]
-        time, memory = "unknown", "unknown"
-        if stage.cost is not None:
-            time, memory = spoken(stage.cost.seconds), f"{stage.cost.memory_mib / 1024:.1f} GiB"
-        table.add_row(stage.name, state, "" if stage.done else time, memory)
-    console.print(workload.rows_line(recipe.data), highlight=False)
-    console.print(table)
-    for stage in stages:
-        if stage.how is not None:
-            console.print(f"{stage.name}: {stage.how}", highlight=False)
-    for name, candidate in recipe.candidates.items():
-        if (why := why_not_run(candidate)) is not None:
-            console.print(f"{name}: will be built, not run: {why}")
-    left = [stage.cost for stage in stages if not stage.done and stage.cost is not None]
-    if left:
-        total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
-        console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
-    else:
-        console.print("time and memory are not known for this architecture")
-    if (said := rows_said(recipe)) is not None:
-        console.print(f"accuracy: {said}")
-
-
-def _plan_shape(shape: Path, recipe: Recipe | None, memory_gb: float | None, device: str) -> None:
-    terminal.quiet()
-    from rich.table import Table
-
-    from edgetune.shape_plan import read_shape, shape_plan
-
-    table = Table("Method", "How", box=None, pad_edge=False)
-    table.add_column("Memory, about", justify="right")
-    for way in shape_plan(read_shape(shape), recipe, memory_gb, device):
-        memory = f"{way.peak_gb:.1f} GB" if way.peak_gb is not None else "does not fit"
-        table.add_row(way.method, way.how, memory)
-    terminal.console().print(table, highlight=False)
 
 
 @app.command()
@@ -357,7 +276,7 @@ def doctor() -> None:
     raise typer.Exit(1 if broken else 0)
 
 
-from edgetune import cli_bench, cli_data, cli_export  # noqa: E402, F401 - their verbs join the app above
+from edgetune import cli_bench, cli_data, cli_export, cli_plan  # noqa: E402, F401 - their verbs join the app above
 
 _ORDER = ("init", "plan", "run", "adapt", "compress", "export", "generate")  # of work; all others follow
 app.registered_commands.sort(key=lambda verb: [*_ORDER, _name(verb)].index(_name(verb)))

@@ -2,34 +2,32 @@
 
 Seconds are arithmetic divided by the speed of this machine's matrix products, which is measured, and by the share of
 that speed which each kind of stage reached in the committed run of the quickstart (`benchmarks/results`). They are
-good to a factor of two and a half on a machine of the same kind; `tests/test_estimate.py` holds them to that.
+good to a factor of two and a half on a machine of the same kind; `tests/test_estimate.py` holds them to that. Those of
+a step of `adapt` are better where they were measured (`adapt.step_time`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
+from edgetune.preference_memory import preference_bytes
 from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_export import Calibration
-from edgetune.recipe_training import LORA, Adapt, Prefer
-from edgetune.training_memory import RECOMPUTING, Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
-
-if TYPE_CHECKING:
-    import torch
+from edgetune.recipe_training import PAIRED, Adapt, Prefer
+from edgetune.training_memory import Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
+from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_step_seconds, step_seconds, steps_of
 
 # Share of the machine's matrix product speed that a stage reaches on its own arithmetic: of the speed in the dtype that
-# training computes in where it trains or walks, else of float32's.
-TRAINING, TORCH, CALIBRATING, SOLVING = 0.5, 0.3, 0.5, 0.15
-BLOCK_S = 0.017  # of one pass forward and back through a block: small operations, however few the rows
+# training computes in where it walks, else of float32's.
+TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 0.15
 SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
 DECODING = {
     "torch": 1.5,
@@ -87,29 +85,15 @@ class Speeds:
     training: float
 
     @classmethod
-    def measure(cls) -> Speeds:
-        """Measure this machine."""
+    def measure(cls, device: str) -> Speeds:
+        """Measure this machine: its CPU, which runs what is exported, and the device that trains."""
         import torch
 
         from edgetune.devices import compute_dtype
 
-        float32, dtype = matmul_gflops(torch.float32), compute_dtype("cpu")
-        return cls(float32, float32 if dtype == torch.float32 else matmul_gflops(dtype))
-
-
-def matmul_gflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Measure this machine's matrix product speed on all of torch's threads, in GFLOP/s."""
-    import torch
-
-    a, b = torch.randn(512, 768).to(dtype), torch.randn(768, 1024).to(dtype)
-    torch.mm(a, b)
-    times = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - began)
-    return 2 * 512 * 768 * 1024 / sorted(times)[len(times) // 2] / 1e9
+        float32, dtype = matmul_gflops(torch.float32), compute_dtype(device)
+        same = device == "cpu" and dtype == torch.float32
+        return cls(float32, float32 if same else matmul_gflops(dtype, device))
 
 
 UNKNOWN = Lengths(((0, 0),))
@@ -154,11 +138,13 @@ class Estimator:
 
     def __init__(
         self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, speeds: Speeds,
-        tasks: Counts = Counts(0, 0, 0), probe: Counts = Counts(0, 0, 0),
+        tasks: Counts = Counts(0, 0, 0), probe: Counts = Counts(0, 0, 0), asked: Lengths = UNKNOWN,
     ) -> None:  # fmt: skip
         self.recipe, self.sizes, self.speeds = recipe, Sizes.of(config), speeds
         self.shape, self._number_bytes = Shape.of(config), number_bytes(recipe.device)
         self.train, self.heldout, self.tasks, self.probe = train, heldout, tasks, probe
+        self.asked = asked  # the sequences of `prefer`
+        self.step_s: float | None = None  # of `adapt`, where it was measured
         self._along = {  # a candidate's model before its first step and after each
             name: [Sizes.of(one) for one in configs(candidate, config)] for name, candidate in recipe.candidates.items()
         }
@@ -223,38 +209,30 @@ class Estimator:
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)
 
-    def _training_seconds(self, flop: float, n_passes: float, sizes: Sizes) -> float:
-        return n_passes * sizes.n_layers * BLOCK_S + flop / (self.speeds.training * 1e9 * TRAINING)
-
     def _training(self, config: Adapt) -> Cost:
-        sizes = self.sizes
-        n_rows, n_tokens, n_labels = max(self.train.n_rows, 1), self.train.n_tokens, self.train.n_labels
-        passes = config.epochs if config.max_steps is None else config.max_steps * config.batch_size / n_rows
-        full = config.method == "full"
-        lora = config.r * sizes.lora_per_rank if config.method in LORA else 0
-        flop = passes * (n_tokens * ((6 if full else 4) * sizes.linear + 6 * lora) + 4 * n_labels * sizes.head)
-        config, device = self.fitted(config), self.recipe.device
-        passes *= n_rows / (config.micro_batch_size or config.batch_size)
-        flop *= RECOMPUTING if config.gradient_checkpointing else 1.0
+        config, n_rows, device = self.fitted(config), self.train.n_rows, self.recipe.device
+        aside = min(config.eval_rows, n_rows // 5)
+        steps = steps_of(config, max(n_rows - aside, 1))
+        one = self.step_s or step_seconds(config, self.shape, self.train.lengths, self.speeds.training, device)
+        forward = 1 / 3 if config.method == "full" else 1 / 2  # of a step: all that rows set aside take
+        watching = steps // min(config.eval_steps, steps) * aside / config.batch_size * forward
         memory = peak_bytes(config, self.shape, self.train.lengths, device, self._number_bytes)
-        return Cost(START_S + self._training_seconds(flop, passes, sizes), memory / MIB)
+        return Cost(START_S + (steps + watching) * one, memory / MIB)
 
     def fitted(self, config: Adapt) -> Adapt:
         """Give the way of training that is chosen for a memory budget. Raises RecipeError where none fits."""
         return fitted(config, self.shape, self.train.lengths, self.recipe.device, self._number_bytes)
 
     def _preference(self, config: Prefer) -> Cost:
-        """Rows are taken to be as long as training rows; a pair is two, and all but ORPO read each once more."""
-        answers = 1 if config.method in ("kto", "grpo") else 2
-        rows = config.train_rows or self.train.n_rows
-        steps = config.max_steps or ceil(config.epochs * rows * (config.generations if config.method == "grpo" else 1)
-                                         / config.batch_size)  # fmt: skip
-        as_adapt = Adapt(
-            method=config.adapter, r=config.r, max_steps=steps * answers, batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-        )  # fmt: skip
-        one = self._training(as_adapt)
-        return Cost(START_S + (one.seconds - START_S) * (1.0 if config.method == "orpo" else 1.5), one.memory_mib)
+        shape, lengths, device = self.shape, self.asked, self.recipe.device
+        answers = len(lengths.rows) / (2 if config.method in PAIRED else 1)
+        answers *= config.generations if config.method == "grpo" else 1
+        steps = config.max_steps or ceil(config.epochs * ceil(answers / config.batch_size))
+        one = preference_step_seconds(config, shape, lengths, self.speeds.training, device)
+        if config.method == "grpo":  # all answers of a step are sampled together
+            one += config.max_new_tokens * DECODING["torch"] * self.sizes.bytes_16 / MEMORY_BYTES_PER_S
+        memory = preference_bytes(config, shape, lengths, device, self._number_bytes)
+        return Cost(START_S + steps * one, memory / MIB)
 
     def _searching(self, config: Prune, sizes: Sizes) -> float:
         """Seconds of a greedy search: half of the blocks that are left, and the head, for each one that may go."""
@@ -286,7 +264,7 @@ class Estimator:
         logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
         weights = 16 * (sizes.linear + sizes.head)
         memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
-        return Cost(START_S + steps * sizes.n_layers * BLOCK_S + self._seconds(flop, TRAINING), memory)
+        return Cost(START_S + steps * sizes.n_layers * BLOCK_S["cpu"] + self._seconds(flop, SHARE), memory)
 
     def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts, *, gflops: float | None = None) -> Cost:
         """Score rows once, in float32 without `gflops`; a subject that is no candidate runs in torch."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import workload
-from edgetune.artifact import Store
+from edgetune.artifact import Artifact, Store
 from edgetune.backends import require
 from edgetune.compress import chain
 from edgetune.compress.architectures import SUPPORTED
@@ -15,7 +15,7 @@ from edgetune.data.checks import prompt_digest, refuse_few, refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.devices import check_device
 from edgetune.errors import EdgetuneError, UnsupportedError
-from edgetune.estimate import Cost, Counts, Estimator, Speeds, measured_stages
+from edgetune.estimate import UNKNOWN, Cost, Counts, Estimator, Speeds, measured_stages
 from edgetune.graph import Graph, learns_rows, stage_names, why_not_run
 from edgetune.hub import is_hub_id
 from edgetune.progress import Report, silent
@@ -24,7 +24,7 @@ from edgetune.recipe_tasks import OF_FLIPS
 from edgetune.runtime.statistics import rows_in_words
 from edgetune.sources import Source, find
 from edgetune.task_work import check_task, guess_counts, probe_task
-from edgetune.training_memory import said
+from edgetune.training_memory import Lengths, said
 
 EXPECTED_FLIPS = 0.03  # share of rows whose answer changes, before it was measured
 
@@ -169,11 +169,26 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     states += [(name, None) for name in measured_stages(recipe)]
     if ready.model_config.get("model_type") not in SUPPORTED:
         return [PlannedStage(name, done, None) for name, done in states]
-    probe = probe_task(recipe)
+    probe, speeds = probe_task(recipe), Speeds.measure(recipe.device)
     estimator = Estimator(
-        recipe, ready.model_config, train, heldout, Speeds.measure(), guess_counts(recipe.tasks),
-        guess_counts([probe] if probe is not None else []),
+        recipe, ready.model_config, train, heldout, speeds, guess_counts(recipe.tasks),
+        guess_counts([probe] if probe is not None else []), _asked(recipe, base),
     )  # fmt: skip
     adapt = recipe.adapt
     how = said(estimator.fitted(adapt)) if adapt is not None and adapt.memory_gb is not None else None
+    if adapt is not None and not dict(states)["adapt"]:
+        from edgetune.adapt import step_time
+
+        fitted = estimator.fitted(adapt)
+        measured = step_time.measure(fitted, ready.model_config, train.lengths, recipe.device)
+        estimator.step_s = measured.step_s(fitted)
     return [PlannedStage(name, done, estimator.cost(name), how if name == "adapt" else None) for name, done in states]
+
+
+def _asked(recipe: Recipe, base: Artifact | None) -> Lengths:
+    """Give the lengths of what `prefer` trains on."""
+    if recipe.prefer is None:
+        return UNKNOWN
+    from edgetune.adapt import preference
+
+    return preference.lengths_of(recipe.prefer, None if base is None else base.path)

@@ -193,6 +193,7 @@ class Reward(Closed):
         return exactly_one(self)
 
 
+PAIRED = ("dpo", "ipo", "orpo")  # a row is a chosen and a rejected answer
 PREFER_READS: dict[str, tuple[str, ...]] = {
     "max_length": ("dpo", "ipo", "kto", "orpo"),
     **dict.fromkeys(("rewards", "generations", "max_new_tokens", "temperature"), ("grpo",)),
@@ -251,6 +252,7 @@ class Prefer(Closed):
         None, exclude_if=_unset,
         description="as adapt.merge; auto measures on rows of data.train that adapt set aside, else on 64 of them",
     )  # fmt: skip
+    gradient_checkpointing: bool = Field(False, exclude_if=_unset, description="as adapt.gradient_checkpointing")
     report_to: list[Logger] = ["tensorboard"]
 
     @property

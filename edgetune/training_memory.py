@@ -79,6 +79,12 @@ class Lengths:
     def of(cls, rows: Sequence[tuple[int, int]], shared: int = 0) -> Lengths:
         return cls(tuple(sorted(rows, reverse=True)), shared)
 
+    @property
+    def mean(self) -> tuple[float, float]:
+        """Give own tokens and labels of the mean row."""
+        n = len(self.rows)
+        return sum(tokens for tokens, _ in self.rows) / n, sum(labels for _, labels in self.rows) / n
+
     def most(self, n_rows: int) -> tuple[int, int, int]:
         """Give tokens and labels of the `n_rows` longest rows together, and tokens of the longest."""
         rows = self.rows[:n_rows]
@@ -115,10 +121,12 @@ def peak_bytes(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: in
     micro = config.micro_batch_size or config.batch_size
     at_once = min(EVAL_ROWS, micro) if config.memory_gb is not None else EVAL_ROWS
     watched = min(at_once, config.eval_rows)
-    held = _held(config, shape, b)
+    held = held_bytes(config, shape, b)
     tokens, labels, _ = lengths.most(watched)
-    watching = max(_block(shape, tokens, b), float(labels * shape.V * (b + 8)))  # logits, in float32, their logarithms
-    backward, gradients = _backward(config, shape, lengths.most(micro), device, b), 4.0 * _trained(config, shape)
+    watching = max(
+        block_bytes(shape, tokens, b), float(labels * shape.V * (b + 8))
+    )  # logits, in float32, their logarithms
+    backward, gradients = _backward(config, shape, lengths.most(micro), device, b), 4.0 * trained_numbers(config, shape)
     # What is kept goes as gradients come, but for those that earlier rows of the step left.
     working = max(backward + gradients if micro < config.batch_size else max(backward, gradients), watching)
     kernels = kernel_bytes(config, lengths, device, b)
@@ -133,9 +141,9 @@ def kernel_bytes(config: Adapt, lengths: Lengths, device: str, b: int) -> float:
     return float(LENGTH_BYTES * min(n_lengths, config.max_steps or n_lengths))
 
 
-def _held(config: Adapt, shape: Shape, b: int) -> float:
+def held_bytes(config: Adapt, shape: Shape, b: int) -> float:
     """Weights, and of what is trained AdamW's moments."""
-    trained = 12.0 * _trained(config, shape)
+    trained = 12.0 * trained_numbers(config, shape)
     if config.method == "full":
         # A pull holds the base, what is off from it and its squares; ewc also the weight of each square.
         pull = (16 if config.ewc else 0) or (8 if config.l2 else 0)
@@ -144,7 +152,7 @@ def _held(config: Adapt, shape: Shape, b: int) -> float:
     return linear * shape.linear + b * shape.embeddings + trained
 
 
-def _trained(config: Adapt, shape: Shape) -> int:
+def trained_numbers(config: Adapt, shape: Shape) -> int:
     """How many numbers are trained."""
     if config.method == "full":
         return shape.weights
@@ -156,7 +164,7 @@ def _backward(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: 
     tokens, labels, _ = batch
     kept = _kept(config, shape, batch, device, b)
     blocks = shape.n_layers * shape.C * b * tokens + kept if config.gradient_checkpointing else shape.n_layers * kept
-    return blocks + max(_block(shape, tokens, b), float(labels * shape.V * (b + LOSS_BYTES)))
+    return blocks + max(block_bytes(shape, tokens, b), float(labels * shape.V * (b + LOSS_BYTES)))
 
 
 def _kept(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str, b: int) -> float:
@@ -166,16 +174,27 @@ def _kept(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str,
     attended = s.n_heads * longest if by_products else s.Q
     if s.fused and config.method in ("qlora", "lora", "rslora") and not config.dropout:
         return float(tokens * b * (4 * s.C + 2 * s.Q + 2 * s.K + 3 * s.I + 7 * config.r + attended))
-    kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended)
+    return tokens * module_bytes(config.method, s, attended, device, b)
+
+
+def module_bytes(method: str, shape: Shape, attended: int, device: str, b: int) -> float:
+    """What a block that runs as modules keeps of a token for its backward; `attended` numbers are of attention."""
+    s = shape
+    if method == "ia3":  # frozen layers keep no input: activations, and what its factors multiply
+        kept = b * (s.Q + 4 * s.K + 4 * s.I + attended)
+    elif method == "prefix":  # padded rows, so torch's own attention
+        kept = b * (4 * s.Q + 3 * s.I)
+    else:
+        kept = b * (8 * s.C + 4 * s.Q + 4 * s.K + 5 * s.I + attended)
     if b < 4:
         kept += 8 * s.C  # what a norm casts
-    if config.method == "dora":  # peft's layer: each linear layer's input, and its outputs twice and more
+    if method == "dora":  # peft's layer: each linear layer's input, and its outputs twice and more
         inputs, outputs = 5 * s.C + s.Q + s.I, s.Q + 2 * s.K + 2 * s.C + 2 * s.I
         kept += 2 * inputs + outputs if device.startswith("cuda") else 4 * inputs + 9 * outputs  # 16 bits, or 32
-    return float(tokens * kept)
+    return float(kept)
 
 
-def _block(shape: Shape, tokens: int, b: int) -> float:
+def block_bytes(shape: Shape, tokens: int, b: int) -> float:
     """What a block works on beside what it keeps: the gradients of its widest part, and one dequantized weight."""
     return float(b * (tokens * (6 * shape.I + 4 * shape.C) + 2 * shape.I * shape.C))
 

@@ -46,18 +46,22 @@ def tiny_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def make_tiny_model(out: Path, *, seed: int = 0, tie: bool = True, layers: int = 2, hidden: int = 64) -> Artifact:
+def make_tiny_model(
+    out: Path, *, seed: int = 0, tie: bool = True, layers: int = 2, hidden: int = 64, heads: tuple[int, int] = (4, 2),
+    vocabulary: int = 512,
+) -> Artifact:  # fmt: skip
     """Write a random Llama (2 layers, hidden 64, 4 heads, 2 key/value heads) as a `model` artifact."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=512, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tie,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=512,
+        tie_word_embeddings=tie,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
-    made_from = {"tiny": seed, "tie": tie, "layers": layers, "hidden": hidden}
+    made_from = {"tiny": seed, "tie": tie, "layers": layers, "hidden": hidden, "vocabulary": vocabulary}
     with draft(out, kind="model", stage="source/1", config=made_from) as pending:
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from edgetune import estimate
 from edgetune.data.formats import read_rows
 from edgetune.estimate import Counts, Estimator, Speeds
 from edgetune.recipe import Recipe, parse_recipe
+from edgetune.training_memory import Lengths
 
 REPO = Path(__file__).resolve().parents[1]
 RESULT = json.loads((REPO / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
@@ -89,9 +90,30 @@ def test_a_slower_machine_takes_longer() -> None:
 
 
 def test_the_speed_of_the_machine_is_measured() -> None:
-    found = Speeds.measure()
+    found = Speeds.measure("cpu")
     assert found.float32 > 0.1
     assert found.training > 0.1
+
+
+def test_a_measured_step_is_what_training_takes() -> None:
+    raw = json.loads(json.dumps(RESULT["recipe"]))
+    raw["adapt"] |= {"max_steps": 100, "eval_steps": 50, "eval_rows": 64, "batch_size": 8}
+    found = estimator(parse_recipe(raw))
+    found.step_s = 3.0
+    # Sixteen batches are read twice, forward only.
+    assert found.cost("adapt").seconds == pytest.approx(estimate.START_S + (100 + 2 * 8 / 2) * 3.0)
+
+
+def test_preference_training_is_told_from_its_own_rows(tmp_path: Path) -> None:
+    raw = json.loads(json.dumps(RESULT["recipe"]))
+    raw["prefer"] = {"method": "dpo", "train": "pairs.jsonl", "max_steps": 10}
+    recipe = parse_recipe(raw)
+    short, long = (
+        Estimator(recipe, SMOLLM2, Counts(0, 0, 0), Counts(0, 0, 0), SPEEDS, asked=Lengths.of([(n, 8)] * 32))
+        for n in (64, 128)
+    )
+    assert long.cost("prefer").memory_mib > short.cost("prefer").memory_mib + 500
+    assert long.cost("prefer").seconds > short.cost("prefer").seconds
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(2, "5 s"), (52, "55 s"), (61, "2 min"), (6000, "1.7 h")])

@@ -29,6 +29,7 @@ from edgetune.devices import has_fast_bfloat16
 from edgetune.errors import DataError
 from edgetune.progress import Report, silent
 from edgetune.recipe_training import Prefer
+from edgetune.training_memory import Lengths
 
 STAGE = "adapt.prefer/2"
 WATCHED = {"loss": "loss", "pair_accuracy": "rewards/accuracies", "reward": "reward"}  # as trl calls them
@@ -160,12 +161,35 @@ def _split(
     return aside, train, fallbacks
 
 
+def lengths_of(config: Prefer, base: Path | None) -> Lengths:
+    """Give tokens and answer's tokens of every sequence that is trained on, sampled answers at their longest.
+
+    Guessed from characters, four a token, where the `base` is not here.
+    """
+    rows = [row for example in read(config) for row in example.rows]
+    if base is None:
+        found = [
+            (sum(len(text) // 4 + 6 for _, text in row.messages), len(row.messages[-1][1]) // 4 + 1) for row in rows
+        ]
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer, stop = AutoTokenizer.from_pretrained(base, local_files_only=True), Golden.read(base).stop_ids
+        rendered = [render(row, tokenizer, stop) for row in rows]
+        found = [(len(row.ids), len(row.ids) - row.start) for row in rendered]
+    if config.method == "grpo":
+        found = [(tokens - labels + config.max_new_tokens, config.max_new_tokens) for tokens, labels in found]
+    else:
+        found = [(min(tokens, config.max_length), labels) for tokens, labels in found]
+    return Lengths.of(found)
+
+
 def _fits(config: Prefer, pair: Sequence[Rendered]) -> bool:
     return config.method == "grpo" or all(len(row.ids) <= config.max_length for row in pair)
 
 
 def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -> dict[str, Any]:
-    """What every trainer of trl takes: a cosine schedule, sealed checkpoints, no bars, no gradient checkpointing."""
+    """What every trainer of trl takes: a cosine schedule, sealed checkpoints, no bars."""
     micro = config.micro_batch_size or config.batch_size
     answers = n_rows * (config.generations if config.method == "grpo" else 1)
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(answers / config.batch_size))
@@ -192,7 +216,8 @@ def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -
         "max_grad_norm": config.max_grad_norm,
         "bf16": not cpu and has_fast_bfloat16(device),
         "use_cpu": cpu,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "save_steps": every,
         "save_total_limit": 2,
         "logging_steps": 1,

@@ -93,7 +93,7 @@ def run(
             trainer = make_trainer(
                 CompletionTrainer, config, model, head, data, methods.make_optimizer(config, model), work=pending.work,
                 device=device, seed=seed, progress=progress, log_folder=log_folder,
-                pull=_pull(config, model, guarded, seed),
+                pull=pull_of(config, model, guarded, seed),
             )  # fmt: skip
             if config.memory_gb is not None:
                 at_once = min(training_memory.EVAL_ROWS, config.micro_batch_size or config.batch_size)
@@ -155,7 +155,9 @@ def _usual_bytes(config: Adapt, source: Artifact, rows: Sequence[Rendered], devi
     return predicted - training_memory.kernel_bytes(own, lengths, device, width) / 2
 
 
-def _pull(config: Adapt, model: nn.Module, guarded: Sequence[Sequence[int]], seed: int) -> Callable[[], Tensor] | None:
+def pull_of(
+    config: Adapt, model: nn.Module, guarded: Sequence[Sequence[int]], seed: int
+) -> Callable[[], Tensor] | None:
     """What holds the weights to the base, as far as the recipe asks for it."""
     pulls: list[Callable[[], Tensor]] = []
     if config.l2:

@@ -88,6 +88,21 @@ def test_the_first_loss_of_dpo_is_that_of_a_model_which_is_its_own_reference(
     assert made.manifest.notes["loss"][0][1] == pytest.approx(0.693147, abs=1e-4)  # log 2: no margin yet
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "grpo"])
+def test_gradient_checkpointing_changes_no_loss(
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, method: str
+) -> None:
+    changes: dict[str, Any] = {"max_steps": 2}
+    if method == "grpo":
+        changes |= {"rewards": [{"length": {"characters": 8}}], "generations": 2, "max_new_tokens": 4}
+    losses = []
+    for twice in (False, True):
+        config = configured(method, files, gradient_checkpointing=twice, **changes)
+        made = preference.run(config, tiny_model, tmp_path / str(twice), examples=preference.read(config))
+        losses.append([loss for _, loss in made.manifest.notes["loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
+
+
 def test_grpo_earns_more(tiny_model: Artifact, files: dict[str, str], tmp_path: Path) -> None:
     config = configured(
         "grpo", files, adapter="lora", rewards=[{"length": {"characters": 8}}], batch_size=16, generations=8,
