@@ -58,7 +58,5 @@ def cases(
             ]  # fmt: skip
             lengths = {c.new_tokens for c in latency.cases if c.prompt_tokens == case.prompt_tokens}
             name = f"{latency.subject.name}, {case.new_tokens} new" if len(lengths) > 1 else latency.subject.name
-            made.setdefault(case.prompt_tokens, []).append(
-                Case(name, case.prompt_tokens, waits, cells, lines, place)
-            )
+            made.setdefault(case.prompt_tokens, []).append(Case(name, case.prompt_tokens, waits, cells, lines, place))
     return dict(sorted(made.items(), reverse=True))
