@@ -183,10 +183,11 @@ def _rows(
         if not exact and i % 4 == 0:
             output = HOSTILE if i % 8 else HOSTILE_LINK
         counts = slot_counts(golds[i].gold if exact else output or "", golds[i].gold)
+        nll = float(rng.gamma(2.0, 0.05) + wrong * 1.3)
         n_agree = n - int(rng.random() < shift * 4)
         made.append(
             RowScore(
-                exact=exact, n_tokens=n, n_correct=n - wrong, nll=float(rng.gamma(2.0, 0.05) + wrong * 1.3),
+                exact=exact, n_tokens=n, n_correct=n - wrong, nll=nll,
                 kl=kl, kl_tokens=[kl / n] * n, n_agree=n_agree,
                 first_divergence=i % n if n_agree < n else None, output=output, slot_true_positives=counts[0],
                 slot_predicted=counts[1], slot_gold=counts[2],
