@@ -1,9 +1,10 @@
 """Kill a run at random moments and around every rename, run it again, and compare every byte that ships.
 
-    python benchmarks/kill.py            # 50 random moments, and before and after each rename
-    python benchmarks/kill.py --one-side # the same with one side of each rename, drawn
+    python benchmarks/kill.py            # 50 kills at random moments, and one before and one after each rename
+    python benchmarks/kill.py --one-side # the same with one side of each rename, drawn: half of them is left out
     python benchmarks/kill.py --quick    # 6 kills
 
+A random moment that comes after the run's end kills nothing and is drawn again until there are as many kills as asked.
 Each run is forked from a process that has imported torch, so that kills are spent on work and not on imports. Each kill
 has a store of its own. SIGKILL goes to the whole process group; engines run in sessions of their own and must end by
 themselves. Then the same command runs to its end with the same store. `lost` counts artifacts that were
@@ -283,7 +284,8 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
         renames = (folder / "whole" / "renames.log").read_text().splitlines()
         print(f"uninterrupted: {duration:.1f} s, {len(renames)} renames, {len(expected)} files", flush=True)
         kills: list[Kill] = []
-        pending = _moments(n_kills, n_renames, len(renames), duration, seed, one_side)
+        rng = random.Random(seed)
+        pending = _moments(rng, n_kills, n_renames, len(renames), duration, one_side=one_side)
 
         def one(numbered: tuple[int, Moment]) -> Kill:
             home = folder / f"kill-{numbered[0]}"
@@ -293,14 +295,18 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
 
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for kill in pool.map(one, enumerate(pending, 1)):
-                    kills.append(kill)
-                    print(f"{len(kills)}/{len(pending)} {kill.moment}: {kill.where}: {kill.outcome}", flush=True)
-                    for line in kill.lost + kill.different_bytes:
-                        print(f"    {line}", flush=True)
-                    load = {"before": load_before, "after": os.getloadavg(), "busy_share_before": busy_before}
-                    seconds = time.monotonic() - began
-                    write_text(out, _result(kills, duration, renames, expected, seed, jobs, load, seconds))
+                while pending:
+                    planned = len(kills) + len(pending)
+                    for kill in pool.map(one, enumerate(pending, len(kills) + 1)):
+                        kills.append(kill)
+                        print(f"{len(kills)}/{planned} {kill.moment}: {kill.where}: {kill.outcome}", flush=True)
+                        for line in kill.lost + kill.different_bytes:
+                            print(f"    {line}", flush=True)
+                        load = {"before": load_before, "after": os.getloadavg(), "busy_share_before": busy_before}
+                        asked = {"seed": seed, "jobs": jobs, "one_side": one_side}
+                        seconds = time.monotonic() - began
+                        write_text(out, _result(kills, duration, renames, expected, asked, load, seconds))
+                    pending = _drawn(rng, _missed(kills[-len(pending) :]), duration)
             except SystemExit:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(LIVE):
@@ -311,11 +317,20 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
     return 1 if totals["lost"] or totals["different_bytes"] else 0
 
 
+def _drawn(rng: random.Random, n: int, duration: float) -> list[Moment]:
+    return [Moment(seconds=round(rng.uniform(0, duration), 3)) for _ in range(n)]
+
+
+def _missed(kills: list[Kill]) -> int:
+    """Count random moments that came after a run had ended well."""
+    return sum(kill.moment.seconds is not None and kill.outcome == "ended before" and not kill.lost for kill in kills)
+
+
 def _moments(
-    n_kills: int, n_renames: int | None, found: int, duration: float, seed: int, one_side: bool
+    rng: random.Random, n_kills: int, n_renames: int | None, found: int, duration: float, *, one_side: bool
 ) -> list[Moment]:
-    rng = random.Random(seed)
-    moments = [Moment(seconds=round(rng.uniform(0, duration), 3)) for _ in range(n_kills)]
+    """Draw random moments, and sides of each of the renames that were found; before and after it, or one of both."""
+    moments = _drawn(rng, n_kills, duration)
     sides = ("before", "after")
     around = [Moment(rename=k, side=s) for k in range(found) for s in ([rng.choice(sides)] if one_side else sides)]
     if n_renames is not None and n_renames < len(around):
@@ -326,6 +341,7 @@ def _moments(
 def _totals(kills: list[Kill]) -> dict[str, int]:
     return {
         "kills": sum(kill.killed for kill in kills),
+        "at_random_moments": sum(kill.killed and kill.moment.seconds is not None for kill in kills),
         "ended_before": sum(not kill.killed for kill in kills),
         "lost": sum(len(kill.lost) for kill in kills),
         "different_bytes": sum(len(kill.different_bytes) for kill in kills),
@@ -334,16 +350,15 @@ def _totals(kills: list[Kill]) -> dict[str, int]:
 
 
 def _result(
-    kills: list[Kill], duration: float, renames: list[str], expected: dict[str, str], seed: int, jobs: int,
-    load: dict[str, Any], seconds: float,
+    kills: list[Kill], duration: float, renames: list[str], expected: dict[str, str],
+    asked: dict[str, Any], load: dict[str, Any], seconds: float,
 ) -> str:  # fmt: skip
     from edgetune.runtime.machine import describe
 
     found = {
         "benchmark": "kill",
         "totals": _totals(kills),
-        "seed": seed,
-        "jobs": jobs,
+        **asked,
         "seconds": round(seconds, 1),
         "uninterrupted_s": duration,
         "renames": renames,
@@ -368,7 +383,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="kills at random moments")
     parser.add_argument("--renames", type=int, help="kills around renames; all where absent")
-    parser.add_argument("--one-side", action="store_true", help="before or after each rename, drawn, not both")
+    parser.add_argument(
+        "--one-side", action="store_true", help="before or after each rename, drawn; leaves half of those kills out"
+    )
     parser.add_argument("--quick", action="store_true", help="3 random moments and 3 renames")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="kills at the same time, each with a store of its own")
