@@ -1,4 +1,4 @@
-"""The quickstart's recipe, shortened, on the real model: one candidate for every day, all engines where slow tests run."""
+"""The quickstart's recipe, shortened, on the real model: one candidate each day, all engines where slow tests run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_quickstart_is_a_whole_recipe() -> None:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
     """Run the quickstart with other numbers; gives the report and each subject's figures."""
     monkeypatch.chdir(ROOT)
-    raw["bench"] = {"prompt_tokens": [16], "new_tokens": 4, "repeats": 1, "warmup": 1, "threads": 2}
+    raw["bench"] = {"prompt_tokens": [16], "new_tokens": 4, "repeats": 1, "runs": 1, "warmup": 1, "threads": 2}
     report = pipeline.run(parse_recipe(raw), tmp_path / "run", Store(tmp_path / "store"), Console(file=io.StringIO()))
     assert not report.failures, report.failures
     return report, {found.subject.name: summary(found) for found in report.accuracy}
@@ -48,7 +48,7 @@ def quickstart() -> dict[str, Any]:
 @real_model
 def test_the_real_model_learns_ships_and_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = quickstart()
-    raw["data"] |= {"train_rows": 56, "heldout_rows": 6, "generated_rows": 1}
+    raw["data"] |= {"train_rows": 56, "heldout_rows": 6, "generated_rows": 1, "general_probe": None}
     raw["adapt"] |= {"eval_rows": 4, "max_steps": 6, "eval_steps": 6}
     monkeypatch.setattr(workload, "TEXT_ROWS", 1)
     raw["candidates"] = {"gguf-q8": raw["candidates"]["gguf-q8"]}
@@ -72,7 +72,6 @@ def test_the_real_model_goes_through_a_shortened_quickstart(tmp_path: Path, monk
     raw["adapt"] |= {"eval_rows": 8, "eval_steps": 10}
     del raw["candidates"]["gguf-q8"]
     raw["candidates"]["onnx-int4"]["compress"][0]["gptq"]["calibration"] = {"n_samples": 8, "n_tokens": 128}
-    raw["bench"] = {"prompt_tokens": [16], "new_tokens": 4, "repeats": 1, "runs": 1, "warmup": 1, "threads": 2}
     report, figures = run(tmp_path, monkeypatch, raw)
     base, reference = figures["base"], figures["reference"]
     assert base["exact_match"] <= 0.05
