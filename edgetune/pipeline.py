@@ -5,28 +5,26 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
-from edgetune import __version__, measure, sources, workload
+from edgetune import measure, sources, workload
 from edgetune.artifact import Artifact, Store, write_text
-from edgetune.commands import run_commands
 from edgetune.compress import moments
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.estimate import PROBE
 from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps, why_not_run
+from edgetune.outcome import Hop, Outcome
 from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.progress import reporting
 from edgetune.recipe import Candidate, Recipe
-from edgetune.runtime.accuracy import TIMEOUT_S, ScoredRow, seam, summary
+from edgetune.runtime.accuracy import TIMEOUT_S, ScoredRow
 from edgetune.runtime.engine import TokenRow
-from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, TaskScore, Verdict
-from edgetune.runtime.machine import describe
+from edgetune.runtime.evidence import Failure, Latency, Report, TaskScore
 from edgetune.runtime.report.write import write_report
 from edgetune.runtime.tasks import TaskWork
-from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 from edgetune.runtime.worker import Job
 from edgetune.sources import DOWNLOAD
 from edgetune.stages import Stages
@@ -48,18 +46,6 @@ def run(recipe: Recipe, folder: Path, store: Store, console: Console, *, measure
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
     return Pipeline(recipe, ready, Stages(store, folder, console), measure_again=measure_again).run()
-
-
-class Hop(NamedTuple):
-    """One line of the seam ledger: what was scored, and the artifact that holds its rows."""
-
-    name: str
-    evidence: Artifact
-    accuracy: Accuracy
-
-    @classmethod
-    def read(cls, name: str, evidence: Artifact) -> Hop:
-        return cls(name, evidence, measure.read_accuracy(evidence))
 
 
 class Pipeline:
@@ -221,39 +207,37 @@ class Pipeline:
         reference = self.score(self._job("reference", self.model), [self.model], generate=True, reference=None)
         _link(self.stages.folder / REFERENCE, reference.path)
         hops = [*self._hops_before(reference), Hop.read(self.trained.hop(self.recipe), reference)]
-        scored = {"reference": hops[-1].accuracy}
-        self.probe = self.score_probe()
-        tasks: list[TaskScore] = []
+        found = Outcome(self.recipe, self.stages, self.work, self.trained, hops, {"reference": hops[-1].accuracy})
+        found.probe = self.score_probe()
         if self.task_works:
-            tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
-        shipped: dict[str, Artifact] = {}
+            found.tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
         for name, candidate in self.recipe.candidates.items():
             made = self.build(name, candidate)
-            if made is None:
-                continue
-            hops += self._hops_of_steps(name, candidate, made, reference)
-            shipped[name] = artifact = made[-1] if made else self.model
-            _link(self.stages.folder / "candidates" / name, artifact.path)
-            if why_not_run(candidate) is not None:
-                continue
-            job = self._job(name, artifact)
-            evidence = self.stages.attempt(
-                name,
-                "accuracy",
-                lambda j=job, a=artifact: self.score(j, [a], generate=True, reference=reference),  # type: ignore[misc]
-            )
-            if evidence is not None:
-                hops.append(Hop.read(f"{name}: {last_hop(candidate)}", evidence))
-                scored[name] = hops[-1].accuracy
-            if self.task_works:
-                found = self.stages.attempt(
-                    name,
-                    "tasks",
-                    lambda j=job, a=artifact: self.score_tasks(j, a),  # type: ignore[misc]
-                )
-                tasks += measure.read_tasks(found) if found is not None else []
-        timed = self._time({n: a for n, a in shipped.items() if why_not_run(self.recipe.candidates[n]) is None})
-        return self._report(shipped, scored, tasks, hops, timed)
+            if made is not None:
+                found.hops += self._hops_of_steps(name, candidate, made, reference)
+                self._ship(name, candidate, made[-1] if made else self.model, reference, found)
+        run_here = {n: a for n, a in found.shipped.items() if why_not_run(self.recipe.candidates[n]) is None}
+        found.timed = self._time(run_here)
+        report = found.report()
+        write_report(report, self.stages.folder)
+        return report
+
+    def _ship(self, name: str, candidate: Candidate, artifact: Artifact, reference: Artifact, found: Outcome) -> None:
+        """Link what a candidate ships, and score it where this machine runs it."""
+        job = self._job(name, artifact)
+        found.shipped[name], found.sizes[name] = artifact, job.size_bytes
+        _link(self.stages.folder / "candidates" / name, artifact.path)
+        if why_not_run(candidate) is not None:
+            return
+        evidence = self.stages.attempt(
+            name, "accuracy", lambda: self.score(job, [artifact], generate=True, reference=reference)
+        )
+        if evidence is not None:
+            found.hops.append(Hop.read(f"{name}: {last_hop(candidate)}", evidence))
+            found.scored[name] = found.hops[-1].accuracy
+        if self.task_works:
+            asked = self.stages.attempt(name, "tasks", lambda: self.score_tasks(job, artifact))
+            found.tasks += measure.read_tasks(asked) if asked is not None else []
 
     def _job(self, name: str, artifact: Artifact, **settings: Any) -> Job:
         """The job of an artifact, in the engine that the recipe gives its candidate, else in the one that ships it.
@@ -310,109 +294,6 @@ class Pipeline:
             ),
         )
         return measure.read_latency(evidence)
-
-    def _report(
-        self,
-        shipped: dict[str, Artifact],
-        scored: dict[str, Accuracy],
-        tasks: list[TaskScore],
-        hops: list[Hop],
-        timed: list[Latency | Failure],
-    ) -> Report:
-        latencies = {found.subject.name: found for found in timed if isinstance(found, Latency)}
-        failures = self.stages.failures + [found for found in timed if isinstance(found, Failure)]
-        base = [hop.accuracy for hop in hops if hop.name == "base"] if self.model is not self.base else []
-        accuracy = [*base, *scored.values()]
-        held = {id(found) for found in accuracy}
-        report = Report(
-            name=self.recipe.name,
-            edgetune=__version__,
-            recipe=self.recipe.model_dump(mode="json"),
-            machine=describe(),
-            reference="reference",
-            accuracy=accuracy,
-            latency=list(latencies.values()),
-            seams=[
-                *self.trained.tried_merges(),
-                *(
-                    seam(name, found, evidence=f"{made.path.name}/{measure.ACCURACY}", reported=id(found) in held)
-                    for name, made, found in hops
-                ),
-            ],
-            verdicts=self._verdicts(shipped, scored, tasks, latencies, failures),
-            failures=failures,
-            artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},
-            commands={
-                name: run_commands(artifact, self.stages.folder / "candidates" / name)
-                for name, artifact in shipped.items()
-            },
-            warnings=[*self._warnings(scored, latencies), *self._fallbacks(shipped)],
-            stages=self.stages.done,
-            training=self.trained.notes(self.stages.folder),
-            texts=[
-                RowText(prompt=row.messages[-2][1] if row.messages else "", gold=scored_row.target_text)
-                for row, scored_row in zip(workload.heldout_rows(self.recipe.data), self.rows, strict=True)
-            ],
-            tasks=tasks,
-            probe=self.probe,
-        )
-        write_report(report, self.stages.folder)
-        return report
-
-    def _verdicts(
-        self,
-        shipped: dict[str, Artifact],
-        scored: dict[str, Accuracy],
-        tasks: list[TaskScore],
-        latencies: dict[str, Latency],
-        failures: list[Failure],
-    ) -> list[Verdict]:
-        budgets, names = self.recipe.budgets, list(self.recipe.candidates)
-        subjects = {
-            name: Scored(scored.get(name), {found.task: found for found in tasks if found.subject.name == name})
-            for name in ("reference", *names)
-        }
-        levels = accuracy_levels(budgets, {name: subjects[name] for name in names}, subjects["reference"])
-        return [
-            judge(
-                name, budgets, size_bytes=self._job(name, shipped[name]).size_bytes if name in shipped else None,
-                accuracy=scored.get(name), reference=scored["reference"], tasks=subjects[name].tasks,
-                reference_tasks=subjects["reference"].tasks, level=levels[name], latency=latencies.get(name),
-                failures=[failure for failure in failures if failure.subject == name],
-                not_run=self._not_run(name, shipped.get(name)),
-            )
-            for name in names
-        ]  # fmt: skip
-
-    def _not_run(self, name: str, artifact: Artifact | None) -> str | None:
-        why = why_not_run(self.recipe.candidates[name])
-        if why is None or artifact is None:
-            return None
-        place = self.stages.folder / "candidates" / name
-        return f"{why}. On the target: {run_commands(artifact, place)[0]}"
-
-    def _warnings(self, scored: dict[str, Accuracy], latencies: dict[str, Latency]) -> list[str]:
-        said = []
-        if self.work.n_too_long:
-            said.append(f"{self.work.n_too_long} training rows were longer than max_length and were left out.")
-        if self.work.mixture.leaks:
-            said.append(f"{self.work.mixture.leaks} training rows ask what a held-out group asks and were left out.")
-        busy = [name for name, found in latencies.items() if found.load.busy]
-        if busy:
-            load = max((latencies[name].load for name in busy), key=lambda one: one.others_during)
-            said.append(
-                "The machine was busy while latency was measured: others used up to "
-                f"{load.others_during:.0%} of it ({load.others_before:.0%} just before)."
-            )
-        if (score := summary(scored["reference"])["exact_match"]) is not None and score < 0.1:
-            said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
-        return said
-
-    def _fallbacks(self, shipped: dict[str, Artifact]) -> list[str]:
-        """Say what fell back on the way, once each; what ships says its own in its manifest."""
-        own = {artifact.identity for artifact in shipped.values()}
-        said = (f"{name}: {line}" for (made, line), name in self.stages.fallbacks.items() if made not in own)
-        return list(dict.fromkeys(said))
 
 
 def _link(link: Path, target: Path) -> None:
