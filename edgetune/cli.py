@@ -261,7 +261,7 @@ def diff(
 
 @app.command()
 def doctor() -> None:
-    """Run each backend once in a child process, and say what to do about each that fails."""
+    """Run each backend once in a child process, and say what to do about each that fails. A few are imported only."""
     from rich.text import Text
 
     from edgetune.doctor import examine

