@@ -82,7 +82,7 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
         "checkpoint: rtn int4 g32 sym",
     ]
     folder = tmp_path / "run"
-    assert [seam.subject for seam in report.seams] == ["base", None, "reference", "q8", "int4", "checkpoint"]
+    assert [seam.subject for seam in report.seams] == ["base", None, "reference", "q8", None, "int4", "checkpoint"]
     for seam in report.seams:  # what the page names as the place of its rows
         raw = Accuracy.model_validate_json((tmp_path / "store" / seam.evidence).read_bytes())
         assert "".join(str(int(row.exact)) for row in raw.rows) == seam.exact_rows
