@@ -14,7 +14,7 @@ from edgetune.closed import Closed, Count, M, Seed, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
 from edgetune.recipe_export import Calibration, Export
-from edgetune.recipe_quantize import CheckpointOptions, GptqOptions
+from edgetune.recipe_quantize import BitOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer, Training
@@ -23,10 +23,9 @@ NewTokens = Annotated[int, Field(ge=2)]
 SUBJECTS = ("reference", "base", "adapter", "adapted")  # what a run scores beside its candidates
 
 
-class Rtn(CheckpointOptions):
+class Rtn(BitOptions):
     """Round to nearest."""
 
-    bits: Literal[2, 3, 4, 8] = 4
     group_size: int = Field(64, description="columns that share a scale; -1 for the whole row")
     sym: bool = True
 
@@ -150,7 +149,8 @@ class Candidate(Closed):
         for before, after in pairwise([*self.compress, None]):
             if before is not None and before.awq is not None:
                 grid = after.quantizer if after is not None else None
-                wanted = {key: getattr(before.awq, key) for key in ("bits", "group_size", "sym")}
+                keys = ("group_size", "sym") if grid is not None and grid.allocate else ("bits", "group_size", "sym")
+                wanted = {key: getattr(before.awq, key) for key in keys}
                 if grid is None or any(getattr(grid, key) != value for key, value in wanted.items()):
                     said = ", ".join(f"{key}: {str(value).lower()}" for key, value in wanted.items())
                     raise ValueError(f"awq scales for {said}; let an rtn or gptq step of that grid follow it")

@@ -1,12 +1,18 @@
-"""What GPTQ may do beyond its paper. A key that is unset stays out of `model_dump`: identities are digests of it."""
+"""Bits of a layer, how they are written, and what GPTQ may do beyond its paper.
+
+A key that is unset stays out of `model_dump`: identities are digests of it.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from edgetune.closed import Closed, Share
+from edgetune.closed import Closed, Positive, Share
+from edgetune.recipe_export import Calibration
+
+Bits = Literal[2, 3, 4, 8]
 
 
 class CheckpointOptions(Closed):
@@ -16,6 +22,53 @@ class CheckpointOptions(Closed):
         "gptq", exclude_if=lambda value: value == "gptq",
         description="format of the checkpoint: AutoGPTQ's, or pack-quantized of compressed-tensors",
     )  # fmt: skip
+
+
+class Allocate(Closed):
+    """Bits where they matter: each group of layers gets what its measured divergence is worth."""
+
+    budget: Positive = Field(description="bits a weight, the mean over all layers, scales and zero points counted")
+    choices: Annotated[list[Bits], Field(min_length=2)] = Field(
+        [2, 3, 4, 8], description="bits that a group may get; layers that read the same input are one group"
+    )
+    rows: Calibration = Field(
+        Calibration(n_samples=8, n_tokens=128),
+        description="rows that each choice is measured on, none of which calibrates; 8 of 128 tokens if absent",
+    )
+
+    @field_validator("choices")
+    @classmethod
+    def _rising(cls, choices: list[Bits]) -> list[Bits]:
+        if choices != sorted(set(choices)):
+            raise ValueError(f"name each number once, in rising order: {sorted(set(choices))}")
+        return choices
+
+
+class BitOptions(CheckpointOptions):
+    """One number of bits for all layers, or a budget for them together."""
+
+    bits: Bits = 4
+    allocate: Allocate | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="a number of bits for each group of layers, in place of `bits`",
+    )  # fmt: skip
+
+    @property
+    def widths(self) -> list[Bits]:
+        """Bits that a layer may get."""
+        return self.allocate.choices if self.allocate is not None else [self.bits]
+
+    @model_validator(mode="after")
+    def _bits_once(self) -> Self:
+        if self.allocate is not None and "bits" in self.model_fields_set:
+            raise ValueError("allocate chooses the bits of each layer; leave bits out")
+        if self.allocate is not None and self.checkpoint != "gptq":
+            raise ValueError("allocate writes AutoGPTQ's format, which alone names bits by layer; leave checkpoint out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "bits" or self.allocate is None}
 
 
 class GptqOptions(Closed):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact
 from edgetune.data import checks, mixture
-from edgetune.data.calibration import CalibrationSet, make_calibration
+from edgetune.data.calibration import CalibrationSet, make_apart, make_calibration
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.general import general_text
 from edgetune.data.golden import GOLDEN_ROWS, Golden, make_golden, trained_golden
@@ -51,6 +51,13 @@ class Workload:
             general_share=config.general_share,
             seed=seed,
         )
+
+    def apart(self, config: Calibration, taken: Calibration | None, seed: int) -> CalibrationSet:
+        """Give rows to choose by, which `taken` does not show and which are not held out."""
+        return make_apart(
+            _Ids(self.train), self.calibration_text, config, taken=taken,
+            heldout={tuple(row.ids) for row in self.heldout}, seed=seed,
+        )  # fmt: skip
 
     def text_rows(self) -> list[tuple[int, ...]]:
         """Rows of general text whose perplexity is measured."""

@@ -93,7 +93,7 @@ class NBitsLayers(FloatLayers):
 
     def product(self, x: str, module: str, name: str) -> str:
         layer = self.source.quantized[module]
-        (R, C), bits = layer.q.shape, self.source.bits
+        (R, C), bits = layer.q.shape, self.source.bits[module]
         n = C // layer.scales.shape[1]
         q = layer.q.numpy()
         packed = q if bits == 8 else q[:, 0::2] | q[:, 1::2] << 4  # low bits first
@@ -156,7 +156,7 @@ class BlockLayers(FloatLayers):
     def product(self, x: str, module: str, name: str) -> str:
         layer = self.source.quantized[module]
         (R, C), G = layer.q.shape, layer.scales.shape[1]
-        if bool((layer.zero_point != 8).any()) or self.source.bits != 4:
+        if bool((layer.zero_point != 8).any()) or self.source.bits[module] != 4:
             raise UnsupportedError(f"{module} is not symmetric int4, as TensorRT's blocks are; use bits: 4, sym: true")
         codes = layer.q.numpy().T ^ 8  # [C, R]: the low four bits of q - 8
         flat = np.ascontiguousarray(codes).reshape(-1)

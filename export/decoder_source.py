@@ -18,6 +18,7 @@ from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SUPPORTED
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_families import FAMILIES
+from edgetune.recipe import Rtn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +54,25 @@ class Source:
     names: frozenset[str]
     get: Callable[[str], Tensor]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
-    bits: int = 0  # of the quantized layers
+    bits: Mapping[str, int] = field(default_factory=dict)  # of each quantized layer
 
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
         return "lm_head.weight" not in self.names
+
+
+def quantizer_of(artifact: Artifact) -> Rtn:
+    """Give what made a `gptq` artifact's integers, as far as exporters ask."""
+    from edgetune.compress.checkpoint import read_config
+
+    scheme = artifact.manifest.scheme or {}
+    stored = (read_config(artifact.path).get("quantization_config") or {}) | scheme
+    fields = {name: stored.get(name) for name in ("bits", "group_size", "sym")}
+    if len(widths := sorted(set(scheme.get("bits_of", {}).values()))) > 1:
+        del fields["bits"]
+        fields["allocate"] = {"budget": scheme["bits_per_weight"], "choices": widths}
+    return Rtn.model_validate(fields)
 
 
 def check_named(config: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -94,7 +108,7 @@ def open_source(artifact: Artifact) -> Source:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from edgetune.compress.checkpoint import PARTS, read_config, read_layers
+    from edgetune.compress.checkpoint import PARTS, read_config, read_layers, stored_bits
 
     check_decoder(read_config(artifact.path))
     config = AutoConfig.from_pretrained(artifact.path, local_files_only=True)
@@ -105,7 +119,8 @@ def open_source(artifact: Artifact) -> Source:
         tensors.pop("lm_head.weight", None)
     names = frozenset(name for name in tensors if name.rpartition(".")[2] not in PARTS)
     layers = read_layers(artifact.path) if artifact.manifest.kind == "gptq" else {}
-    bits = config.quantization_config["bits"] if layers else 0
+    bits_of = stored_bits(artifact.path) if layers else None
+    bits = {name: bits_of(name) for name in layers} if bits_of is not None else {}
     return Source(
         sizes, rotation.inv_freq.float().numpy(), float(rotation.attention_scaling), names,
         lambda name: tensors[name](), layers, bits,

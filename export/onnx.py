@@ -25,7 +25,7 @@ from edgetune.backends import require, version
 from edgetune.data.golden import FILE, Golden
 from edgetune.errors import ContractError, StageError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, check_contract
-from edgetune.export.decoder_source import check_named
+from edgetune.export.decoder_source import check_named, quantizer_of
 from edgetune.export.gguf_vocab import COMPOSED, composes
 from edgetune.export.onnx_graph import (
     check_structure,
@@ -44,6 +44,7 @@ STAGE = "export.onnx/1"
 GRAPH = "model.onnx"
 # What the builder knows and our tests have built; it knows some forty more.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MIXED_BITS = (4, 8)  # what layers of one graph may have
 HEAD_BLOCK = 32  # columns of the head that share a scale, int8 activations included
 HEAD_METHODS = {8: "rtn_last", 4: "k_quant"}  # the builder's names: the search of k_quant pays at 4 bits only
 HEAD_MAX_ERROR = {8: 0.02, 4: 0.2}  # of the weight's norm
@@ -77,7 +78,12 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
         raise UnsupportedError(f"onnx precision {config.precision} writes a checkpoint's integers and rounds nothing "
                                f"itself; add a gptq step (bits {bits}, group_size 32 or 64), "
                                "or use precision fp32")  # fmt: skip
-    if quantized.bits != bits:
+    if quantized.allocate is not None:
+        if config.precision != "int4" or not set(quantized.widths) <= set(MIXED_BITS):
+            raise UnsupportedError(f"onnx precision {config.precision} cannot hold layers of "
+                                   f"{', '.join(map(str, quantized.widths))} bits; use precision int4 and "
+                                   f"allocate.choices: {list(MIXED_BITS)}, which MatMulNBits has")  # fmt: skip
+    elif quantized.bits != bits:
         raise UnsupportedError(f"onnx precision {config.precision} cannot hold bits={quantized.bits}; "
                                f"use bits: {bits}")  # fmt: skip
     if quantized.group_size not in (16, 32, 64, 128, 256):
@@ -211,7 +217,7 @@ def runtime_facts(folder: Path, tokenizer: Any) -> RuntimeFacts:
 def _check_source(config: OnnxExport, source: Artifact) -> None:
     """Check the artifact as `check` does the recipe."""
     model_config = json.loads((source.path / "config.json").read_bytes())
-    kind, scheme = source.manifest.kind, source.manifest.scheme or {}
+    kind = source.manifest.kind
     if kind not in ("model", "gptq"):
         raise UnsupportedError(f"onnx exports a model or gptq artifact, {source.path} is of kind {kind}")
     stored = model_config.get("quantization_config") or {}
@@ -221,8 +227,7 @@ def _check_source(config: OnnxExport, source: Artifact) -> None:
             raise UnsupportedError(f"{source.path}: columns have left their groups; quantize with static_groups: true")
         if stored.get("checkpoint_format", "gptq") != "gptq":
             raise UnsupportedError(f"{source.path} is {stored['checkpoint_format']}; the builder reads gptq v1")
-        fields = {name: scheme.get(name, stored.get(name)) for name in ("bits", "group_size", "sym")}
-        method = Rtn.model_validate(fields)
+        method = quantizer_of(source)
     check(config, model_config, method)
 
 

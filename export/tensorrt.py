@@ -23,7 +23,7 @@ from edgetune.export.contract import RuntimeFacts, check_contract
 from edgetune.export.decoder_graph import PlainGraph
 from edgetune.export.decoder_layers import BlockLayers, FloatLayers
 from edgetune.export.decoder_run import score_rows
-from edgetune.export.decoder_source import Sizes, Source, check_decoder, open_source
+from edgetune.export.decoder_source import Sizes, Source, check_decoder, open_source, quantizer_of
 from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.export.onnx_own import check_whole, copy_tokenizer
@@ -68,6 +68,8 @@ def check(config: TensorrtExport, model_config: dict[str, Any], quantized: Gptq 
     if quantized is None:
         raise UnsupportedError("tensorrt precision int4 writes a checkpoint's integers and rounds nothing itself; "
                                "add a gptq step (bits 4, group_size 32, sym true), or use precision fp16")  # fmt: skip
+    if quantized.allocate is not None:
+        raise UnsupportedError("tensorrt int4 blocks are of 4 bits in every layer; use bits: 4 in place of allocate")
     wrong = [f"{name}={getattr(quantized, name)}" for name, only in (("bits", 4), ("sym", True))
              if getattr(quantized, name) != only]  # fmt: skip
     wrong += [f"group_size={quantized.group_size}"] if quantized.group_size not in (32, 64, 128) else []
@@ -202,15 +204,14 @@ def prove_blocks(graph: Path, layers: Mapping[str, Quantized]) -> int:
 
 def _check_source(config: TensorrtExport, source: Artifact) -> None:
     """Check the artifact as `check` does the recipe."""
-    kind, scheme = source.manifest.kind, source.manifest.scheme or {}
+    kind = source.manifest.kind
     if kind not in ("model", "gptq"):
         raise UnsupportedError(f"tensorrt exports a model or gptq artifact, {source.path} is of kind {kind}")
     model_config = json.loads((source.path / "config.json").read_bytes())
     stored = model_config.get("quantization_config") or {}
     if stored.get("desc_act"):
         raise UnsupportedError(f"{source.path}: columns have left their blocks; quantize with static_groups: true")
-    fields = {name: scheme.get(name, stored.get(name)) for name in ("bits", "group_size", "sym")}
-    check(config, model_config, Rtn.model_validate(fields) if kind == "gptq" else None)
+    check(config, model_config, quantizer_of(source) if kind == "gptq" else None)
     if not (source.path / "tokenizer.json").is_file():
         raise UnsupportedError(f"{source.path} has no tokenizer.json, which the engine's tokenizer is read from")
 

@@ -15,7 +15,7 @@ from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune, 
 
 # The stage of each step that reads one model and, at most, calibration rows. Each module has
 # check(config, model_config), planned_identity(config, source, calibration's digest) and
-# run(config, source, out, *, calibration, device, seed, progress).
+# run(config, source, out, *, calibration, device, seed, progress); those of quantize take a sensitivity beside.
 STAGES: dict[type, Any] = {Prune: pruning, Awq: scale, Rtn: quantize, Gptq: quantize}
 
 
@@ -69,7 +69,8 @@ def step_name(step: CompressStep) -> str:
     if isinstance(method, Awq):
         return "awq"
     group = "row" if method.group_size == -1 else f"g{method.group_size}"
-    return f"{'gptq' if isinstance(method, Gptq) else 'rtn'} int{method.bits} {group}{' sym' if method.sym else ''}"
+    bits = f"int{method.bits}" if method.allocate is None else f"{method.allocate.budget:g} bits"
+    return f"{'gptq' if isinstance(method, Gptq) else 'rtn'} {bits} {group}{' sym' if method.sym else ''}"
 
 
 def step_names(candidate: Candidate) -> list[str]:

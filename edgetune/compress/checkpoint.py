@@ -14,7 +14,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from edgetune.artifact import Artifact, write_text
 from edgetune.compress import pack_quantized
 from edgetune.compress.architectures import SUPPORTED, check_architecture
+from edgetune.compress.dynamic import dynamic_bits, read_bits
 from edgetune.compress.packing import check_pack, pack, unpack
 from edgetune.compress.scheme import Quantized, Scheme
 from edgetune.errors import ArtifactError, StageError, UnsupportedError
@@ -51,10 +52,12 @@ def write_checkpoint(
     desc_act: bool = False,
     static_groups: bool = False,
     damp_percent: float | None = None,
+    bits: Mapping[str, int] | None = None,
     form: Form = "gptq",
 ) -> None:
     """Write a checkpoint of `source` with the weights of `layers` (by full name) quantized.
 
+    `bits` are those of each layer where the scheme's are not those of all (AutoGPTQ's format alone has them).
     `desc_act` and the rest say how it was made. The file's own `desc_act` says what a reader has to know: whether
     columns have left their groups, which static groups avoid. Raises StageError where a value leaves float16,
     UnsupportedError where the format cannot hold a layer.
@@ -71,11 +74,10 @@ def write_checkpoint(
                     tensors[name] = _to_half(name, stored.get_tensor(name))
     assert taken == set(layers), set(layers) - taken
     for name, layer in layers.items():
-        check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
+        width = scheme.bits if bits is None else bits[name]
+        check_pack(name, layer.q.shape[0], layer.q.shape[1], width)
         parts = (
-            _packed(layer, scheme.bits)
-            if form == "gptq"
-            else pack_quantized.packed(name, layer, scheme.bits, sym=scheme.sym)
+            _packed(layer, width) if form == "gptq" else pack_quantized.packed(name, layer, scheme.bits, sym=scheme.sym)
         )
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     ordered = any(not torch.equal(layer.g_idx, _plain(layer)) for layer in layers.values())
@@ -86,6 +88,8 @@ def write_checkpoint(
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},
     }  # fmt: skip
+    if bits is not None and (dynamic := dynamic_bits(bits, scheme.bits)):
+        quantization["dynamic"] = dynamic
     if form == "compressed-tensors":
         quantization = pack_quantized.quantization_config(scheme, method)
     config |= {name: "float16" for name in ("dtype", "torch_dtype") if name in config} or {"dtype": "float16"}
@@ -106,6 +110,11 @@ def read_layers(folder: Path) -> dict[str, Quantized]:
     Raises ArtifactError where it is damaged, UnsupportedError where it is of another kind.
     """
     return _read(folder)[0]
+
+
+def stored_bits(folder: Path) -> Callable[[str], int]:
+    """Give what tells the bits of a quantized layer by its full name. Raises as `read_layers`."""
+    return _settings(folder)[1]
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -143,7 +152,7 @@ def open_weights(folder: Path) -> list[Any]:
 
 def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """Give the quantized layers and all other tensors."""
-    form, bits, offset = _settings(folder)
+    form, bits_of, offset = _settings(folder)
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -156,23 +165,24 @@ def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
                     others[name] = stored.get_tensor(name)
     if not parts:
         raise ArtifactError(f"{folder} holds no quantized layer")
-    return {name: _unpacked(folder, name, found, form, bits, offset) for name, found in parts.items()}, others
+    return {name: _unpacked(folder, name, found, form, bits_of(name), offset) for name, found in parts.items()}, others
 
 
-def _settings(folder: Path) -> tuple[Form, int, int]:
-    """Give format, bits, and what is to be added to a stored zero point."""
+def _settings(folder: Path) -> tuple[Form, Callable[[str], int], int]:
+    """Give format, the bits of a layer by its name, and what is to be added to a stored zero point."""
     config = read_config(folder).get("quantization_config")
     config = config or _read_json(folder / "quantize_config.json")
     if config.get("quant_method") == pack_quantized.METHOD:
-        return "compressed-tensors", pack_quantized.read_bits(config, str(folder)), 0
+        each = pack_quantized.read_bits(config, str(folder))
+        return "compressed-tensors", lambda _: each, 0
     method, form = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
     if method != "gptq" or form not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{folder} is quantized as {method}/{form}; gptq/gptq, gptq/gptq_v2 and "
                                "compressed-tensors can be read")  # fmt: skip
-    bits = config.get("bits")
-    if bits not in (2, 3, 4, 8) or config.get("dynamic") or config.get("pack_dtype", "int32") != "int32":
-        raise UnsupportedError(f"{folder}: one of 2, 3, 4, 8 bits for all layers in int32 words can be read")
-    return "gptq", bits, 1 if form == "gptq" else 0
+    bits_of = read_bits(config, str(folder))
+    if config.get("pack_dtype", "int32") != "int32":
+        raise UnsupportedError(f"{folder}: words of {config['pack_dtype']} cannot be read, int32 can")
+    return "gptq", bits_of, 1 if form == "gptq" else 0
 
 
 def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:

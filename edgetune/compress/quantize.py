@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact, draft, identity, require_space
+from edgetune.compress.allocate import check_budget, layer_bits
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
+from edgetune.compress.sensitivity import read
 from edgetune.compress.vllm_rules import broken_rules
 from edgetune.data.contract import hold
 from edgetune.errors import UnsupportedError
@@ -36,14 +40,18 @@ def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
         raise UnsupportedError("compressed-tensors keeps columns in their groups; set static_groups: true")
     for name, (out_features, in_features) in linear_shapes(model_config).items():
         check_group(name, in_features, config.group_size)
-        check_pack(name, out_features, in_features, config.bits)
+        for bits in config.widths:
+            check_pack(name, out_features, in_features, bits)
+    if config.allocate is not None:
+        check_budget(config.allocate, config.group_size, model_config)
 
 
-def planned_identity(config: Rtn | Gptq, source_identity: str, calibration_digest: str | None) -> str:
-    """Give the identity of what `run` would make."""
-    return identity(
-        _stage(config), config.model_dump(mode="json"), [source_identity], _sources(config, calibration_digest)
-    )
+def planned_identity(
+    config: Rtn | Gptq, source_identity: str, calibration_digest: str | None, sensitivity: str | None = None
+) -> str:
+    """Give the identity of what `run` would make; `sensitivity` is that of the evidence which `allocate` reads."""
+    parents = [source_identity, *([sensitivity] if sensitivity else [])]
+    return identity(_stage(config), config.model_dump(mode="json"), parents, _sources(config, calibration_digest))
 
 
 def run(
@@ -52,14 +60,16 @@ def run(
     out: Path,
     *,
     calibration: CalibrationSet | None = None,
+    sensitivity: Artifact | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
 ) -> Artifact:
     """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the format that the recipe names.
 
-    GPTQ needs `calibration`; rounding does not read it. A run that was killed goes on after its last finished
-    block and ends in the same bytes. Raises UnsupportedError before any work, StageError naming the layer.
+    GPTQ needs `calibration`; rounding does not read it. `allocate` needs `sensitivity`. A run that was killed goes on
+    after its last finished block and ends in the same bytes.
+    Raises UnsupportedError before any work, StageError naming the layer.
     """
     from edgetune.compress.checkpoint import read_config, write_checkpoint
     from edgetune.compress.layerwise import load_model, quantize_blocks
@@ -72,15 +82,17 @@ def run(
     rows = calibration.ids if wants_rows and calibration is not None else None
     digest = calibration.digest if wants_rows and calibration is not None else None
     require_space(out.parent, source.size_bytes)
-    scheme = Scheme(config.bits, config.group_size, config.sym)
+    bits = _bits(config, model_config, sensitivity)
+    scheme = Scheme(Counter(bits.values()).most_common(1)[0][0], config.group_size, config.sym)
+    parents = [source, *([sensitivity] if sensitivity is not None else [])]
     with draft(
-        out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=[source],
+        out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=parents,
         sources=_sources(config, digest), versions=_versions(),
     ) as pending:  # fmt: skip
         model = load_model(source)
-        key = planned_identity(config, source.identity, digest)
+        key = planned_identity(config, source.identity, digest, sensitivity.identity if sensitivity else None)
         results = quantize_blocks(
-            model, rows, _solver(config, scheme), work=pending.work, key=key, device=device, progress=progress,
+            model, rows, solver(config, bits), work=pending.work, key=key, device=device, progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16",
         )  # fmt: skip
@@ -92,30 +104,42 @@ def run(
                 "method": "gptq", "desc_act": config.desc_act, "static_groups": config.static_groups,
                 "damp_percent": config.damp_percent,
             }  # fmt: skip
-        write_checkpoint(pending.path, source, layers, scheme, form=config.checkpoint, **how)
+        write_checkpoint(pending.path, source, layers, scheme, bits=bits, form=config.checkpoint, **how)
         hold(pending.path)
         errors = {name: result.relative_error for name, result in results.items()}
         pending.seed, pending.calibration = seed, digest
         pending.scheme = {
-            "bits": config.bits, "group_size": config.group_size, "sym": config.sym,
+            "bits": scheme.bits, "group_size": config.group_size, "sym": config.sym,
             "desc_act": isinstance(config, Gptq) and config.desc_act,
-            "bits_per_weight": _bits_per_weight(scheme, model_config),
+            "bits_per_weight": _bits_per_weight(scheme, model_config, bits),
         }  # fmt: skip
+        if config.allocate is not None:
+            pending.scheme["bits_of"] = bits
         pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
         pending.notes = {
             "relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6),
-            "vllm": broken_rules(config.checkpoint, scheme, linear_shapes(model_config)),
+            "vllm": broken_rules(config.checkpoint, scheme, linear_shapes(model_config), sorted(set(bits.values()))),
         }  # fmt: skip
     return pending.artifact
 
 
-def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
+def _bits(config: Rtn | Gptq, model_config: dict[str, Any], sensitivity: Artifact | None) -> dict[str, int]:
+    """Give the bits of every layer."""
+    if config.allocate is None:
+        return dict.fromkeys(linear_shapes(model_config), config.bits)
+    assert sensitivity is not None, "the recipe's graph plans it"
+    return layer_bits(config.allocate, config.group_size, model_config, read(sensitivity))
+
+
+def solver(config: Rtn | Gptq, bits: Mapping[str, int]) -> Solve:
+    """Give what quantizes the layers of a group, with the bits of the first of them."""
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
 
     def solve(
-        _: Sequence[str], weight: Tensor, hessian: Tensor | None, cross: Tensor | None
+        names: Sequence[str], weight: Tensor, hessian: Tensor | None, cross: Tensor | None
     ) -> tuple[Quantized, tuple[str, ...]]:
+        scheme = Scheme(bits[names[0]], config.group_size, config.sym)
         if not isinstance(config, Gptq):
             return rtn_quantize(weight, scheme), ()
         assert hessian is not None
@@ -129,10 +153,11 @@ def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
     return solve
 
 
-def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any]) -> float:
+def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any], bits: Mapping[str, int]) -> float:
     """Bits for each quantized weight, scales and zero points counted, over all layers."""
-    sizes = [(R * C, C) for R, C in linear_shapes(model_config).values()]
-    return round(sum(n * scheme.bits_per_weight(C) for n, C in sizes) / sum(n for n, _ in sizes), 4)
+    sizes = [(R * C, replace(scheme, bits=bits[name]).bits_per_weight(C)) for name, (R, C) in
+             linear_shapes(model_config).items()]  # fmt: skip
+    return round(sum(n * each for n, each in sizes) / sum(n for n, _ in sizes), 4)
 
 
 def _stage(config: Rtn | Gptq) -> str:

@@ -6,7 +6,7 @@ The numbers are vLLM's own (marlin_utils.py: 64 rows, 128 columns, groups of 32,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from edgetune.compress.scheme import Scheme
 
@@ -14,14 +14,20 @@ MARLIN_ROWS, MARLIN_COLUMNS, MARLIN_GROUPS, MARLIN_BITS = 64, 128, (-1, 32, 64, 
 READ_BITS = {"gptq": (2, 3, 4, 8), "compressed-tensors": MARLIN_BITS}
 
 
-def broken_rules(form: str, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
-    """Give what keeps vLLM from reading the checkpoint, and what keeps Marlin, its fast kernel, from running it."""
+def broken_rules(
+    form: str, scheme: Scheme, shapes: Mapping[str, tuple[int, int]], widths: Sequence[int] = ()
+) -> dict[str, list[str]]:
+    """Give what keeps vLLM from reading the checkpoint, and what keeps Marlin, its fast kernel, from running it.
+
+    `widths` are the bits of all layers where they differ.
+    """
     reads, marlin = [], []
-    if scheme.bits not in READ_BITS[form]:
-        known = ", ".join(map(str, READ_BITS[form]))
-        reads.append(f"{form} of {scheme.bits} bits; vLLM reads {known}")
-    if scheme.bits not in MARLIN_BITS:
-        marlin.append(f"{scheme.bits} bits; it takes 4 and 8")
+    for bits in widths or (scheme.bits,):
+        if bits not in READ_BITS[form]:
+            known = ", ".join(map(str, READ_BITS[form]))
+            reads.append(f"{form} of {bits} bits; vLLM reads {known}")
+        if bits not in MARLIN_BITS:
+            marlin.append(f"{bits} bits; it takes 4 and 8")
     if scheme.group_size not in MARLIN_GROUPS:
         marlin.append(f"group_size {scheme.group_size}; it takes -1, 32, 64 and 128")
     if form == "gptq" and not scheme.sym:

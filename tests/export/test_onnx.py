@@ -19,6 +19,7 @@ from edgetune.export import onnx as onnx_export
 from edgetune.export.onnx_graph import head_of, prove_integers, read_packed
 from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import OnnxExport
+from edgetune.recipe_quantize import Allocate
 from tests.conftest import make_tiny_model
 
 onnx = pytest.importorskip("onnx")
@@ -26,6 +27,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxruntime_genai")
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4}
+MIXED = Allocate(budget=5)
 FP32, INT4 = OnnxExport(precision="fp32"), OnnxExport()
 _made: dict[str, Artifact] = {}  # the builder takes 12 s of CPU: one build of each kind for all tests
 
@@ -208,6 +210,7 @@ def test_a_builder_that_fails_or_hangs_is_one_line(
         (INT4, LLAMA, Gptq(group_size=96), "use 64"),
         (INT4, LLAMA, Gptq(group_size=-1), "use 64"),
         (INT4, LLAMA, Gptq(static_groups=False), "static_groups: true"),
+        (INT4, LLAMA, Gptq(allocate=MIXED), r"2, 3, 4, 8 bits; use precision int4 and allocate.choices: \[4, 8\]"),
         (INT4, LLAMA | {"architectures": ["FalconForCausalLM"]}, Gptq(), "FalconForCausalLM is not exported.*Llama"),
         (INT4, LLAMA | {"hidden_size": 32}, Gptq(), "head size 8"),
         (FP32, {}, None, "without architectures"),
