@@ -17,7 +17,17 @@ from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
-from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
+from edgetune.graph import (
+    IMPORTANCE,
+    SENSITIVITY,
+    STUDENT,
+    TEACHER,
+    UPDATE_LEFT,
+    merges,
+    scored_steps,
+    weighed_export,
+    why_not_run,
+)
 from edgetune.preference_memory import preference_bytes
 from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_export import Calibration
@@ -192,6 +202,10 @@ class Estimator:
             if asked is not None and asked.gptq:
                 seconds += self._calibrating(asked.calibration, along[-1], solves=True).seconds
             return Cost(seconds, RUNTIME_MIB + 4 * n_bytes / MIB)
+        if what == UPDATE_LEFT:
+            return Cost(10 * along[-1].bytes_16 / 1e9, RUNTIME_MIB + along[-1].bytes_16 / MIB)
+        if what == SENSITIVITY and candidate.quantizer is not None:
+            return self._measuring(candidate.quantizer, along[-1])
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
@@ -205,6 +219,18 @@ class Estimator:
         if isinstance(method, Rtn) and not isinstance(method, Gptq):
             return Cost(START_S, RUNTIME_MIB + 2 * before.bytes_16 / MIB)
         return self._calibrating(method.calibration, before, solves=True)
+
+    def _measuring(self, method: Rtn | Gptq, sizes: Sizes) -> Cost:
+        """Predict a sensitivity: half of the blocks, and the head, for each choice of each group of layers."""
+        assert method.allocate is not None, "only allocate measures"
+        rows, n = method.allocate.rows, len(method.widths)
+        once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
+        seconds = START_S + 4 * sizes.n_layers * n * once / (self.speeds.training * 1e9 * CALIBRATING)
+        memory = RUNTIME_MIB + 2 * sizes.bytes_16 / MIB
+        if isinstance(method, Gptq):
+            solving = self._calibrating(method.calibration, sizes, solves=True)
+            seconds, memory = seconds + n * solving.seconds, max(memory, solving.memory_mib)
+        return Cost(seconds, memory)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)

@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import distill, moments, teacher
+from edgetune.compress import distill, moments, sensitivity, teacher, update_left
 from edgetune.compress.chain import STAGES, so_far, step_names
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
+from edgetune.recipe import Candidate, CompressStep, Distill, Gptq, Recipe
 from edgetune.recipe_export import Calibration, GgufExport
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
 from edgetune.workload import Workload
 
 IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distributions"
+SENSITIVITY, UPDATE_LEFT = "sensitivity of layers", "update left"
 
 
 class Graph:
@@ -31,6 +32,7 @@ class Graph:
         self.base = base_identity
         self.work = work
         self._calibrations: dict[Calibration, CalibrationSet] = {}
+        self._measured: dict[tuple[Calibration, Calibration | None], CalibrationSet] = {}
         self._students: dict[str, Source] = {}
 
     @cached_property
@@ -127,8 +129,28 @@ class Graph:
             return distill.planned_identity(method, student, self.model, self.said(method), self.rows, self.recipe.seed)
         calibration = getattr(method, "calibration", None)
         digest = self.calibration(calibration).digest if calibration is not None else None
-        planned: str = STAGES[type(method)].planned_identity(method, source, digest)
+        measured = self.sensitivity(step, source)
+        more = () if measured is None else (measured,)
+        planned: str = STAGES[type(method)].planned_identity(method, source, digest, *more)
         return planned
+
+    def sensitivity(self, step: CompressStep, source: str) -> str | None:
+        """Identity of what each layer's bits cost `source`, None where a step chooses none."""
+        rows, method = self.measured(step), step.quantizer
+        if rows is None or method is None:
+            return None
+        shown = self.calibration(method.calibration).digest if isinstance(method, Gptq) else None
+        return sensitivity.planned_identity(method, source, shown, rows.digest)
+
+    def measured(self, step: CompressStep) -> CalibrationSet | None:
+        """Give the rows that a step chooses bits by, None where it chooses none."""
+        method = step.quantizer
+        if method is None or method.allocate is None:
+            return None
+        taken = method.calibration if isinstance(method, Gptq) else None
+        if (method.allocate.rows, taken) not in self._measured:
+            self._measured[method.allocate.rows, taken] = self.work.apart(method.allocate.rows, taken, self.recipe.seed)
+        return self._measured[method.allocate.rows, taken]
 
     def said(self, config: Distill) -> str:
         """Identity of what the adapted model says of the training rows."""
@@ -145,6 +167,12 @@ class Graph:
         if name not in self._students:
             self._students[name] = find(name, weights=self._weights)
         return self._students[name]
+
+    def update_left(self, candidate: Candidate) -> str | None:
+        """Identity of what is left of the training in a candidate's integers, None where other steps come before."""
+        if not meets_update(self.recipe, candidate):
+            return None
+        return update_left.planned_identity(self.base, self.model, self.compressed(candidate))
 
     def compressed(self, candidate: Candidate) -> str:
         """Identity of what is exported: what the last compress step makes, or the model itself."""
@@ -189,11 +217,15 @@ class Graph:
                 raise DataError(f"candidates.{name}: {error}") from error
 
     def _candidate(self, name: str, candidate: Candidate) -> Iterator[tuple[str, str | None]]:
-        for step, label, made in zip(candidate.compress, step_names(candidate), self.steps(candidate), strict=True):
+        steps = self.steps(candidate)
+        sources = [self.model, *steps]
+        for step, label, source, made in zip(candidate.compress, step_names(candidate), sources, steps, strict=False):
+            yield f"{name}: {SENSITIVITY}", self.sensitivity(step, source)
             if step.distill is not None:
                 yield f"{name}: {STUDENT}", self.student(step.distill)
                 yield f"{name}: {TEACHER}", self.said(step.distill)
             yield f"{name}: {label}", made
+        yield f"{name}: {UPDATE_LEFT}", self.update_left(candidate)
         yield f"{name}: {IMPORTANCE}", self.moments(candidate)
         yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
 
@@ -217,12 +249,22 @@ def stage_names(recipe: Recipe) -> list[str]:
                 if method.student not in (None, "base"):
                     add(f"{name}: {STUDENT}", method.student)
                 add(f"{name}: {TEACHER}", method.temperature, method.top_k)
+            if step.quantizer is not None and step.quantizer.allocate is not None:
+                add(f"{name}: {SENSITIVITY}", so_far(candidate, place), sensitivity.shared(step.quantizer))
             add(f"{name}: {label}", so_far(candidate, place + 1))
+        if meets_update(recipe, candidate):
+            add(f"{name}: {UPDATE_LEFT}", UPDATE_LEFT, so_far(candidate, 1))
         floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
         if (gguf := weighed_export(candidate)) is not None:
             add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return names
+
+
+def meets_update(recipe: Recipe, candidate: Candidate) -> bool:
+    """Whether a candidate's integers are those of the trained model itself."""
+    trained = recipe.adapt is not None or recipe.prefer is not None
+    return trained and candidate.quantizer is not None and len(candidate.compress) == 1
 
 
 def learns_rows(recipe: Recipe) -> bool:

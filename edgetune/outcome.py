@@ -11,7 +11,7 @@ from edgetune.commands import run_commands
 from edgetune.graph import why_not_run
 from edgetune.recipe import Recipe
 from edgetune.runtime.accuracy import seam, summary
-from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, TaskScore, Verdict
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, RowText, TaskScore, UpdateLeft, Verdict
 from edgetune.runtime.machine import describe
 from edgetune.runtime.verdict import Scored, accuracy_levels, judge
 from edgetune.stages import Stages
@@ -45,6 +45,7 @@ class Outcome:
     sizes: dict[str, int] = field(default_factory=dict)  # bytes; of an adapter with its base
     tasks: list[TaskScore] = field(default_factory=list)
     probe: list[TaskScore] = field(default_factory=list)
+    updates: list[UpdateLeft] = field(default_factory=list)
     timed: list[Latency | Failure] = field(default_factory=list)
 
     @property
@@ -90,6 +91,7 @@ class Outcome:
             ],
             tasks=self.tasks,
             probe=self.probe,
+            updates=self.updates,
         )
 
     def _commands(self, name: str) -> list[str]:

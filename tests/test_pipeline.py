@@ -92,6 +92,10 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
         ("reference", "torch", 120),
     ]
     assert "general questions" in (folder / "report.md").read_text()
+    assert [one.candidate for one in report.updates] == ["int4", "checkpoint"]
+    assert {layer.split(".")[2] for layer in report.updates[0].layers} == {"0", "1"}
+    assert all(0 <= share <= 1 for one in report.updates for share in one.layers.values())
+    assert "What of the fine-tune is left" in (folder / "report.md").read_text()
     for name in ("report.html", "report.md", "log.jsonl", "recipe.json"):
         assert (folder / name).stat().st_size > 0
     for name in ("q8", "int4", "checkpoint"):
@@ -106,7 +110,7 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     assert repeated <= {"latency"}  # which is timed again where the machine was busy
     assert said.count("done before") == len(again.stages) - len(repeated)
     planned = plan.plan(recipe, Store(tmp_path / "store"))
-    assert [stage.done for stage in planned] == [True] * 7 + [None] * 10
+    assert [stage.done for stage in planned] == [True] * 9 + [None] * 10
     assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
     assert all(stage.cost.seconds > 0 and stage.cost.memory_mib > 0 for stage in planned)
     unmade = plan.plan(recipe, Store(tmp_path / "empty"))
@@ -120,7 +124,7 @@ def score_again(report: Report, folder: Path, raw: Path) -> None:
     assert [row.kl_tokens for row in scored.rows] == [row.kl_tokens for row in mine.rows]
     assert scored.text == mine.text
     merged = merge_timings(report, raw)
-    ((subject, said),) = beside.lines(merged)
+    ((subject, said, _),) = beside.lines(merged)
     assert subject == "q8"
     assert "scored in llama.cpp on 12 rows: KL mean" in said
     other = report.model_copy(update={"accuracy": [mine.model_copy(update={"workload": "of other rows"})]})

@@ -25,6 +25,7 @@ SECTIONS = {
     "seams": "Accuracy",
     "changes": "Answers",
     "forgetting": "Forgetting",
+    "kept": "Fine-tune",
     "tasks": "Tasks",
     "run": "Run it",
     "machine": "Method",
@@ -74,6 +75,7 @@ def _is_shown(view: View, section: str) -> bool:
         "seams": view.hops,
         "changes": view.changes,
         "forgetting": view.forgetting,
+        "kept": view.kept,
         "tasks": view.tasks,
         "run": view.commands,
     }

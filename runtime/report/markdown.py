@@ -50,6 +50,13 @@ def render_markdown(view: View) -> str:
             for line in view.forgetting
         ]
         lines += ["", "**What was forgotten**", "", *_table(heads, rows, right_from=2)]
+    if view.kept:
+        heads = ["Candidate", "KL to it (nats)", "KL to the base (nats)", "Left", "Update below half a step", "Most in"]
+        rows = [
+            [_plain(line.candidate), line.away, line.base_away, line.left, line.small, _plain(line.worst)]
+            for line in view.kept
+        ]
+        lines += ["", "**What of the fine-tune is left**", "", *_table(heads, rows, right_from=1)]
     if view.tasks:
         heads = ["Task", "Rows", "Metric", "Subject", "Figure", "Loss", "Bounds"]
         rows = [

@@ -11,6 +11,7 @@ from edgetune.runtime.report import background, beside, ledger, measures, timing
 from edgetune.runtime.report.cells import Cell, column_cell, column_cells
 from edgetune.runtime.report.columns import COLUMNS, Column, budget, number
 from edgetune.runtime.report.forgetting import Forgetting, forgetting
+from edgetune.runtime.report.kept import Kept, kept
 from edgetune.runtime.report.slots import SlotTable, slot_table
 from edgetune.runtime.report.tasks import TaskLine, WorstRow, task_lines, worst_rows
 
@@ -97,6 +98,7 @@ class View:
     slots: SlotTable | None
     changes: list[Changes]
     forgetting: list[Forgetting]
+    kept: list[Kept]
     tasks: list[TaskLine]
     worst_rows: list[WorstRow]
     training: list[tuple[float, float]]
@@ -149,6 +151,7 @@ def build_view(report: Report) -> View:
         slots=slot_table(report, names),
         changes=list(_changes(report, names, report.texts)),
         forgetting=list(forgetting(report)),
+        kept=list(kept(report)),
         tasks=tasks,
         worst_rows=list(worst_rows(report)),
         training=background.curve(report.training, "loss"),

@@ -335,7 +335,7 @@ def test_markdown_has_verdicts_reasons_ledger_and_machine(report: Report, paths:
     text = paths["md"].read_text()
     assert text.startswith("## Ship q4-gguf\n")
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count(" | ") for line in tables} == {8, 6}
+    assert {line.count(" | ") for line in tables} == {8, 6, 5}
     for verdict in report.verdicts:
         assert f"**{verdict.candidate}**" in text
     assert "student-q4: Q4\\_K\\_M" in text
