@@ -36,11 +36,8 @@ def kept(report: Report) -> Iterator[Kept]:
         away = divergence(scores[name][1]) if name in scores else None
         if away is None:
             continue
-        small, worst, source = (
-            DASH,
-            DASH,
-            f"accuracy[{scores[name][0]}].rows[].kl, accuracy[{scores[BASE][0]}].rows[].kl",
-        )
+        small = worst = DASH
+        source = f"accuracy[{scores[name][0]}].rows[].kl, accuracy[{scores[BASE][0]}].rows[].kl"
         if name in updates and updates[name][1].layers:
             i, update = updates[name]
             layer, most = max(update.layers.items(), key=lambda one: one[1])
