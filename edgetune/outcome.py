@@ -81,7 +81,7 @@ class Outcome:
             failures=self.failures,
             artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},
             commands={name: self._commands(name) for name in shipped},
-            warnings=[*self._warnings(), *self._fallbacks()],
+            warnings=[*self._warnings(), *self.fallbacks()],
             stages=self.stages.done,
             training=trained.notes(self.stages.folder),
             texts=[
@@ -138,7 +138,7 @@ class Outcome:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
         return said
 
-    def _fallbacks(self) -> list[str]:
+    def fallbacks(self) -> list[str]:
         """Say what fell back on the way, once each; what ships says its own in its manifest."""
         own = {artifact.identity for artifact in self.shipped.values()}
         said = (f"{name}: {line}" for (made, line), name in self.stages.fallbacks.items() if made not in own)
