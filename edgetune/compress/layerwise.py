@@ -25,6 +25,7 @@ from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
 from edgetune.compress.finished import LayerResult, Lazily, read_block, read_layer, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
 from edgetune.compress.scheme import Quantized
+from edgetune.compress.shortcuts import LAST, shortcuts
 from edgetune.compress.spill import Shelf, Spill
 from edgetune.compress.streamed import present
 from edgetune.devices import compute_dtype
@@ -37,10 +38,6 @@ HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound 
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
 Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
-
-
-LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
-NORM = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}  # what is read by that module alone
 
 
 class _Batch:
@@ -149,7 +146,7 @@ def quantize_blocks(
             files |= dict.fromkeys(done, file)
             for batch in batches or []:
                 if index + 1 < len(blocks):
-                    with _shortcuts(block, batch):
+                    with shortcuts(block, batch.seen):
                         batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
                     _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
                 batch.seen.clear()
@@ -344,7 +341,7 @@ def _collect(
                 batch.seen[name] = X
             raise _CapturedError
 
-        with _watch(block, index, batch, see), _shortcuts(block, batch):
+        with _watch(block, index, batch, see), shortcuts(block, batch.seen):
             try:
                 block(batch.hidden, **batch.block_kwargs[index])
             except _CapturedError:
@@ -358,33 +355,6 @@ def _follow(block: nn.Module, index: int, batches: list[_Batch]) -> None:
         assert batch.unquantized is not None
         with _watch(block, index, batch, batch.inputs.__setitem__):
             batch.unquantized = block(batch.unquantized, **batch.block_kwargs[index])
-
-
-@contextmanager
-def _shortcuts(block: nn.Module, batch: _Batch) -> Iterator[None]:
-    """Spare what need not be computed again: a module whose last layer's input was seen is that layer alone."""
-    known = [name for name, last in LAST.items() if last in batch.seen]
-    kept = {name: block.get_submodule(name) for module in known for name in (module, NORM[module])}
-    for name in known:
-        setattr(block, name, _Shortcut(block.get_submodule(LAST[name]), batch.seen[LAST[name]], name == "self_attn"))
-        setattr(block, NORM[name], nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in kept.items():
-            setattr(block, name, module)
-
-
-class _Shortcut(nn.Module):
-    """Stands in for attention, which gives its weights as well, or for the feed-forward part."""
-
-    def __init__(self, last: nn.Module, inputs: Tensor, attends: bool) -> None:
-        super().__init__()
-        self.last, self.inputs, self.attends = last, inputs, attends
-
-    def forward(self, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
-        made: Tensor = self.last(self.inputs)
-        return (made, None) if self.attends else made
 
 
 @contextmanager
