@@ -72,7 +72,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = 
     """Damp H and factor its inverse, in float64, which of a wide H is in memory once.
 
     hessian [C, C]; order [C] permutes its columns and rows.
-    The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the columns that were ever active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
+    The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the columns that were ever
+    active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
     Where H is not positive definite, ten and a hundred times the damping are tried, and said in `fallbacks`.
     Raises StageError where H is not finite, or no damping helps.
     """
