@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --folder DIR             # 3B shape: 28 blocks, hidden 3072, 6.4 GB in bfloat16; hours
     python benchmarks/memory.py --folder DIR --blocks 2  # GPTQ of its first two blocks only; the whole of it rounded
-    python benchmarks/memory.py --quick                  # 0.3B shape: 12 blocks, hidden 1024
+    python benchmarks/memory.py --quick                  # 0.3B shape: 16 blocks, hidden 1024
 
 Each quantization (int4, groups of 128, 8 rows of 256 random tokens) is a process of its own, which tells its peak of
 resident memory (VmHWM, mapped files counted), seconds and CPU-seconds after each block. `peak_over_checkpoint` is that
@@ -44,7 +44,7 @@ PACKAGES = ("edgetune", "torch", "transformers", "safetensors")
 SHAPES = {
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
            "num_key_value_heads": 8, "vocab_size": 128256},
-    "0.3B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16,
+    "0.3B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
              "num_key_value_heads": 4, "vocab_size": 32000},
 }  # fmt: skip
 POOL = (1 << 24) - 3  # random numbers; rows of all widths begin elsewhere in it
@@ -184,12 +184,12 @@ def predicted(model: Path, speeds: Speeds) -> float:
     return (estimator.cost(stage).seconds - START_S) / Sizes.of(config).n_layers
 
 
-def benchmark(folder: Path, quick: bool, blocks: int | None, seed: int, out: Path) -> None:
+def benchmark(folder: Path, quick: bool, layers: int | None, blocks: int | None, seed: int, out: Path) -> None:
     """Make the models, quantize them, and print the figures."""
     began, rng = time.monotonic(), random.Random(seed)
     shape = "0.3B" if quick else "3B"
-    vocabulary, layers = SHAPES[shape]["vocab_size"], SHAPES[shape]["num_hidden_layers"]
-    model, meter = make(shape, layers, folder / shape), LoadMeter()
+    vocabulary, layers = SHAPES[shape]["vocab_size"], layers or SHAPES[shape]["num_hidden_layers"]
+    model, meter = make(shape, layers, folder / f"{shape}-{layers}"), LoadMeter()
     n_bytes = sum((model.path / n).stat().st_size for n in model.manifest.files if n.endswith(".safetensors"))
     samples: dict[str, Any] = {}
     totals: dict[str, float] = {}
@@ -219,7 +219,7 @@ def benchmark(folder: Path, quick: bool, blocks: int | None, seed: int, out: Pat
     found = {
         "benchmark": "memory",
         "totals": totals,
-        "settings": {"shape": shape, **SHAPES[shape], "rows": ROWS, "tokens": TOKENS, "gptq": CONFIG, "seed": seed,
+        "settings": {"shape": shape, **SHAPES[shape], "num_hidden_layers": layers, "rows": ROWS, "tokens": TOKENS, "gptq": CONFIG, "seed": seed,
                      "gptq_blocks": blocks or layers, "threads": os.environ.get("OMP_NUM_THREADS")},
         "speeds": vars(speeds),
         "seconds": round(time.monotonic() - began, 1),
@@ -258,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where models are made and kept; else a folder that is removed")
     parser.add_argument("--quick", action="store_true", help="the 0.3B shape")
+    parser.add_argument("--layers", type=int, help="blocks of the model, where they are not to be all of the shape")
     parser.add_argument("--blocks", type=int, help="blocks that GPTQ does; the whole model is rounded beside")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -265,7 +266,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        benchmark(folder, given.quick, given.blocks, given.seed, given.out)
+        benchmark(folder, given.quick, given.layers, given.blocks, given.seed, given.out)
 
 
 if __name__ == "__main__":
