@@ -219,8 +219,10 @@ def benchmark(folder: Path, quick: bool, layers: int | None, blocks: int | None,
     found = {
         "benchmark": "memory",
         "totals": totals,
-        "settings": {"shape": shape, **SHAPES[shape], "num_hidden_layers": layers, "rows": ROWS, "tokens": TOKENS, "gptq": CONFIG, "seed": seed,
-                     "gptq_blocks": blocks or layers, "threads": os.environ.get("OMP_NUM_THREADS")},
+        "settings": SHAPES[shape] | {
+            "shape": shape, "num_hidden_layers": layers, "gptq_blocks": blocks or layers, "rows": ROWS, "tokens": TOKENS,
+            "gptq": CONFIG, "seed": seed, "threads": os.environ.get("OMP_NUM_THREADS"),
+        },
         "speeds": vars(speeds),
         "seconds": round(time.monotonic() - began, 1),
         "machine": describe().model_dump(mode="json"),
