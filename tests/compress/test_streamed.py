@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgetune.artifact import Artifact
-from edgetune.compress import checkpoint, hessian, layerwise, spill
+from edgetune.compress import checkpoint, layerwise, spill
 from edgetune.compress.checkpoint import load_dequantized
 from edgetune.compress.layerwise import load_model, quantize_blocks, second_moments
 from edgetune.compress.quantize import run
@@ -168,19 +168,3 @@ def test_large_tensors_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.
     parts = run(BOTH, source, tmp_path / "parts", calibration=ROWS)
     assert parts.digest == whole.digest
     assert load_dequantized(parts.path).lm_head.weight.shape == (512, 64)
-
-
-@pytest.mark.parametrize("n", [50, 193, 700])
-def test_a_wide_hessian_is_factored_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    X = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(0))
-    H = 2 / len(X) * X.T @ X
-    H[3], H[:, 3] = 0, 0
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
-    small = hessian.inverse_factor(H[order][:, order], 0.01)
-    monkeypatch.setattr(hessian, "WHOLE", 10)
-    monkeypatch.setattr(hessian, "STEP", 64)
-    wide = hessian.inverse_factor(H, 0.01, order)
-    assert torch.allclose(wide.upper, small.upper, rtol=1e-9, atol=1e-12)
-    assert wide.fallbacks == small.fallbacks == (f"1 of {n} input columns were never active: rounded to nearest",)
-    damped = hessian.inverse_factor(-1e-3 * torch.eye(n) + torch.ones(n, n), 1e-4)  # not positive definite as it is
-    assert damped.fallbacks == ("the Hessian needed damp_percent=0.01, 0.0001 was asked",)
