@@ -59,8 +59,9 @@ def gptq_quantize(
     plain = torch.arange(C, device=W.device)
     order = diagonal.argsort(descending=True, stable=True) if desc_act else plain
     g_idx = plain // n
-    factor = inverse_factor(hessian[order][:, order], damp_percent)
-    Hinv = factor.upper.to(dtype)
+    factor = inverse_factor(hessian, damp_percent, order)
+    Hinv, fallbacks = factor.upper.to(dtype), factor.fallbacks
+    del factor  # its float64 matrix
     if cross is not None:
         target = corrected(W[:, order], cross[order][:, order].to(dtype), Hinv, correction)
         W = torch.empty_like(W).index_copy_(1, order, target)
@@ -90,7 +91,7 @@ def gptq_quantize(
     Q, loss = descend(W, Hinv, at, block)
     codes = torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous()
     quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
-    return GptqResult(quantized, loss, factor.fallbacks)
+    return GptqResult(quantized, loss, fallbacks)
 
 
 def gptq_codes(
@@ -114,7 +115,9 @@ def gptq_codes(
     group = (order // (C // scale.shape[1])).tolist()
     scales, minima = scale.T.to(dtype).contiguous(), minimum.T.to(dtype).contiguous()  # [G, R]
     inverse = torch.where(scales == 0, 0, 1 / scales)
-    factor = inverse_factor(hessian[order][:, order], damp_percent)
+    factor = inverse_factor(hessian, damp_percent, order)
+    Hinv, fallbacks = factor.upper.to(dtype), factor.fallbacks
+    del factor  # its float64 matrix
     W = weight.detach().to(dtype).T[order].contiguous()  # [C, R], a copy
 
     def at(i: int) -> tuple[Tensor, Tensor]:
@@ -122,8 +125,8 @@ def gptq_codes(
         q = (W[i] + minima[g]).mul_(inverse[g]).round_().clamp_(0, max_code)
         return q, (q * scales[g]).sub_(minima[g])
 
-    Q, _ = descend(W, factor.upper.to(dtype), at, block_size)
-    return torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous(), factor.fallbacks
+    Q, _ = descend(W, Hinv, at, block_size)
+    return torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous(), fallbacks
 
 
 def descend(

@@ -18,6 +18,7 @@ from edgetune.errors import StageError
 
 RETRIES = (1, 10, 100)  # times damp_percent, tried in turn
 DIRECT = 192  # rows of a triangular matrix that are inverted by substitution
+WHOLE, STEP = 4096, 1024  # columns up to which LAPACK factors a copy; columns at a time, in place, of a wider matrix
 
 
 class Hessian:
@@ -67,32 +68,35 @@ class InverseFactor:
     fallbacks: tuple[str, ...]
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> InverseFactor:
-    """Damp H and factor its inverse, in float64.
+def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> InverseFactor:
+    """Damp H and factor its inverse, in float64, which of a wide H is in memory once.
 
-    hessian [C, C]. The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the
-    columns that were ever active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
+    hessian [C, C]; order [C] permutes its columns and rows.
+    The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the columns that were ever
+    active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
     Where H is not positive definite, ten and a hundred times the damping are tried, and said in `fallbacks`.
     Raises StageError where H is not finite, or no damping helps.
     """
-    H = hessian.to(torch.float64, copy=True)
-    if not all_finite(H):
+    if not all_finite(hessian):
         raise StageError("the Hessian is not finite: an activation overflowed; check the calibration rows")
-    diagonal = H.diagonal()
+    C = len(hessian)
+    order = torch.arange(C, device=hessian.device) if order is None else order
+    diagonal = hessian.diagonal()[order].to(torch.float64)
     dead = diagonal <= 0
     n_dead = int(dead.sum())
-    mean = float(diagonal[~dead].mean()) if n_dead < len(H) else 1.0
-    H[dead, :] = 0
-    H[:, dead] = 0
-    diagonal[dead] = mean
-    fallbacks = [f"{n_dead} of {len(H)} input columns were never active: rounded to nearest"] if n_dead else []
+    mean = float(diagonal[~dead].mean()) if n_dead < C else 1.0
+    fallbacks = [f"{n_dead} of {C} input columns were never active: rounded to nearest"] if n_dead else []
+    # H = M M^T with M upper is the Cholesky factor of H read backwards, and U = M^-1.
+    order, dead = order.flip(0), dead.flip(0)
     for times in RETRIES:
-        damped = H.clone()
+        damped = hessian[order][:, order].to(torch.float64)
+        damped[dead, :] = 0
+        damped[:, dead] = 0
+        damped.diagonal()[dead] = mean
         damped.diagonal().add_(damp_percent * times * mean)
-        # H = M M^T with M upper is the Cholesky factor of H read backwards, and U = M^-1.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0 and all_finite(lower):
-            upper = _inverse(lower.flip(0, 1))
+        upper = _backwards(damped)
+        if upper is not None:
+            _invert(upper)
             if times > 1:
                 fallbacks.append(
                     f"the Hessian needed damp_percent={damp_percent * times:g}, {damp_percent:g} was asked"
@@ -122,15 +126,38 @@ def all_finite(x: Tensor) -> bool:
     )
 
 
-def _inverse(upper: Tensor) -> Tensor:
-    """Invert an upper triangular matrix by halves, so that most of the work is plain products."""
+def _backwards(H: Tensor) -> Tensor | None:
+    """Give the Cholesky factor of H, which is used up, read backwards; None where H is not positive definite."""
+    n = len(H)
+    if n <= WHOLE:
+        lower, info = torch.linalg.cholesky_ex(H)
+        return lower.flip(0, 1) if int(info) == 0 and all_finite(lower) else None
+    for i in range(0, n, STEP):
+        j = min(i + STEP, n)
+        H[i:, i:j] -= H[i:, :i] @ H[i:j, :i].T
+        lower, info = torch.linalg.cholesky_ex(H[i:j, i:j])
+        if int(info) or not all_finite(lower):
+            return None
+        H[i:j, i:j], H[i:j, j:] = lower, 0
+        H[j:, i:j] = torch.linalg.solve_triangular(lower.T, H[j:, i:j], upper=True, left=False)
+    for i in range(0, n // 2, STEP):  # turned by half a turn, in place
+        j = min(i + STEP, n // 2)
+        first = H[i:j].flip(0, 1)
+        H[i:j] = H[n - j : n - i].flip(0, 1)
+        H[n - j : n - i] = first
+    if n % 2:
+        H[n // 2] = H[n // 2].flip(0)
+    return H
+
+
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves, so that most of the work is plain products."""
     n = len(upper)
     if n <= DIRECT:
         unit = torch.eye(n, dtype=upper.dtype, device=upper.device)
-        solved: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True)
-        return solved
+        upper.copy_(torch.linalg.solve_triangular(upper, unit, upper=True))
+        return
     h = n // 2
-    made = torch.zeros_like(upper)
-    made[:h, :h], made[h:, h:] = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
-    made[:h, h:] = (made[:h, :h] @ (upper[:h, h:] @ made[h:, h:])).neg_()
-    return made
+    _invert(upper[:h, :h])
+    _invert(upper[h:, h:])
+    upper[:h, h:] = (upper[:h, :h] @ (upper[:h, h:] @ upper[h:, h:])).neg_()
