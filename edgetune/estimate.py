@@ -21,6 +21,7 @@ from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, w
 from edgetune.preference_memory import preference_bytes
 from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_export import Calibration
+from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_training import PAIRED, Adapt, Prefer
 from edgetune.training_memory import Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
 from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_step_seconds, step_seconds, steps_of
@@ -195,16 +196,17 @@ class Estimator:
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
-    def _step(self, method: Prune | Distill | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
+    def _step(self, method: Prune | Distill | Sparsify | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
             return self._distilling(method, after)
         if isinstance(method, Prune):
             once = self._calibrating(method.calibration, before, solves=False)
             return Cost(once.seconds + self._searching(method, before), once.memory_mib + 2 * before.bytes_16 / MIB)
-        if isinstance(method, Rtn) and not isinstance(method, Gptq):
+        calibration = getattr(method, "calibration", None)
+        if calibration is None:  # rounding, or zeros by size
             return Cost(START_S, RUNTIME_MIB + 2 * before.bytes_16 / MIB)
-        return self._calibrating(method.calibration, before, solves=True)
+        return self._calibrating(calibration, before, solves=True)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)

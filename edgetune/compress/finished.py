@@ -1,4 +1,4 @@
-"""One quantized block on disk, so that a walk that was killed goes on after it."""
+"""One finished block on disk, so that a walk that was killed goes on after it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgetune.compress.architectures import SHARED_INPUTS
+from edgetune.compress.masks import Sparse
 from edgetune.compress.scheme import Quantized
+
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Quantized, Sparse)}  # what a solver may make
+Made = TypeVar("Made", Quantized, Sparse)
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One quantized layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
+class LayerResult(Generic[Made]):
+    """One finished layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
 
-    quantized: Quantized
+    quantized: Made
     relative_error: float
     fallbacks: tuple[str, ...]
 
 
-def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
+def write_block(file: Path, key: str, done: dict[str, LayerResult[Made]]) -> None:
     """Keep one finished block, whole or not at all."""
     tensors = {f"{n}.{part}": t.contiguous() for n, r in done.items() for part, t in vars(r.quantized).items()}
-    layers = {n: {"relative_error": r.relative_error, "fallbacks": list(r.fallbacks)} for n, r in done.items()}
+    layers = {
+        n: {"kind": type(r.quantized).__name__, "relative_error": r.relative_error, "fallbacks": list(r.fallbacks)}
+        for n, r in done.items()
+    }
     beside = file.with_suffix(".part")
     save_file(tensors, beside, metadata={"edgetune": json.dumps({"key": key, "layers": layers})})
     with beside.open("rb") as stream:
@@ -34,7 +42,7 @@ def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
     beside.replace(file)
 
 
-def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | None:
+def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult[Any]] | None:
     """Give a finished block again, or None where there is none of this walk."""
     try:
         with safe_open(file, framework="pt") as stored:
@@ -43,11 +51,12 @@ def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | No
                 return None
             found = {
                 name: LayerResult(
-                    Quantized(*(stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)),
+                    kind(*(stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__)),
                     float(entry["relative_error"]),
                     tuple(entry["fallbacks"]),
                 )
                 for name, entry in about["layers"].items()
+                for kind in [KINDS[entry["kind"]]]
             }
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # cut by a kill, or never written: the block is done again and gives the same bytes

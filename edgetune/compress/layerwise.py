@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
-from edgetune.compress.finished import LayerResult, read_block, write_block
+from edgetune.compress.finished import LayerResult, Made, read_block, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
-from edgetune.compress.scheme import Quantized
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
 from edgetune.progress import Report, silent
@@ -35,7 +34,7 @@ TRIM_BLOCKS = 6  # so often what the solver freed goes back to the system, which
 HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
-Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
+Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Made, tuple[str, ...]]]
 
 
 LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
@@ -89,7 +88,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 def quantize_blocks(
     model: Any,
     rows: NDArray[np.int64] | None,
-    solve: Solve,
+    solve: Solve[Made],
     *,
     work: Path,
     key: str,
@@ -97,7 +96,7 @@ def quantize_blocks(
     progress: Report = silent,
     both: bool = False,
     fast: bool = False,
-) -> dict[str, LayerResult]:
+) -> dict[str, LayerResult[Made]]:
     """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
     rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
@@ -110,7 +109,7 @@ def quantize_blocks(
     batches = None if rows is None else _enter(model, rows, device, dtype)
     for batch in batches or []:
         batch.unquantized = batch.hidden if both else None
-    results: dict[str, LayerResult] = {}
+    results: dict[str, LayerResult[Made]] = {}
     for index, block in enumerate(blocks):
         prefix = f"model.layers.{index}"
         original = dict(block.state_dict())
@@ -264,11 +263,11 @@ def _quantize_block(
     index: int,
     original: dict[str, Tensor],
     batches: list[_Batch] | None,
-    solve: Solve,
+    solve: Solve[Made],
     device: str,
     fast: bool,
-) -> dict[str, LayerResult]:
-    done: dict[str, LayerResult] = {}
+) -> dict[str, LayerResult[Made]]:
+    done: dict[str, LayerResult[Made]] = {}
     for group in SHARED_INPUTS:
         names = [f"model.layers.{index}.{name}" for name in group]
         weights = [original[f"{name}.weight"].to(device=device, dtype=torch.float32) for name in group]
