@@ -51,14 +51,17 @@ def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult[Any]]
                 return None
             found = {
                 name: LayerResult(
-                    kind(*(stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__)),
+                    _read_weight(stored, name, KINDS[entry["kind"]]),
                     float(entry["relative_error"]),
                     tuple(entry["fallbacks"]),
                 )
                 for name, entry in about["layers"].items()
-                for kind in [KINDS[entry["kind"]]]
             }
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # cut by a kill, or never written: the block is done again and gives the same bytes
     expected = {f"{prefix}.{name}" for group in SHARED_INPUTS for name in group}
     return found if set(found) == expected else None
+
+
+def _read_weight(stored: Any, name: str, kind: type[Made]) -> Made:
+    return kind(*(stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__))
