@@ -21,6 +21,7 @@ from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, w
 from edgetune.preference_memory import preference_bytes
 from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
 from edgetune.recipe_export import Calibration
+from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_training import PAIRED, Adapt, Prefer
 from edgetune.training_memory import Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
 from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_step_seconds, step_seconds, steps_of
@@ -203,7 +204,7 @@ class Estimator:
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
-    def _step(self, method: Prune | Distill | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
+    def _step(self, method: Prune | Distill | Sparsify | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
             return self._distilling(method, after)
@@ -215,6 +216,9 @@ class Estimator:
             return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
         if isinstance(method, Gptq):
             return self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
+        if isinstance(method, Sparsify) and method.calibration is not None:
+            found = self._calibrating(method.calibration, before, solves=True)
+            return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
         return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
 
     def _seconds(self, flop: float, share: float) -> float:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from edgetune import __version__, measure, workload
 from edgetune.artifact import Artifact
 from edgetune.commands import run_commands
+from edgetune.compress.chain import about_zeros
 from edgetune.graph import why_not_run
 from edgetune.recipe import Recipe
 from edgetune.runtime.accuracy import seam, summary
@@ -136,6 +137,8 @@ class Outcome:
             )
         if (score := summary(self.scored["reference"])["exact_match"]) is not None and score < 0.1:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
+        zeros = {name: about_zeros(candidate) for name, candidate in self.recipe.candidates.items()}
+        said += [f"{name}: {line}." for name, line in zeros.items() if line is not None]
         return said
 
     def fallbacks(self) -> list[str]:

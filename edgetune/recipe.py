@@ -16,6 +16,7 @@ from edgetune.recipe_data import Data
 from edgetune.recipe_export import Calibration, Export
 from edgetune.recipe_quantize import CheckpointOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
+from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
 from edgetune.recipe_training import Adapt, Prefer, Training
 
@@ -99,6 +100,7 @@ class CompressStep(Closed):
 
     prune: Prune | None = None
     distill: Distill | None = None
+    sparsify: Sparsify | None = Field(None, exclude_if=lambda value: value is None)
     awq: Awq | None = Field(None, exclude_if=lambda value: value is None)
     rtn: Rtn | None = None
     gptq: Gptq | None = None
@@ -108,8 +110,8 @@ class CompressStep(Closed):
         return exactly_one(self)
 
     @property
-    def method(self) -> Prune | Distill | Awq | Rtn | Gptq:
-        return self.prune or self.distill or self.awq or self.gptq or self.rtn  # type: ignore[return-value]
+    def method(self) -> Prune | Distill | Sparsify | Awq | Rtn | Gptq:
+        return getattr(self, self.key)  # type: ignore[no-any-return]
 
     @property
     def key(self) -> str:
@@ -118,7 +120,7 @@ class CompressStep(Closed):
     @property
     def quantizer(self) -> Rtn | Gptq | None:
         """The method where it makes integers, which no other step can read."""
-        return None if isinstance(self.method, Prune | Distill | Awq) else self.method
+        return None if isinstance(self.method, Prune | Distill | Sparsify | Awq) else self.method
 
 
 class Candidate(Closed):
@@ -159,6 +161,8 @@ class Candidate(Closed):
                 advice = "leave one out" if step.quantizer is not None else f"put {step.key} before {before.key}"
                 raise ValueError(f"{step.key} after {before.key}: integers can only be exported; {advice}")
         for index, step in enumerate(self.compress):
+            if step.distill is not None and any(earlier.sparsify is not None for earlier in self.compress[:index]):
+                raise ValueError("distill after sparsify trains what it set to zero; put distill before sparsify")
             if step.distill is not None and (index == 0) != (step.distill.student is not None):
                 if index == 0:
                     raise ValueError("distill as the first step has its teacher as student; prune before, or name one")

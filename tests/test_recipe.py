@@ -109,7 +109,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two methods in a step": (
         raw(candidates={"a": {"compress": [{"rtn": {}, "gptq": {}}]}}),
-        r"compress\.0: give exactly one of prune, distill, awq, rtn, gptq; found \['rtn', 'gptq'\]$",
+        r"compress\.0: give exactly one of prune, distill, sparsify, awq, rtn, gptq; found \['rtn', 'gptq'\]$",
     ),
     "two steps": (
         raw(candidates={"a": {"compress": [{"rtn": {}}, {"rtn": {}}]}}),

@@ -1,4 +1,4 @@
-"""Quantized blocks on disk: a walk that was killed goes on after them, and none needs to be in memory."""
+"""Finished blocks on disk: a walk that was killed goes on after them, and none needs to be in memory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgetune.compress.architectures import SHARED_INPUTS
+from edgetune.compress.masks import Sparse
 from edgetune.compress.scheme import Quantized
 
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Quantized, Sparse)}  # what a solver may make
+Made = TypeVar("Made", Quantized, Sparse)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One quantized layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
+class LayerResult(Generic[Made]):
+    """One finished layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
 
-    quantized: Quantized
+    quantized: Made
     relative_error: float
     fallbacks: tuple[str, ...]
 
@@ -45,10 +48,13 @@ class Lazily(Mapping[str, T]):
         return len(self._names)
 
 
-def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
+def write_block(file: Path, key: str, done: dict[str, LayerResult[Made]]) -> None:
     """Keep one finished block, whole or not at all."""
     tensors = {f"{n}.{part}": t.contiguous() for n, r in done.items() for part, t in vars(r.quantized).items()}
-    layers = {n: {"relative_error": r.relative_error, "fallbacks": list(r.fallbacks)} for n, r in done.items()}
+    layers = {
+        n: {"kind": type(r.quantized).__name__, "relative_error": r.relative_error, "fallbacks": list(r.fallbacks)}
+        for n, r in done.items()
+    }
     beside = file.with_suffix(".part")
     save_file(tensors, beside, metadata={"edgetune": json.dumps({"key": key, "layers": layers})})
     with beside.open("rb") as stream:
@@ -56,7 +62,7 @@ def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
     beside.replace(file)
 
 
-def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | None:
+def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult[Any]] | None:
     """Give a finished block again, or None where there is none of this walk."""
     try:
         with safe_open(file, framework="pt") as stored:
@@ -70,13 +76,14 @@ def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | No
     return found if set(found) == expected else None
 
 
-def read_layer(file: Path, name: str) -> LayerResult:
+def read_layer(file: Path, name: str) -> LayerResult[Any]:
     """Give one layer of a finished block; its codes are mapped."""
     with safe_open(file, framework="pt") as stored:
         return _layer(stored, name, json.loads(stored.metadata()["edgetune"]))
 
 
-def _layer(stored: Any, name: str, about: dict[str, Any]) -> LayerResult:
+def _layer(stored: Any, name: str, about: dict[str, Any]) -> LayerResult[Any]:
     entry = about["layers"][name]
-    parts = (stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)
-    return LayerResult(Quantized(*parts), float(entry["relative_error"]), tuple(entry["fallbacks"]))
+    kind = KINDS[entry["kind"]]
+    parts = (stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__)
+    return LayerResult(kind(*parts), float(entry["relative_error"]), tuple(entry["fallbacks"]))

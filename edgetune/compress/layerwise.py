@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
-from edgetune.compress.finished import LayerResult, Lazily, read_block, read_layer, write_block
+from edgetune.compress.finished import LayerResult, Lazily, Made, read_block, read_layer, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
-from edgetune.compress.scheme import Quantized
 from edgetune.compress.shortcuts import LAST, shortcuts
 from edgetune.compress.spill import Shelf, Spill
 from edgetune.compress.streamed import present
@@ -37,7 +36,7 @@ TRIM_BLOCKS = 6  # so often what the solver freed goes back to the system, which
 HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
-Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
+Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Made, tuple[str, ...]]]
 
 
 class _Batch:
@@ -105,7 +104,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 def quantize_blocks(
     model: Any,
     rows: NDArray[np.int64] | None,
-    solve: Solve,
+    solve: Solve[Made],
     *,
     work: Path,
     key: str,
@@ -113,7 +112,7 @@ def quantize_blocks(
     progress: Report = silent,
     both: bool = False,
     fast: bool = False,
-) -> Mapping[str, LayerResult]:
+) -> Mapping[str, LayerResult[Made]]:
     """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
     The model is whole, or a skeleton of `open_model`, whose blocks are read when it is their turn.
@@ -289,11 +288,11 @@ def _quantize_block(
     index: int,
     original: dict[str, Tensor],
     batches: list[_Batch] | None,
-    solve: Solve,
+    solve: Solve[Made],
     device: str,
     fast: bool,
-) -> dict[str, LayerResult]:
-    done: dict[str, LayerResult] = {}
+) -> dict[str, LayerResult[Made]]:
+    done: dict[str, LayerResult[Made]] = {}
     for group in SHARED_INPUTS:
         names = [f"model.layers.{index}.{name}" for name in group]
         weights = [original.pop(f"{name}.weight").to(device=device, dtype=torch.float32) for name in group]

@@ -110,7 +110,7 @@ def run(
     return pending.artifact
 
 
-def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
+def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve[Quantized]:
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
 
