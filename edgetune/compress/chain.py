@@ -11,7 +11,8 @@ from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.prune import shapes
 from edgetune.compress.prune import stage as pruning
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune, Rtn
+from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Rtn
+from edgetune.recipe_prune import Prune
 
 # The stage of each step that reads one model and, at most, calibration rows. Each module has
 # check(config, model_config), planned_identity(config, source, calibration's digest) and
@@ -32,7 +33,8 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
         found = planned_config(step, config, model_config)
         if isinstance(method, Distill):
             linear_shapes(found)
-            _check_vocabulary(method, found, model_config)
+            if method.student is not None:
+                _check_vocabulary(method, found, model_config)
         config = found
     return config
 
@@ -61,7 +63,7 @@ def step_name(step: CompressStep) -> str:
     if isinstance(method, Prune):
         sizes = {
             "{} layers": method.layers, "ffn {}": method.intermediate_size, "{} kv heads": method.kv_heads,
-            "hidden {}": method.hidden_size,
+            "hidden {}": method.hidden_size, "vocabulary {}": method.vocabulary,
         }  # fmt: skip
         return " ".join(["prune", *(form.format(size) for form, size in sizes.items() if size is not None)])
     if isinstance(method, Distill):
@@ -86,6 +88,12 @@ def chosen_sizes(candidate: Candidate) -> set[str]:
     """Give the keys of `prune` that some step of a chain sets."""
     pruned = [step.prune for step in candidate.compress if step.prune is not None]
     return {key for one in pruned for key, value in one.model_dump().items() if value is not None}
+
+
+def vocabulary(candidate: Candidate, n_steps: int | None = None) -> int | None:
+    """Give the number of tokens that the first steps of a chain leave (all where absent); None for the base's own."""
+    pruned = (step.prune for step in candidate.compress[:n_steps] if step.prune is not None)
+    return next((one.vocabulary for one in pruned if one.vocabulary is not None), None)
 
 
 def so_far(candidate: Candidate, n_steps: int) -> str:
