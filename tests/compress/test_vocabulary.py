@@ -1,4 +1,4 @@
-"""Pruned vocabularies: exact on the tokens that stay, whatever the merges; what stays; the files; models and exports."""
+"""Pruned vocabularies: exact on the tokens that stay, whatever the merges; the files; models and exports."""
 
 from __future__ import annotations
 
