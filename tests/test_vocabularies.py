@@ -81,6 +81,7 @@ def test_a_student_of_fewer_tokens_is_taught_and_quantized(tmp_path: Path, tiny_
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_what_is_scored_is_compared_row_by_row_and_by_no_probability(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     task = {"name": "levels", "kind": "generation", "metrics": ["exact_match"], "max_new_tokens": 4}
     tasks = [task | {"rows": str(tmp_path / "heldout.jsonl")}]
