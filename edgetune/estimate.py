@@ -19,8 +19,9 @@ from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
 from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
 from edgetune.preference_memory import preference_bytes
-from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Recipe, Rtn
 from edgetune.recipe_export import Calibration
+from edgetune.recipe_prune import Prune
 from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_training import PAIRED, Adapt, Prefer
 from edgetune.training_memory import Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes

@@ -11,6 +11,7 @@ from edgetune.artifact import Artifact, Store
 from edgetune.backends import require
 from edgetune.compress import chain
 from edgetune.compress.architectures import SUPPORTED
+from edgetune.compress.prune import tokenizer_files
 from edgetune.data.checks import prompt_digest, refuse_few, refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.devices import check_device
@@ -53,6 +54,8 @@ def preflight(recipe: Recipe, *, weights: bool = True, progress: Report = silent
             check_candidate(candidate, config)
         except EdgetuneError as error:
             raise type(error)(f"candidates.{name}: {error}") from error
+    if any(chain.vocabulary(candidate) is not None for candidate in recipe.candidates.values()):
+        tokenizer_files.check_source(source)
     if recipe.adapt is not None:
         from edgetune.adapt import methods
 

@@ -14,6 +14,7 @@ from edgetune.closed import Closed, Count, M, Seed, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
 from edgetune.recipe_export import Calibration, Export
+from edgetune.recipe_prune import Prune
 from edgetune.recipe_quantize import CheckpointOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_sparsify import Sparsify
@@ -49,28 +50,6 @@ class Awq(Closed):
     group_size: int = Field(64, description="as that step's")
     sym: bool = Field(True, description="as that step's")
     calibration: Calibration = Calibration()
-
-
-class Prune(Closed):
-    """Fewer blocks (ShortGPT, arXiv:2403.03853) and narrower ones (Minitron, arXiv:2407.14679), in plain shapes."""
-
-    layers: Count | None = Field(None, description="decoder blocks that stay")
-    intermediate_size: Count | None = Field(None, description="feed-forward neurons of each block that stay")
-    kv_heads: Count | None = Field(None, description="key/value heads of each block that stay, with their query heads")
-    hidden_size: Count | None = Field(None, description="channels of the residual stream that stay")
-    search: Literal["influence", "kl"] = Field(
-        "influence", description="which blocks go: those that turn their input least, or one by one what costs least KL"
-    )
-    search_samples: Count = Field(8, description="kl: calibration samples that it is measured on")
-    calibration: Calibration = Calibration()
-
-    @model_validator(mode="after")
-    def _something(self) -> Prune:
-        if all(size is None for size in (self.layers, self.intermediate_size, self.kv_heads, self.hidden_size)):
-            raise ValueError("prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size")
-        if self.search == "kl" and self.layers is None:
-            raise ValueError("search: kl chooses among blocks; give layers, or leave search out")
-        return self
 
 
 class Distill(Training):
@@ -168,6 +147,13 @@ class Candidate(Closed):
                     raise ValueError("distill as the first step has its teacher as student; prune before, or name one")
                 made = self.compress[index - 1].key
                 raise ValueError(f"distill with student {step.distill.student!r} drops what {made} made; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Candidate:
+        cut = [step.prune.vocabulary for step in self.compress if step.prune is not None and step.prune.vocabulary]
+        if len(cut) > 1:
+            raise ValueError(f"prune.vocabulary is given {len(cut)} times; cut it once, to {min(cut)}")
         return self
 
     @property
@@ -293,6 +279,17 @@ class Recipe(Closed):
             ):
                 raise ValueError(
                     f"candidates.{name}: without adapt or prefer the base is the teacher; name another student"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _perplexity_counts_tokens(self) -> Recipe:
+        asked = [task.name for task in self.tasks if task.kind == "perplexity"]
+        for name, candidate in self.candidates.items():
+            if asked and any(step.prune and step.prune.vocabulary for step in candidate.compress):
+                raise ValueError(
+                    f"candidates.{name}: prune.vocabulary makes other tokens of a text, and task {asked[0]} measures "
+                    "perplexity, which is of a token; leave one out"
                 )
         return self
 

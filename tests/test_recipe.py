@@ -135,9 +135,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(adapt=None, candidates={"a": {"compress": [{"distill": {"student": "base"}}]}}),
         r"candidates\.a: without adapt or prefer the base is the teacher; name another student$",
     ),
+    "two vocabularies": (
+        raw(candidates={"a": {"compress": [{"prune": {"vocabulary": 900}}, {"prune": {"vocabulary": 800}}]}}),
+        r"candidates\.a: prune\.vocabulary is given 2 times; cut it once, to 800$",
+    ),
+    "perplexity of other tokens": (
+        raw(
+            candidates={"a": {"compress": [{"prune": {"vocabulary": 900}}]}},
+            tasks=[{"name": "text", "kind": "perplexity", "rows": "x.jsonl"}],
+        ),
+        r"candidates\.a: prune\.vocabulary makes other tokens of a text, and task text measures perplexity",
+    ),
     "nothing to prune": (
         raw(candidates={"a": {"compress": [{"prune": {}}]}}),
-        r"compress\.0\.prune: prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size$",
+        r"compress\.0\.prune: prune removes nothing; give layers, .*, hidden_size or vocabulary$",
     ),
     "a search for no block": (
         raw(candidates={"a": {"compress": [{"prune": {"kv_heads": 1, "search": "kl"}}]}}),

@@ -103,3 +103,12 @@ def test_bench_keys_that_are_left_out_leave_the_identity_as_it_was() -> None:
     before = {"case_timeout_s": 300.0, "new_tokens": 64, "prompt_tokens": [32, 256], "repeats": 5, "threads": 2}
     assert parse_recipe(raw()).bench.as_config() == before | {"warmup": 2, "runs": 2}
     assert parse_recipe(raw(bench={"runs": 3, "new_tokens": [16, 64]})).bench.output_lengths == [16, 64]
+
+
+def test_a_vocabulary_survives_and_one_that_is_unset_does_not_show() -> None:
+    for sizes in ({"layers": 2}, {"vocabulary": 800}):
+        recipe = parse_recipe(raw(candidates={"a": {"compress": [{"prune": sizes}]}}))
+        assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+        (step,) = recipe.candidates["a"].compress
+        assert step.prune is not None
+        assert ("vocabulary" in step.prune.model_dump()) == ("vocabulary" in sizes)

@@ -12,7 +12,8 @@ from edgetune.compress.prune import shapes
 from edgetune.compress.prune import stage as pruning
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_types import PLAIN
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune, Rtn
+from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Rtn
+from edgetune.recipe_prune import Prune
 from edgetune.recipe_sparsify import Sparsify
 
 # The stage of each step that reads one model and, at most, calibration rows. Each module has
@@ -34,7 +35,8 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
         found = planned_config(step, config, model_config)
         if isinstance(method, Distill):
             linear_shapes(found)
-            _check_vocabulary(method, found, model_config)
+            if method.student is not None:
+                _check_vocabulary(method, found, model_config)
         config = found
     return config
 
@@ -63,7 +65,7 @@ def step_name(step: CompressStep) -> str:
     if isinstance(method, Prune):
         sizes = {
             "{} layers": method.layers, "ffn {}": method.intermediate_size, "{} kv heads": method.kv_heads,
-            "hidden {}": method.hidden_size,
+            "hidden {}": method.hidden_size, "vocabulary {}": method.vocabulary,
         }  # fmt: skip
         return " ".join(["prune", *(form.format(size) for form, size in sizes.items() if size is not None)])
     if isinstance(method, Distill):
@@ -103,6 +105,12 @@ def about_zeros(candidate: Candidate) -> str | None:
     gguf = candidate.export.gguf if candidate.export is not None else None
     rounded = candidate.quantizer is not None or (gguf is not None and gguf.type not in PLAIN)
     return said + ("; rounding after it need not keep them" if rounded else "")
+
+
+def vocabulary(candidate: Candidate, n_steps: int | None = None) -> int | None:
+    """Give the number of tokens that the first steps of a chain leave (all where absent); None for the base's own."""
+    pruned = (step.prune for step in candidate.compress[:n_steps] if step.prune is not None)
+    return next((one.vocabulary for one in pruned if one.vocabulary is not None), None)
 
 
 def so_far(candidate: Candidate, n_steps: int) -> str:

@@ -51,6 +51,7 @@ def run(
     out: Path,
     *,
     rows: Sequence[Rendered],
+    kept_tokens: Sequence[int] | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
@@ -58,14 +59,17 @@ def run(
 ) -> Artifact:
     """Train all weights of a `model` artifact on what the teacher says, and write it as a `model` artifact.
 
-    `said` is what `teacher.run` wrote for the same rows. A run that was killed goes on from its last whole checkpoint,
-    to the same bytes on the same machine. Raises UnsupportedError where the two have other tokenizers, DataError where
-    there are too few rows.
+    `said` is what `teacher.run` wrote for the same rows. `kept_tokens` are the teacher's ids that the student has, in
+    the order of the student's, where its vocabulary was pruned: `rows` are in the student's ids. A run that was killed
+    goes on from its last whole checkpoint, to the same bytes on the same machine. Raises UnsupportedError where the two
+    have other tokenizers, DataError where there are too few rows.
     """
     from transformers import AutoModelForCausalLM
 
-    check_tokenizers(student, teacher)
-    golden = Golden.read(teacher.path)
+    if kept_tokens is None:
+        check_tokenizers(student, teacher)
+    of_tokenizer = teacher if kept_tokens is None else student
+    golden = Golden.read(of_tokenizer.path)
     refuse_untaught(rows, golden.stop_ids)
     data = Split.of(config, rows, seed)
     require_space(out.parent, 18 * student.size_bytes)  # three checkpoints of float32 weights and two moments
@@ -78,7 +82,7 @@ def run(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32, local_files_only=True)
             model.to(device).train()
-            coach = Coach.load(teacher.path, device) if config.hidden_weight else None
+            coach = Coach.load(teacher.path, device, kept_tokens) if config.hidden_weight else None
             if coach is not None:
                 setattr(model, PROJECTION, coach.projection(int(model.config.hidden_size)).to(device))
             optimizer = torch.optim.AdamW(
@@ -95,7 +99,7 @@ def run(
         if config.hidden_weight:
             delattr(model, PROJECTION)
         model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
-        copy_tokenizer(teacher.path, pending.path)
+        copy_tokenizer(of_tokenizer.path, pending.path)
         golden.write(pending.path)
         hold(pending.path)
         pending.seed = seed
@@ -118,15 +122,16 @@ def check_tokenizers(student: Artifact, teacher: Artifact) -> None:
 class Coach:
     """The teacher beside the student, for its hidden states."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, kept_tokens: Tensor | None = None) -> None:
+        self._model, self._kept = model, kept_tokens
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> Coach:
-        """Load the teacher frozen, in the dtype that the device computes fast."""
+    def load(cls, folder: Path, device: str, kept_tokens: Sequence[int] | None = None) -> Coach:
+        """Load the teacher frozen, in the dtype that the device computes fast; `kept_tokens` as `run` takes them."""
         from edgetune.adapt.base import load_base
 
-        return cls(load_base(folder, device, four_bit=False).eval())
+        kept = None if kept_tokens is None else torch.tensor(kept_tokens, device=device)
+        return cls(load_base(folder, device, four_bit=False).eval(), kept)
 
     def projection(self, student_size: int) -> nn.Linear:
         """Give the learned map from the student's hidden states to the teacher's; the identity where sizes agree."""
@@ -139,16 +144,16 @@ class Coach:
     @torch.no_grad()
     def states(self, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
         """Give the last hidden states [N, C] at the labelled positions of a batch, as `LabelledHead` picks them."""
-        decoder = self._model.get_decoder()
+        decoder, ids = self._model.get_decoder(), inputs["input_ids"]
+        if self._kept is not None:
+            ids = self._kept[ids]
         if "lengths" in inputs:
             n_prefix, *lengths = inputs["lengths"].tolist()
-            layout = Layout.of(n_prefix, lengths, keep.device, n_tokens=inputs["input_ids"].shape[1])
+            layout = Layout.of(n_prefix, lengths, keep.device, n_tokens=ids.shape[1])
             with packed_attention(self._model):
-                found = decoder(
-                    input_ids=inputs["input_ids"], position_ids=layout.positions(), packed=layout, use_cache=False
-                )
+                found = decoder(input_ids=ids, position_ids=layout.positions(), packed=layout, use_cache=False)
         else:
-            found = decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            found = decoder(input_ids=ids, attention_mask=inputs["attention_mask"], use_cache=False)
         states: Tensor = found.last_hidden_state[:, :-1][keep]
         return states.float()
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from edgetune.artifact import Artifact, draft, identity
+from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.compress.teacher_pack import PackBuilder, TeacherPack, join
 from edgetune.data.checks import refuse_untaught
 from edgetune.data.golden import Golden
@@ -28,9 +30,11 @@ FILE = "teacher.npz"
 CHUNK_ROWS = 64  # rows that a kill can cost
 
 
-def planned_identity(config: Distill, teacher_identity: str, rows: str) -> str:
+def planned_identity(
+    config: Distill, teacher_identity: str, rows: str, kept_tokens: Sequence[int] | None = None
+) -> str:
     """Give the identity of the evidence that `run` would make for rows of that digest."""
-    return identity(STAGE, _config(config), [teacher_identity], {"rows": rows})
+    return identity(STAGE, _config(config), [teacher_identity], _sources(rows, kept_tokens))
 
 
 def run(
@@ -39,12 +43,18 @@ def run(
     out: Path,
     *,
     rows: Sequence[Rendered],
+    kept_tokens: Sequence[int] | None = None,
     device: str = "cpu",
     progress: Report = silent,
 ) -> Artifact:
-    """Write `teacher.npz`: one entry for each labelled position of each row. Goes on after its last chunk of rows."""
+    """Write `teacher.npz`: one entry for each labelled position of each row. Goes on after its last chunk of rows.
+
+    `kept_tokens` are the teacher's ids that a student of a pruned vocabulary has, ascending: only those are named, by
+    the student's ids, and the probability of all others is in the rest.
+    """
     refuse_untaught(rows, Golden.read(teacher.path).stop_ids)
-    sources = {"rows": rows_digest(rows)}
+    sources = _sources(rows_digest(rows), kept_tokens)
+    kept = None if kept_tokens is None else np.asarray(kept_tokens, np.int64)
     with draft(
         out, kind="evidence", stage=STAGE, config=_config(config), parents=[teacher], sources=sources
     ) as pending:
@@ -61,7 +71,7 @@ def run(
                 for index, start in enumerate(starts):
                     if packs[index] is None:
                         packs[index] = _write(
-                            files[index], engine, rows[start : start + CHUNK_ROWS], config, teacher.digest
+                            files[index], engine, rows[start : start + CHUNK_ROWS], config, teacher.digest, kept
                         )
                     progress(min(start + CHUNK_ROWS, len(rows)), len(rows), "rows")
             finally:
@@ -77,14 +87,21 @@ def read(evidence: Artifact) -> TeacherPack:
     return TeacherPack.read(evidence.path / FILE)
 
 
-def _write(file: Path, engine: TorchEngine, rows: Sequence[Rendered], config: Distill, subject: str) -> TeacherPack:
+def _write(
+    file: Path,
+    engine: TorchEngine,
+    rows: Sequence[Rendered],
+    config: Distill,
+    subject: str,
+    kept: NDArray[np.int64] | None,
+) -> TeacherPack:
     """Score one chunk of rows and keep it, whole or not at all."""
     builder = PackBuilder()
     # What comes after the last label is not read; the first label is at 1 or later, as nothing predicts a first token.
     spans = [(max(1, row.labels.index(True)), len(row.ids)) for row in rows]
     tokens = [TokenRow(row.ids, start) for row, (start, _) in zip(rows, spans, strict=True)]
     for row, (start, end), logits in zip(rows, spans, engine.score_rows(tokens), strict=True):
-        builder.add(logits[list(row.labels[start:end])] / config.temperature, config.top_k)
+        builder.add(logits[list(row.labels[start:end])] / config.temperature, config.top_k, kept)
     pack = builder.build(f"rows from {rows[0].line}", subject)
     beside = file.with_suffix(".part")
     pack.save(beside)
@@ -98,6 +115,10 @@ def _finished(file: Path, subject: str) -> TeacherPack | None:
     except ArtifactError:
         return None  # not there yet, or cut by a kill
     return pack if pack.subject == subject else None
+
+
+def _sources(rows: str, kept_tokens: Sequence[int] | None) -> dict[str, str]:
+    return {"rows": rows, **({} if kept_tokens is None else {"tokens": json_digest(list(kept_tokens))})}
 
 
 def _config(config: Distill) -> dict[str, object]:
