@@ -71,7 +71,8 @@ def write_checkpoint(
                     tensors[name] = _to_half(name, stored.get_tensor(name))
     assert taken == set(layers), set(layers) - taken
     for name, layer in layers.items():
-        check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
+        if form == "gptq":
+            check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
         parts = (
             _packed(layer, scheme.bits)
             if form == "gptq"

@@ -45,7 +45,7 @@ def test_words_by_hand() -> None:
     assert pack(three, 3).tolist() == [[0b01 << 30], [0b1], [(0b11) | (0b011 << 29)]]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_packing_round_trip(bits: int) -> None:
     values = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(bits), dtype=torch.int32)
     words = pack(values, bits)
