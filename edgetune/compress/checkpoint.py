@@ -82,7 +82,9 @@ def write_checkpoint(
     ordered = any(not torch.equal(layer.g_idx, _plain(layer)) for layer in layers.values())
     quantization = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
-        "desc_act": ordered, "static_groups": static_groups, "damp_percent": damp_percent, "lm_head": False,
+        "desc_act": ordered, "static_groups": static_groups,
+        **({} if damp_percent is None else {"damp_percent": damp_percent}),  # transformers reads no null there
+        "lm_head": False,
         "true_sequential": True, "checkpoint_format": "gptq", "pack_dtype": "int32", "model_name_or_path": None,
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
     from edgetune.data.calibration import CalibrationSet
 
-RTN_STAGE = "compress.rtn/2"
+RTN_STAGE = "compress.rtn/3"
 GPTQ_STAGE = "compress.gptq/2"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPTQConfig
 
 from edgetune.artifact import Artifact
 from edgetune.compress.checkpoint import load_dequantized, read_layers
@@ -81,6 +82,7 @@ def test_settings_are_said_twice_and_the_tokenizer_comes_along(rounded: Artifact
     wanted = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "lm_head": False}
     assert config["quantization_config"].items() >= (wanted | {"checkpoint_format": "gptq"}).items()
     assert config["dtype"] == "float16"
+    GPTQConfig.from_dict(config["quantization_config"])  # what transformers checks before it loads
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "golden.json"):
         assert (rounded.path / name).read_bytes() == (tiny_model.path / name).read_bytes()
 
