@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -28,9 +28,15 @@ SUBJECTS = ("reference", "base", "adapter", "adapted")  # what a run scores besi
 class Rtn(CheckpointOptions):
     """Round to nearest."""
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: int = Field(64, description="columns that share a scale; -1 for the whole row")
     sym: bool = True
+
+    @model_validator(mode="after")
+    def _the_format_has_the_bits(self) -> Self:
+        if self.bits in (5, 6) and self.checkpoint == "gptq":
+            raise ValueError(f"AutoGPTQ's format has no {self.bits} bits; set checkpoint: compressed-tensors")
+        return self
 
 
 class Gptq(GptqOptions, Rtn):
@@ -46,7 +52,9 @@ class Gptq(GptqOptions, Rtn):
 class Awq(Closed):
     """Scale columns that meet large inputs, so that rounding costs less (AWQ, arXiv:2306.00978); the same function."""
 
-    bits: Literal[2, 3, 4, 8] = Field(4, description="grid it is scaled for: that of the rtn or gptq step after it")
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(
+        4, description="grid it is scaled for: that of the rtn or gptq step after it"
+    )
     group_size: int = Field(64, description="as that step's")
     sym: bool = Field(True, description="as that step's")
     calibration: Calibration = Calibration()

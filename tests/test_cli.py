@@ -259,7 +259,8 @@ def test_a_place_that_cannot_be_written(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("compress", "{base}", "--out", "{out}", "--bits", "5"), "compress: gptq.bits: Input should be 2, 3, 4 or 8"),
+        (("compress", "{base}", "--out", "{out}", "--bits", "7"), "gptq.bits: Input should be 2, 3, 4, 5, 6 or 8"),
+        (("compress", "{base}", "--out", "{out}", "--bits", "6"), "no 6 bits; set checkpoint: compressed-tensors"),
         (("compress", "{base}", "--out", "{out}", "--method", "awq"), "method 'awq' is not known; use rtn or gptq"),
         (
             ("export", "{base}", "--out", "{out}", "--format", "tflite"),

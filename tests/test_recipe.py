@@ -74,7 +74,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a scalar for a part": (raw(data="rows.jsonl"), r"data: Input should be .* \(found 'rows\.jsonl'\)$"),
     "not positive": (raw(adapt={"r": 0}), r"adapt\.r: Input should be greater than 0 \(found 0\)$"),
     "a share above 1": (raw(adapt={"dropout": 1.5}), r"adapt\.dropout: .* less than or equal to 1 \(found 1\.5\)$"),
-    "bits of another world": (gptq(bits=5), r"gptq\.bits: Input should be 2, 3, 4 or 8 \(found 5\)$"),
+    "bits of another world": (gptq(bits=7), r"gptq\.bits: Input should be 2, 3, 4, 5, 6 or 8 \(found 7\)$"),
+    "bits that the checkpoint has not": (
+        gptq(bits=5),
+        r"AutoGPTQ's format has no 5 bits; set checkpoint: compressed-tensors$",
+    ),
     "unknown GGUF type": (
         raw(candidates={"a": {"export": {"gguf": {"type": "Q4_K"}}}}),
         r"candidates\.a\.export\.gguf\.type: Input should be .*'Q4_K_M'.* \(found 'Q4_K'\)$",

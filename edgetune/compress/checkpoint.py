@@ -72,7 +72,8 @@ def write_checkpoint(
                     out.add(name, (_to_half(name, part) for part in _parts(file, name)))
         assert taken == set(layers), set(layers) - taken
         for name, layer in layers.items():
-            check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
+            if form == "gptq":
+                check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
             packed = (
                 _packed(layer, scheme.bits)
                 if form == "gptq"
@@ -83,7 +84,9 @@ def write_checkpoint(
             ordered = ordered or not torch.equal(layer.g_idx, _plain(layer))
     quantization = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
-        "desc_act": ordered, "static_groups": static_groups, "damp_percent": damp_percent, "lm_head": False,
+        "desc_act": ordered, "static_groups": static_groups,
+        **({} if damp_percent is None else {"damp_percent": damp_percent}),  # transformers reads no null there
+        "lm_head": False,
         "true_sequential": True, "checkpoint_format": "gptq", "pack_dtype": "int32", "model_name_or_path": None,
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},

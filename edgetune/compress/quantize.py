@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
     from edgetune.data.calibration import CalibrationSet
 
-RTN_STAGE = "compress.rtn/2"
+RTN_STAGE = "compress.rtn/4"
 GPTQ_STAGE = "compress.gptq/3"
 
 
@@ -36,7 +36,8 @@ def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
         raise UnsupportedError("compressed-tensors keeps columns in their groups; set static_groups: true")
     for name, (out_features, in_features) in linear_shapes(model_config).items():
         check_group(name, in_features, config.group_size)
-        check_pack(name, out_features, in_features, config.bits)
+        if config.checkpoint == "gptq":
+            check_pack(name, out_features, in_features, config.bits)
 
 
 def planned_identity(config: Rtn | Gptq, source_identity: str, calibration_digest: str | None) -> str:
