@@ -7,7 +7,7 @@ one Hessian and are solved stacked. Shapes: N rows, T tokens, B rows of a batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
+from edgetune.compress.correction import Pair, corrected_weight
 from edgetune.compress.finished import LayerResult, read_block, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
 from edgetune.compress.scheme import Quantized
+from edgetune.compress.tune import Outputs, call_with
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
 from edgetune.progress import Report, silent
@@ -37,7 +39,10 @@ HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound 
 # for -> what was made
 Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
 
-
+# E [R, C] and H [C, C] of one layer -> what is kept beside its integers; a block's layers, what it gives with other
+# weights, the number of batches, and the device -> its layers with other scales
+Correct = Callable[[Tensor, Tensor], Pair]
+Tune = Callable[[Mapping[str, LayerResult], Outputs, int, str], dict[str, LayerResult]]
 LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
 NORM = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}  # what is read by that module alone
 
@@ -97,19 +102,22 @@ def quantize_blocks(
     progress: Report = silent,
     both: bool = False,
     fast: bool = False,
+    correct: Correct | None = None,
+    tune: Tune | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
     rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
-    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`. Each
-    finished block is kept in `work` under `key`, and its codes are read from there when they are looked at; a walk that
-    is begun again puts those back and ends in the same bytes.
+    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`.
+    `correct` gives each layer a pair beside its integers, `tune` each block other scales. Each finished block is kept
+    in `work` under `key`, and its codes are read from there when they are looked at; a walk that is begun again puts
+    those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
     """
     blocks, dtype = decoder_blocks(model), compute_dtype(device)
     batches = None if rows is None else _enter(model, rows, device, dtype)
     for batch in batches or []:
-        batch.unquantized = batch.hidden if both else None
+        batch.unquantized = batch.hidden if both or tune else None
     results: dict[str, LayerResult] = {}
     for index, block in enumerate(blocks):
         prefix = f"model.layers.{index}"
@@ -117,12 +125,17 @@ def quantize_blocks(
         block.to(device=device, dtype=dtype)
         file = work / f"{prefix}.safetensors"
         done = read_block(file, key, prefix)
-        if batches is not None and both:
-            _follow(block, index, batches)
+        if batches is not None and (both or tune):
+            _follow(block, index, batches, keep=both)
         if done is None:
-            done = _quantize_block(block, index, original, batches, solve, device, fast and dtype == torch.bfloat16)
+            fast_here = fast and dtype == torch.bfloat16
+            done = _quantize_block(block, index, original, batches, solve, correct, device, fast_here)
+            if tune is not None and batches is not None:
+                done = tune(done, partial(_outputs, block, index, batches), len(batches), device)
+                for batch in batches:
+                    batch.seen.clear()  # by scales that are no more
             write_block(file, key, done)
-        weights = {name.removeprefix(f"{prefix}."): result.quantized.dequantize() for name, result in done.items()}
+        weights = {name.removeprefix(f"{prefix}."): result.weight() for name, result in done.items()}
         for name, weight in weights.items():
             _put(block, name, weight)
         for batch in batches or []:
@@ -265,6 +278,7 @@ def _quantize_block(
     original: dict[str, Tensor],
     batches: list[_Batch] | None,
     solve: Solve,
+    correct: Correct | None,
     device: str,
     fast: bool,
 ) -> dict[str, LayerResult]:
@@ -286,12 +300,18 @@ def _quantize_block(
         for name, short, weight in zip(names, group, weights, strict=True):
             quantized = stacked.rows(start, start + len(weight))
             start += len(weight)
-            made = quantized.dequantize()
+            try:
+                pair = correct(weight - quantized.dequantize(), H) if correct is not None and H is not None else None
+            except EdgetuneError as error:
+                raise type(error)(f"{name}: {error}") from error
+            made = corrected_weight(quantized.dequantize(), pair)
             E = weight - made
             loss, whole = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
                 output_loss(E, H, fast=fast), output_loss(weight, H, fast=fast)
             )  # fmt: skip
-            done[name] = LayerResult(quantized.cpu(), float(f"{loss / whole if whole else 0.0:.3g}"), fallbacks)
+            share = float(f"{loss / whole if whole else 0.0:.3g}")
+            pair = pair and (pair[0].cpu(), pair[1].cpu())
+            done[name] = LayerResult(quantized.cpu(), share, fallbacks, pair)
             _put(block, short, made)
     return done
 
@@ -322,11 +342,21 @@ def _collect(
     return hessian.H, cross.H if cross.n_inputs else None
 
 
-def _follow(block: nn.Module, index: int, batches: list[_Batch]) -> None:
-    """Send the float model's hidden states through the block, which still is float, and keep what its layers read."""
+def _outputs(
+    block: nn.Module, index: int, batches: list[_Batch], weights: Mapping[str, Tensor], i: int
+) -> tuple[Tensor, Tensor]:
+    """Give a block's output [B, T, C] for a batch, its layers having other weights, and the float model's."""
+    batch = batches[i]
+    assert batch.unquantized is not None
+    made = call_with(block, f"model.layers.{index}.", weights, batch.hidden, **batch.block_kwargs[index])
+    return made, batch.unquantized
+
+
+def _follow(block: nn.Module, index: int, batches: list[_Batch], *, keep: bool) -> None:
+    """Send the float model's hidden states through the block, which still is float; `keep` what its layers read."""
     for batch in batches:
         assert batch.unquantized is not None
-        with _watch(block, index, batch, batch.inputs.__setitem__):
+        with _watch(block, index, batch, batch.inputs.__setitem__ if keep else lambda *_: None):
             batch.unquantized = block(batch.unquantized, **batch.block_kwargs[index])
 
 
