@@ -45,6 +45,7 @@ PROBE = "general probe"  # stage: what training forgot
 START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
 SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
 RUNTIME_MIB, TRAINER_MIB = 450.0, 1400.0  # Python with torch and transformers; with what training imports
+TUNED_TOKENS = 2048  # in a step of learning scales: those of one forward
 
 
 @dataclass(frozen=True)
@@ -216,11 +217,21 @@ class Estimator:
             found = self._calibrating(method.calibration, before, solves=True)
             return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
         if isinstance(method, Gptq):
-            return self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
-        if isinstance(method, Sparsify) and method.calibration is not None:
-            found = self._calibrating(method.calibration, before, solves=True)
-            return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
-        return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
+            found = self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
+            return Cost(found.seconds + self._tuning(method, before), found.memory_mib)
+        if method.calibration is None:
+            return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
+        found = self._calibrating(method.calibration, before, solves=True)
+        whole = 2 * before.bytes_16 / MIB if isinstance(method, Sparsify) else 0.0
+        return Cost(found.seconds, found.memory_mib + whole)
+
+    def _tuning(self, config: Gptq, sizes: Sizes) -> float:
+        """Seconds of learning scales: three forwards a step, three looks at all batches, and the float model's pass."""
+        if config.tune is None:
+            return 0.0
+        n_tokens = config.calibration.n_samples * config.calibration.n_tokens
+        seen = 3 * config.tune.steps * min(n_tokens, TUNED_TOKENS) + 4 * n_tokens
+        return 2.0 * seen * sizes.linear / (self.speeds.training * 1e9 * CALIBRATING)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)

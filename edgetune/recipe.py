@@ -31,6 +31,18 @@ class Rtn(CheckpointOptions):
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: int = Field(64, description="columns that share a scale; -1 for the whole row")
     sym: bool = True
+    calibration: Calibration | None = Field(
+        None, exclude_if=lambda value: value is None, description="rows that recover is fitted on; not read without it"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_to_recover_on(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or issubclass(cls, Gptq):
+            return given
+        if given.get("recover") is None and given.get("calibration") is not None:
+            raise ValueError("calibration is not read by rtn without recover; remove it")
+        return given if given.get("recover") is None else {"calibration": {}} | given
 
     @model_validator(mode="after")
     def _the_format_has_the_bits(self) -> Self:

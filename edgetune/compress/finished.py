@@ -11,8 +11,10 @@ from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from edgetune.compress.architectures import SHARED_INPUTS
+from edgetune.compress.correction import Pair, corrected_weight
 from edgetune.compress.masks import Sparse
 from edgetune.compress.scheme import Quantized
 
@@ -23,11 +25,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerResult(Generic[Made]):
-    """One finished layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
+    """One finished layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration.
+
+    `pair` is what was fitted to E, if anything was, and E what is left. `tuned` is the relative error of the block's
+    output before and after its scales were learned, which `relative_error` precedes.
+    """
 
     quantized: Made
     relative_error: float
     fallbacks: tuple[str, ...]
+    pair: Pair | None = None
+    tuned: tuple[float, float] | None = None
+
+    def weight(self) -> Tensor:
+        """Give the weight [R, C] that the layer stands for, float32."""
+        return corrected_weight(self.quantized.dequantize(), self.pair)
 
 
 class Lazily(Mapping[str, T]):
@@ -51,8 +63,15 @@ class Lazily(Mapping[str, T]):
 def write_block(file: Path, key: str, done: dict[str, LayerResult[Made]]) -> None:
     """Keep one finished block, whole or not at all."""
     tensors = {f"{n}.{part}": t.contiguous() for n, r in done.items() for part, t in vars(r.quantized).items()}
+    for n, r in done.items():
+        tensors |= {f"{n}.{part}": t.contiguous() for part, t in zip("AB", r.pair or (), strict=False)}
     layers = {
-        n: {"kind": type(r.quantized).__name__, "relative_error": r.relative_error, "fallbacks": list(r.fallbacks)}
+        n: {
+            "kind": type(r.quantized).__name__,
+            "relative_error": r.relative_error,
+            "fallbacks": list(r.fallbacks),
+            "tuned": r.tuned,
+        }
         for n, r in done.items()
     }
     beside = file.with_suffix(".part")
@@ -85,5 +104,8 @@ def read_layer(file: Path, name: str) -> LayerResult[Any]:
 def _layer(stored: Any, name: str, about: dict[str, Any]) -> LayerResult[Any]:
     entry = about["layers"][name]
     kind = KINDS[entry["kind"]]
-    parts = (stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__)
-    return LayerResult(kind(*parts), float(entry["relative_error"]), tuple(entry["fallbacks"]))
+    made = kind(*(stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__))
+    paired = f"{name}.A" in stored.keys()  # noqa: SIM118
+    pair = (stored.get_tensor(f"{name}.A"), stored.get_tensor(f"{name}.B")) if paired else None
+    tuned = (entry["tuned"][0], entry["tuned"][1]) if entry["tuned"] else None
+    return LayerResult(made, float(entry["relative_error"]), tuple(entry["fallbacks"]), pair, tuned)

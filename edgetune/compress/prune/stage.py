@@ -182,7 +182,7 @@ def _search(
 ) -> list[tuple[int, float]]:
     """Take out blocks one by one, each removal kept in `file`: (block, mean KL to the whole model)."""
     from edgetune.compress.divergence import bucket_log_probs, summed_kl, top_tokens
-    from edgetune.compress.layerwise import Blocks
+    from edgetune.compress.pieces import Blocks
     from edgetune.compress.prune.depth import greedy
 
     assert config.layers is not None, "a search is for blocks"
