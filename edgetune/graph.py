@@ -6,19 +6,21 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import distill, moments, teacher
+from edgetune.compress import answers, distill, moments, teacher
 from edgetune.compress.chain import STAGES, so_far, step_names
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
+from edgetune.recipe import Candidate, CompressStep, Recipe
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, GgufExport
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
 from edgetune.workload import Workload
 
-IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distributions"
+IMPORTANCE, STUDENT = "importance matrix", "student"
+ANSWERS, TEACHER = "teacher's answers", "teacher's distributions"
 
 
 class Graph:
@@ -124,7 +126,9 @@ class Graph:
         method = step.method
         if isinstance(method, Distill):
             student = self.student(method) or source
-            return distill.planned_identity(method, student, self.model, self.said(method), self.rows, self.recipe.seed)
+            return distill.planned_identity(
+                method, student, self.model, self.said(method), self.rows, self.recipe.seed, *self._written(method)
+            )
         calibration = getattr(method, "calibration", None)
         digest = self.calibration(calibration).digest if calibration is not None else None
         planned: str = STAGES[type(method)].planned_identity(method, source, digest)
@@ -132,7 +136,15 @@ class Graph:
 
     def said(self, config: Distill) -> str:
         """Identity of what the adapted model says of the training rows."""
-        return teacher.planned_identity(config, self.model, self.rows)
+        return teacher.planned_identity(config, self.model, self.rows, *self._written(config))
+
+    def answers(self, config: Distill) -> str | None:
+        """Identity of what the adapted model answers to the training rows, None where their own answers are learned."""
+        return answers.planned_identity(config, self.model, self.rows) if config.answers == "teacher" else None
+
+    def _written(self, config: Distill) -> list[str]:
+        made = self.answers(config)
+        return [] if made is None else [made]
 
     def student(self, config: Distill) -> str | None:
         """Identity of a student that the recipe names, None where the step before made it."""
@@ -192,6 +204,7 @@ class Graph:
         for step, label, made in zip(candidate.compress, step_names(candidate), self.steps(candidate), strict=True):
             if step.distill is not None:
                 yield f"{name}: {STUDENT}", self.student(step.distill)
+                yield f"{name}: {ANSWERS}", self.answers(step.distill)
                 yield f"{name}: {TEACHER}", self.said(step.distill)
             yield f"{name}: {label}", made
         yield f"{name}: {IMPORTANCE}", self.moments(candidate)
@@ -216,7 +229,10 @@ def stage_names(recipe: Recipe) -> list[str]:
             if (method := step.distill) is not None:
                 if method.student not in (None, "base"):
                     add(f"{name}: {STUDENT}", method.student)
-                add(f"{name}: {TEACHER}", method.temperature, method.top_k)
+                written = (ANSWERS, method.max_new_tokens) if method.answers == "teacher" else ()
+                if written:
+                    add(f"{name}: {ANSWERS}", *written)
+                add(f"{name}: {TEACHER}", method.temperature, method.top_k, *written)
             add(f"{name}: {label}", so_far(candidate, place + 1))
         floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
         if (gguf := weighed_export(candidate)) is not None:

@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Seed, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, Export
 from edgetune.recipe_quantize import CheckpointOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
-from edgetune.recipe_training import Adapt, Prefer, Training
+from edgetune.recipe_training import Adapt, Prefer
 
 NewTokens = Annotated[int, Field(ge=2)]
 SUBJECTS = ("reference", "base", "adapter", "adapted")  # what a run scores beside its candidates
@@ -70,28 +71,6 @@ class Prune(Closed):
         if self.search == "kl" and self.layers is None:
             raise ValueError("search: kl chooses among blocks; give layers, or leave search out")
         return self
-
-
-class Distill(Training):
-    """A student learns what the adapted model says of every token (arXiv:1503.02531), all its weights trained."""
-
-    student: str | None = Field(
-        None,
-        description="what the step before made if absent; base, or a model of the same tokenizer, as `base` names one",
-    )
-    divergence: Literal["forward", "reverse"] = Field(
-        "forward", description="KL(teacher || student), or KL(student || teacher) as in MiniLLM (arXiv:2306.08543)"
-    )
-    skew: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of one distribution mixed into the other (DistiLLM, arXiv:2402.03898)"
-    )
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    label_weight: Share = Field(0.1, description="share of the cross-entropy on the labels; the rest is divergence")
-    hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="weight of the loss between last hidden states; above 0 the teacher runs in every step"
-    )
-    top_k: Count = Field(32, description="teacher probabilities kept for each token; all others are one sum")
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
 
 
 class CompressStep(Closed):
@@ -165,6 +144,11 @@ class Candidate(Closed):
                 made = self.compress[index - 1].key
                 raise ValueError(f"distill with student {step.distill.student!r} drops what {made} made; leave it out")
         return self
+
+    @property
+    def distilled(self) -> list[Distill]:
+        """The steps that distill."""
+        return [step.distill for step in self.compress if step.distill is not None]
 
     @property
     def quantizer(self) -> Rtn | Gptq | None:

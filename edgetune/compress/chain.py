@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 from edgetune import sources
-from edgetune.compress import quantize, scale
+from edgetune.compress import pairing, quantize, scale
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.prune import shapes
 from edgetune.compress.prune import stage as pruning
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune, Rtn
+from edgetune.recipe import Awq, Candidate, CompressStep, Gptq, Prune, Rtn
+from edgetune.recipe_distill import Distill
 
 # The stage of each step that reads one model and, at most, calibration rows. Each module has
 # check(config, model_config), planned_identity(config, source, calibration's digest) and
@@ -33,6 +34,7 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(method, Distill):
             linear_shapes(found)
             _check_vocabulary(method, found, model_config)
+            pairing.check(method, found, model_config)
         config = found
     return config
 
