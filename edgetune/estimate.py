@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from edgetune.compress.answers import CHUNK_ROWS
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
@@ -37,7 +38,6 @@ DECODING = {
     "tensorrt": 1.5,
 }  # times the bytes of the weights that pass for each token
 MEMORY_BYTES_PER_S = 8e9
-CHUNK_ROWS = 32  # as `compress.answers` has them, which imports torch
 PROBE = "general probe"  # stage: what training forgot
 START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
 SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
