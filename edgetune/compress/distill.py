@@ -83,6 +83,10 @@ def run(
     refuse_untaught(learned, golden.stop_ids)
     data = Split.of(config, learned, seed)
     insides = Insides.of(config, student, teacher)
+    sampler = Sampler(
+        learned, config.on_policy, config.sample_temperature,
+        answering.most_new_tokens(config, learned) if config.on_policy else 0, golden.stop_ids, seed,
+    )  # fmt: skip
     require_space(out.parent, 18 * student.size_bytes)  # three checkpoints of float32 weights and two moments
     with draft(
         out, kind="model", stage=STAGE, config=_config(config, seed), parents=parents, sources=sources,
@@ -97,10 +101,6 @@ def run(
             if coach is not None and config.hidden_weight:
                 size = int(model.config.hidden_size)
                 setattr(model, PROJECTION, nn.ModuleList(coach.projection(size) for _ in insides.blocks).to(device))
-            sampler = Sampler(
-                learned, config.on_policy, config.sample_temperature, answering.most_new_tokens(config, learned),
-                golden.stop_ids, seed,
-            )  # fmt: skip
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
