@@ -59,13 +59,13 @@ def test_tokens_are_drawn_as_their_probabilities_say() -> None:
 def test_answers_are_sampled_together_as_each_alone(student: Artifact) -> None:
     model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float64).eval()
     prompts, stop = [[5, 6, 7], [9, 30, 31, 32, 33, 34], [40, 41]], [2]
-    numbers = np.random.default_rng(0).random((3, 6))
+    numbers = np.random.default_rng(0).random((3, 24))
     free = sample(model, prompts, numbers, 1.5, stop)
     stop = [2, free[0][2]]
     found = sample(model, prompts, numbers, 1.5, stop)
     for prompt, given, answer in zip(prompts, numbers, found, strict=True):
         wanted: list[int] = []
-        while len(wanted) < 6 and (not wanted or wanted[-1] not in stop):
+        while len(wanted) < 24 and (not wanted or wanted[-1] not in stop):
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *wanted]])).logits[0, -1].numpy()
             wanted.append(oracle.drawn(oracle.softmax(logits / 1.5), given[len(wanted)]))
@@ -73,7 +73,7 @@ def test_answers_are_sampled_together_as_each_alone(student: Artifact) -> None:
     assert found[0] == free[0][:3]
     # A temperature near 0 is greedy.
     engine = TorchEngine.load(student.path, n_ctx=64, n_threads=1)
-    assert sample(model, prompts, numbers, 1e-4, [2]) == [greedy(engine, p, frozenset({2}), 6) for p in prompts]
+    assert sample(model, prompts, numbers, 1e-4, [2]) == [greedy(engine, p, frozenset({2}), 24) for p in prompts]
     engine.close()
 
 
