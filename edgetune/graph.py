@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import distill, moments, teacher
+from edgetune.compress import answers, distill, moments, teacher
 from edgetune.compress.chain import STAGES, so_far, step_names, vocabulary
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError, UnsupportedError
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
+from edgetune.recipe import Candidate, CompressStep, Recipe
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, GgufExport
 from edgetune.recipe_prune import Prune
 from edgetune.recipe_training import Adapt
@@ -20,7 +21,8 @@ from edgetune.sources import Source, find
 from edgetune.vocabularies import CutVocabulary, Vocabularies
 from edgetune.workload import Workload
 
-IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distributions"
+IMPORTANCE, STUDENT = "importance matrix", "student"
+ANSWERS, TEACHER = "teacher's answers", "teacher's distributions"
 
 
 class Graph:
@@ -140,7 +142,10 @@ class Graph:
         if isinstance(method, Distill):
             student, said = self.student(method) or source, self.said(method, n_tokens)
             rows = self.rows if n_tokens is None else rows_digest(self.rendered(n_tokens).train)
-            return distill.planned_identity(method, student, self.model, said, rows, self.recipe.seed)
+            written = self.answers(method)
+            return distill.planned_identity(
+                method, student, self.model, said, rows, self.recipe.seed, *([] if written is None else [written])
+            )
         calibration = getattr(method, "calibration", None)
         digest = self.calibration(calibration, n_tokens).digest if calibration is not None else None
         planned: str = STAGES[type(method)].planned_identity(method, source, digest, **self.kept_tokens(method))
@@ -159,7 +164,13 @@ class Graph:
         if n_tokens is not None:
             self._vocabularies.refuse_other_rows(n_tokens)
         cut = self.cut(n_tokens)
-        return teacher.planned_identity(config, self.model, self.rows, None if cut is None else cut.kept)
+        return teacher.planned_identity(
+            config, self.model, self.rows, None if cut is None else cut.kept, self.answers(config)
+        )
+
+    def answers(self, config: Distill) -> str | None:
+        """Identity of what the adapted model answers to the training rows, None where their own answers are learned."""
+        return answers.planned_identity(config, self.model, self.rows) if config.answers == "teacher" else None
 
     def student(self, config: Distill) -> str | None:
         """Identity of a student that the recipe names, None where the step before made it."""
@@ -220,6 +231,7 @@ class Graph:
         for place, (step, label, made) in enumerate(named):
             if step.distill is not None:
                 yield f"{name}: {STUDENT}", self.student(step.distill)
+                yield f"{name}: {ANSWERS}", self.answers(step.distill)
                 yield f"{name}: {TEACHER}", self.said(step.distill, vocabulary(candidate, place))
             yield f"{name}: {label}", made
         yield f"{name}: {IMPORTANCE}", self.moments(candidate)
@@ -244,7 +256,10 @@ def stage_names(recipe: Recipe) -> list[str]:
             if (method := step.distill) is not None:
                 if method.student not in (None, "base"):
                     add(f"{name}: {STUDENT}", method.student)
-                add(f"{name}: {TEACHER}", method.temperature, method.top_k, vocabulary(candidate, place))
+                written = (ANSWERS, method.max_new_tokens) if method.answers == "teacher" else ()
+                if written:
+                    add(f"{name}: {ANSWERS}", *written)
+                add(f"{name}: {TEACHER}", method.temperature, method.top_k, vocabulary(candidate, place), *written)
             add(f"{name}: {label}", so_far(candidate, place + 1))
         floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
         if (gguf := weighed_export(candidate)) is not None:

@@ -13,13 +13,14 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Seed, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, Export
 from edgetune.recipe_prune import Prune
 from edgetune.recipe_quantize import CheckpointOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
-from edgetune.recipe_training import Adapt, Prefer, Training
+from edgetune.recipe_training import Adapt, Prefer
 
 NewTokens = Annotated[int, Field(ge=2)]
 SUBJECTS = ("reference", "base", "adapter", "adapted")  # what a run scores beside its candidates
@@ -70,28 +71,6 @@ class Awq(Closed):
     group_size: int = Field(64, description="as that step's")
     sym: bool = Field(True, description="as that step's")
     calibration: Calibration = Calibration()
-
-
-class Distill(Training):
-    """A student learns what the adapted model says of every token (arXiv:1503.02531), all its weights trained."""
-
-    student: str | None = Field(
-        None,
-        description="what the step before made if absent; base, or a model of the same tokenizer, as `base` names one",
-    )
-    divergence: Literal["forward", "reverse"] = Field(
-        "forward", description="KL(teacher || student), or KL(student || teacher) as in MiniLLM (arXiv:2306.08543)"
-    )
-    skew: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of one distribution mixed into the other (DistiLLM, arXiv:2402.03898)"
-    )
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    label_weight: Share = Field(0.1, description="share of the cross-entropy on the labels; the rest is divergence")
-    hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="weight of the loss between last hidden states; above 0 the teacher runs in every step"
-    )
-    top_k: Count = Field(32, description="teacher probabilities kept for each token; all others are one sum")
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
 
 
 class CompressStep(Closed):
@@ -174,7 +153,14 @@ class Candidate(Closed):
         cut = [step.prune.vocabulary for step in self.compress if step.prune is not None and step.prune.vocabulary]
         if len(cut) > 1:
             raise ValueError(f"prune.vocabulary is given {len(cut)} times; cut it once, to {min(cut)}")
+        if cut and any(step.answers == "teacher" for step in self.distilled):
+            raise ValueError("distill.answers: teacher writes tokens that prune.vocabulary may not keep; leave one out")
         return self
+
+    @property
+    def distilled(self) -> list[Distill]:
+        """The steps that distill."""
+        return [step.distill for step in self.compress if step.distill is not None]
 
     @property
     def quantizer(self) -> Rtn | Gptq | None:

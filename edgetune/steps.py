@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from edgetune import sources
 from edgetune.artifact import Artifact
-from edgetune.compress import distill, teacher
+from edgetune.compress import answers, distill, teacher
 from edgetune.compress.chain import STAGES, step_names, vocabulary
-from edgetune.graph import STUDENT, TEACHER, Graph
-from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
+from edgetune.graph import ANSWERS, STUDENT, TEACHER, Graph
+from edgetune.recipe import Candidate, CompressStep, Recipe
+from edgetune.recipe_distill import Distill
 from edgetune.stages import Stages
 from edgetune.trained import LOGS
 
@@ -62,22 +63,38 @@ class Steps:
         recipe, cut, rows = self.recipe, self.graph.cut(n_tokens), self.graph.rendered(n_tokens).train
         kept = None if cut is None else cut.kept
         student = self._student(name, config) if config.student is not None else source
+        written = self._answers(name, config)
         said = self.stages.run(
             f"{name}: {TEACHER}",
             self.graph.said(config, n_tokens),
             lambda out, progress: teacher.run(
-                config, self.model, out, rows=self.graph.work.train, kept_tokens=kept, device=recipe.device,
-                progress=progress,
+                config, self.model, out, rows=self.graph.work.train, kept_tokens=kept, answers=written,
+                device=recipe.device, progress=progress,
             ),
         )  # fmt: skip
         return self.stages.run(
             label,
             identity,
             lambda out, progress: distill.run(
-                config, student, self.model, said, out, rows=rows, kept_tokens=kept, device=recipe.device,
+                config, student, self.model, said, out, rows=rows, kept_tokens=kept, answers=written,
+                device=recipe.device,
                 seed=recipe.seed, progress=progress, log_folder=self.stages.folder / LOGS / name,
             ),
         )  # fmt: skip
+
+    def _answers(self, name: str, config: Distill) -> Artifact | None:
+        """Give what the teacher writes to the training rows, None where they keep their own answers."""
+        made = self.graph.answers(config)
+        if made is None:
+            return None
+        recipe, rows = self.recipe, self.graph.work.train
+        return self.stages.run(
+            f"{name}: {ANSWERS}",
+            made,
+            lambda out, progress: answers.run(
+                config, self.model, out, rows=rows, device=recipe.device, progress=progress
+            ),
+        )
 
     def _student(self, name: str, config: Distill) -> Artifact:
         """Give the student that the recipe names, as a model artifact."""

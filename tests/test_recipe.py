@@ -158,6 +158,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(candidates={"a": {"compress": [{"prune": {"kv_heads": 1, "search": "kl"}}]}}),
         r"compress\.0\.prune: search: kl chooses among blocks; give layers, or leave search out$",
     ),
+    **{
+        f"{key} that nothing reads": (
+            raw(candidates={"a": {"compress": [{"distill": {"student": "base", key: value}}]}}),
+            rf"compress\.0\.distill: {key} is read with {reader} only; remove it$",
+        )
+        for key, value, reader in (
+            ("hidden_layers", "all", "hidden_weight"),
+            ("relation_heads", 4, "relation_weight"),
+            ("sample_temperature", 0.7, "on_policy"),
+            ("max_new_tokens", 32, "on_policy or answers: teacher"),
+        )
+    },
+    **{
+        f"{said} named": (
+            raw(candidates={"a": {"compress": [{"distill": {"hidden_weight": 1, "hidden_layers": blocks}}]}}),
+            rf"distill: hidden_layers=\[.*\] names {said}; name each once, or last or all$",
+        )
+        for said, blocks in (("no block", []), ("a block twice", [1, 1]))
+    },
+    "more than all steps": (
+        raw(candidates={"a": {"compress": [{"distill": {"on_policy": 1.5}}]}}),
+        r"distill\.on_policy: Input should be less than or equal to 1 \(found 1\.5\)$",
+    ),
     "no candidate": (raw(candidates={}), r"candidates: .*at least 1 item"),
     "candidate with a slash": (
         raw(candidates={"../x": {}}),
@@ -336,7 +359,9 @@ def test_a_base_may_be_the_student_of_what_preference_training_made_of_it() -> N
     recipe = parse_recipe(raw(adapt=None, prefer=prefer, candidates={"a": {"compress": [step]}}))
     distill = recipe.candidates["a"].compress[0].distill
     assert distill is not None
-    assert "best_by" not in distill.model_dump()
+    added = {"hidden_layers", "relation_weight", "relation_heads", "on_policy", "sample_temperature", "answers",
+             "max_new_tokens", "best_by"}  # fmt: skip
+    assert not added & distill.model_dump().keys()
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:

@@ -56,6 +56,20 @@ def test_what_yesterday_s_recipes_wrote_is_what_they_write_today() -> None:
     }  # fmt: skip
 
 
+def test_how_a_student_is_taught_survives() -> None:
+    taught = {
+        "on_policy": 0.5,
+        "max_new_tokens": 8,
+        "hidden_weight": 1.0,
+        "hidden_layers": [0, 2],
+        "answers": "teacher",
+    }
+    step = {"distill": {"student": "base", **taught}}
+    recipe = parse_recipe(raw(candidates={"a": {"compress": [step]}}))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert taught.items() <= recipe.candidates["a"].compress[0].model_dump()["distill"].items()
+
+
 @pytest.mark.parametrize("probe", [None, "mine.jsonl"])
 def test_a_general_probe_survives_and_one_that_is_unset_does_not_show(probe: str | None) -> None:
     recipe = parse_recipe(raw())

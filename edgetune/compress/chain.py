@@ -6,13 +6,14 @@ import json
 from typing import Any
 
 from edgetune import sources
-from edgetune.compress import quantize, scale, sparsify
+from edgetune.compress import pairing, quantize, scale, sparsify
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.prune import shapes
 from edgetune.compress.prune import stage as pruning
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_types import PLAIN
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Rtn
+from edgetune.recipe import Awq, Candidate, CompressStep, Gptq, Rtn
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_prune import Prune
 from edgetune.recipe_sparsify import Sparsify
 
@@ -37,6 +38,7 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
             linear_shapes(found)
             if method.student is not None:
                 _check_vocabulary(method, found, model_config)
+            pairing.check(method, found, model_config)
         config = found
     return config
 

@@ -23,7 +23,8 @@ from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.records import Record
 from edgetune.data.render import Rendered, render
 from edgetune.errors import ContractError, DataError
-from edgetune.recipe import Adapt, Awq, Distill, Prune, Rtn
+from edgetune.recipe import Adapt, Awq, Prune, Rtn
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_sparsify import Sparsify
 from tests.data.test_formats import ANSWERED, ASKED, TOOL, WITH_TOOLS
 
