@@ -31,9 +31,9 @@ from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_ste
 
 # Share of the machine's matrix product speed that a stage reaches on its own arithmetic: of the speed in the dtype that
 # training computes in where it walks, else of float32's.
-TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 0.6
+TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 1.2  # wide products are faster than the one that is measured
 # What a solver does one element or one column after the other, which no matrix product speed tells of.
-WEIGHT_S, COLUMN_S = 1.5e-7, 6e-5
+WEIGHT_S, COLUMN_S = 2.3e-7, 6e-5
 HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
 DECODING = {
