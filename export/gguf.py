@@ -33,7 +33,7 @@ from edgetune.export.gguf_write import (
 from edgetune.progress import Report, silent
 from edgetune.recipe_export import GgufExport
 
-STAGE = "export.gguf/3"
+STAGE = "export.gguf/4"
 FILE = "model.gguf"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 

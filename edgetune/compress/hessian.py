@@ -17,7 +17,7 @@ from torch import Tensor
 from edgetune.errors import StageError
 
 RETRIES = (1, 10, 100)  # times damp_percent, tried in turn
-DIRECT = 192  # rows of a triangular matrix that are inverted by substitution
+PANEL, PANELS = 192, 8  # a symmetric product is made of so wide pieces at least, and so many at most
 
 
 class Hessian:
@@ -30,19 +30,39 @@ class Hessian:
         self, in_features: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         fast: bool = False,
     ) -> None:  # fmt: skip
-        self.H = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self._mean = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self._symmetric = True
         self.n_inputs = 0
         self.fast = fast
 
+    @property
+    def H(self) -> Tensor:
+        """The mean [C, C]; what is below the panels of a symmetric one is put in here."""
+        if self._symmetric:
+            for start, stop in _panels(len(self._mean)):
+                self._mean[stop:, start:stop] = self._mean[start:stop, stop:].T
+        return self._mean
+
     def add(self, inputs: Tensor, others: Tensor | None = None) -> None:
         """Take in a batch x [.., C]; with `others` y, of the same shape, the mean is of 2 y x^T."""
-        X = inputs.reshape(-1, self.H.shape[0]).to(self.H.dtype)
-        Y = X if others is None else others.reshape(X.shape).to(self.H.dtype)
+        C, dtype = len(self._mean), self._mean.dtype
+        X = inputs.reshape(-1, C).to(dtype)
+        Y = X if others is None else others.reshape(X.shape).to(dtype)
+        self._symmetric = others is None
         seen = self.n_inputs + X.shape[0]
         # A mean that runs, instead of a sum that is divided at the end: the size stays that of one input.
+        shares: Any = {"beta": self.n_inputs / seen, "alpha": 2 / seen}
         with _bfloat16_products() if self.fast else nullcontext():
-            self.H.addmm_(Y.T, X, beta=self.n_inputs / seen, alpha=2 / seen)
+            for start, stop in _panels(C) if self._symmetric else [(0, C)]:
+                left, above = slice(start, stop), start if self._symmetric else 0
+                self._mean[left, above:].addmm_(Y[:, left].T, X[:, above:], **shares)
         self.n_inputs = seen
+
+
+def _panels(n: int) -> list[tuple[int, int]]:
+    """Cut n columns into panels: of a symmetric product each needs only what is not left of it."""
+    width = max(PANEL, -(-n // PANELS))
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
 @contextmanager
@@ -58,46 +78,45 @@ def _bfloat16_products() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class InverseFactor:
-    """Upper triangular U with (H + damp)^-1 = U^T U."""
+class Factor:
+    """Upper triangular M with H + damp = M M^T."""
 
-    upper: Tensor  # [C, C] float64
+    upper: Tensor  # [C, C]
     damp_percent: float  # what was needed, not what was asked
     n_dead: int
     fallbacks: tuple[str, ...]
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> InverseFactor:
-    """Damp H and factor its inverse, in float64.
+def damped_factor(hessian: Tensor, damp_percent: float) -> Factor:
+    """Damp H and factor it, in its own dtype.
 
     hessian [C, C]. The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the
     columns that were ever active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
     Where H is not positive definite, ten and a hundred times the damping are tried, and said in `fallbacks`.
     Raises StageError where H is not finite, or no damping helps.
     """
-    H = hessian.to(torch.float64, copy=True)
-    if not all_finite(H):
+    if not all_finite(hessian):
         raise StageError("the Hessian is not finite: an activation overflowed; check the calibration rows")
-    diagonal = H.diagonal()
+    backwards = hessian.flip(0, 1)
+    diagonal = backwards.diagonal()
     dead = diagonal <= 0
     n_dead = int(dead.sum())
-    mean = float(diagonal[~dead].mean()) if n_dead < len(H) else 1.0
-    H[dead, :] = 0
-    H[:, dead] = 0
-    diagonal[dead] = mean
-    fallbacks = [f"{n_dead} of {len(H)} input columns were never active: rounded to nearest"] if n_dead else []
+    mean = float(diagonal[~dead].mean()) if n_dead < len(backwards) else 1.0
+    if n_dead:
+        backwards[dead, :] = 0
+        backwards[:, dead] = 0
+        diagonal[dead] = mean
+    fallbacks = [f"{n_dead} of {len(hessian)} input columns were never active: rounded to nearest"] if n_dead else []
+    undamped = diagonal.clone()
     for times in RETRIES:
-        damped = H.clone()
-        damped.diagonal().add_(damp_percent * times * mean)
-        # H = M M^T with M upper is the Cholesky factor of H read backwards, and U = M^-1.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        torch.add(undamped, damp_percent * times * mean, out=diagonal)
+        lower, info = torch.linalg.cholesky_ex(backwards)  # M is the Cholesky factor of H read backwards
         if int(info) == 0 and all_finite(lower):
-            upper = _inverse(lower.flip(0, 1))
             if times > 1:
                 fallbacks.append(
                     f"the Hessian needed damp_percent={damp_percent * times:g}, {damp_percent:g} was asked"
                 )
-            return InverseFactor(upper, damp_percent * times, n_dead, tuple(fallbacks))
+            return Factor(lower.flip(0, 1), damp_percent * times, n_dead, tuple(fallbacks))
     raise StageError(
         f"the Hessian is not positive definite, even with damp_percent={damp_percent * RETRIES[-1]:g}; "
         "give more calibration rows or a larger damp_percent"
@@ -109,10 +128,13 @@ def output_loss(difference: Tensor, hessian: Tensor, *, fast: bool = False) -> f
 
     `fast` rounds both to bfloat16 and sums in float32: 1e-4 off, and several times as fast on AMX.
     """
-    E = difference.to(hessian.dtype)
+    E, loss = difference.to(hessian.dtype), 0.0
     with _bfloat16_products() if fast else nullcontext():
-        weighed = E @ hessian
-    return float(weighed.mul_(E).sum())
+        for start, stop in _panels(len(hessian)):
+            panel = hessian[start:, start:stop].clone()
+            panel[: stop - start] /= 2  # what is right of it counts twice, as H is symmetric
+            loss += 2 * float((E[:, start:] @ panel).mul_(E[:, start:stop]).sum())
+    return loss
 
 
 def all_finite(x: Tensor) -> bool:
@@ -121,16 +143,3 @@ def all_finite(x: Tensor) -> bool:
         torch.isfinite(x).all()
     )
 
-
-def _inverse(upper: Tensor) -> Tensor:
-    """Invert an upper triangular matrix by halves, so that most of the work is plain products."""
-    n = len(upper)
-    if n <= DIRECT:
-        unit = torch.eye(n, dtype=upper.dtype, device=upper.device)
-        solved: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True)
-        return solved
-    h = n // 2
-    made = torch.zeros_like(upper)
-    made[:h, :h], made[h:, h:] = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
-    made[:h, h:] = (made[:h, :h] @ (upper[:h, h:] @ made[h:, h:])).neg_()
-    return made

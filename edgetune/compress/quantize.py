@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgetune.data.calibration import CalibrationSet
 
 RTN_STAGE = "compress.rtn/2"
-GPTQ_STAGE = "compress.gptq/2"
+GPTQ_STAGE = "compress.gptq/3"
 
 
 def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
