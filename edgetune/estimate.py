@@ -27,7 +27,10 @@ from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_ste
 
 # Share of the machine's matrix product speed that a stage reaches on its own arithmetic: of the speed in the dtype that
 # training computes in where it walks, else of float32's.
-TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 0.15
+TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 0.6
+# What a solver does one element or one column after the other, which no matrix product speed tells of.
+WEIGHT_S, COLUMN_S = 1.5e-7, 6e-5
+HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
 DECODING = {
     "torch": 1.5,
@@ -75,6 +78,11 @@ class Sizes:
     @property
     def bytes_16(self) -> int:
         return 2 * (self.linear + self.head)
+
+    def solving_bytes(self, solved: int) -> int:
+        """Give the bytes of a block in 16 bits, before and after, and of its widest layers while they are solved."""
+        h, i = self.hidden, self.intermediate
+        return 4 * self.linear // self.n_layers + solved * max(8 * h * i * 6, 4 * h * i * 4 + 20 * i**2)
 
 
 @dataclass(frozen=True)
@@ -201,10 +209,13 @@ class Estimator:
             return self._distilling(method, after)
         if isinstance(method, Prune):
             once = self._calibrating(method.calibration, before, solves=False)
-            return Cost(once.seconds + self._searching(method, before), once.memory_mib + 2 * before.bytes_16 / MIB)
-        if isinstance(method, Rtn) and not isinstance(method, Gptq):
-            return Cost(START_S, RUNTIME_MIB + 2 * before.bytes_16 / MIB)
-        return self._calibrating(method.calibration, before, solves=True)
+            return Cost(once.seconds + self._searching(method, before), once.memory_mib + 4 * before.bytes_16 / MIB)
+        if isinstance(method, Awq):
+            found = self._calibrating(method.calibration, before, solves=True)
+            return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
+        if isinstance(method, Gptq):
+            return self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
+        return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)
@@ -274,17 +285,23 @@ class Estimator:
         seconds = flop / ((gflops or self.speeds.float32) * 1e9 * SCORING.get(kind, TORCH))
         return Cost(START_S + seconds, RUNTIME_MIB + weights / MIB)
 
-    def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool) -> Cost:
-        n_tokens = config.n_samples * config.n_tokens
-        flop = 2.0 * n_tokens * sizes.linear * (2 if solves else 1)
+    def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool, followed: bool = False) -> Cost:
+        """Predict a pass of all blocks, one in memory at a time; with `followed` the float model takes one as well."""
+        n_tokens, times = config.n_samples * config.n_tokens, 2 if followed else 1
+        flop = 2.0 * times * n_tokens * sizes.linear
         seconds = START_S + flop / (self.speeds.training * 1e9 * CALIBRATING)
-        if solves:  # Hessians of four inputs a layer, and a Cholesky solve of each
-            widths = 3 * sizes.hidden**2 + sizes.intermediate**2
-            cubes = 3 * sizes.hidden**3 + sizes.intermediate**3
-            seconds += self._seconds(sizes.n_layers * 2.0 * n_tokens * widths, CALIBRATING)
-            seconds += self._seconds(sizes.n_layers * 10.0 * cubes, SOLVING)
-        hidden = 4 * n_tokens * sizes.hidden * 2
-        return Cost(seconds, RUNTIME_MIB + (2 * sizes.bytes_16 + hidden) / MIB)
+        if solves:
+            seconds += sizes.n_layers * self._solving(sizes, times * n_tokens)
+        hidden = min(2.0 * n_tokens * (sizes.hidden * 2 + sizes.intermediate) / MIB, HELD_MIB)
+        return Cost(seconds, RUNTIME_MIB + sizes.solving_bytes(1 if solves else 0) / MIB + hidden)
+
+    def _solving(self, sizes: Sizes, n_tokens: int) -> float:
+        """Seconds of one block's second moments, of four widths, and of its columns in turn."""
+        h, i, weights = sizes.hidden, sizes.intermediate, sizes.linear / sizes.n_layers
+        moments = 2.0 * n_tokens * (3 * h**2 + i**2)
+        updates = 5.0 * (h * (weights - h * i) + i * h * i)  # of later columns, and two errors weighed by the moments
+        factors = 2.0 * (3 * h**3 + i**3)  # in float64, which has half of the speed
+        return self._seconds(moments + updates + factors, SOLVING) + weights * WEIGHT_S + (3 * h + i) * COLUMN_S
 
     def _latency(self, bench: Bench) -> Cost:
         subjects = [("torch", self.sizes)]

@@ -1,17 +1,21 @@
-"""One quantized block on disk, so that a walk that was killed goes on after it."""
+"""Quantized blocks on disk: a walk that was killed goes on after them, and none needs to be in memory."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgetune.compress.architectures import SHARED_INPUTS
 from edgetune.compress.scheme import Quantized
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,24 @@ class LayerResult:
     quantized: Quantized
     relative_error: float
     fallbacks: tuple[str, ...]
+
+
+class Lazily(Mapping[str, T]):
+    """Values by name, each got anew whenever it is looked at, and kept by nobody."""
+
+    def __init__(self, names: Iterable[str], get: Callable[[str], T]) -> None:
+        self._names, self._get = dict.fromkeys(names), get
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
@@ -41,15 +63,20 @@ def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | No
             about = json.loads((stored.metadata() or {}).get("edgetune", "{}"))
             if about.get("key") != key:
                 return None
-            found = {
-                name: LayerResult(
-                    Quantized(*(stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)),
-                    float(entry["relative_error"]),
-                    tuple(entry["fallbacks"]),
-                )
-                for name, entry in about["layers"].items()
-            }
+            found = {name: _layer(stored, name, about) for name in about["layers"]}
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # cut by a kill, or never written: the block is done again and gives the same bytes
     expected = {f"{prefix}.{name}" for group in SHARED_INPUTS for name in group}
     return found if set(found) == expected else None
+
+
+def read_layer(file: Path, name: str) -> LayerResult:
+    """Give one layer of a finished block; its codes are mapped."""
+    with safe_open(file, framework="pt") as stored:
+        return _layer(stored, name, json.loads(stored.metadata()["edgetune"]))
+
+
+def _layer(stored: Any, name: str, about: dict[str, Any]) -> LayerResult:
+    entry = about["layers"][name]
+    parts = (stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)
+    return LayerResult(Quantized(*parts), float(entry["relative_error"]), tuple(entry["fallbacks"]))

@@ -20,4 +20,5 @@ def corrected(weight: Tensor, cross: Tensor, upper: Tensor, share: float) -> Ten
     the calibration rows, noise included.
     """
     half = torch.linalg.solve_triangular(upper.T, share * (weight @ cross), upper=False, left=False)
-    return weight + torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    shift: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    return weight + shift

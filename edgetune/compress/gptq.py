@@ -19,9 +19,8 @@ from edgetune.compress.gptaq import corrected
 from edgetune.compress.hessian import damped_factor
 from edgetune.compress.scheme import Quantized, Scheme, check_group, find_grid
 
-
 # column i, as it then is -> its scales and their inverses [R], its least and its greatest code
-At = Callable[[int], tuple[Tensor, Tensor, Tensor | float, Tensor | float]]
+At = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,13 @@ def gptq_quantize(
     plain = torch.arange(C, device=W.device)
     order = diagonal.argsort(descending=True, stable=True) if desc_act else plain
     g_idx = plain // n
-    factor = damped_factor(hessian.index_select(0, order).index_select(1, order), damp_percent)
-    M = factor.upper.to(dtype)
+    factor = damped_factor(hessian, damp_percent, order)
+    M, fallbacks = factor.upper.to(dtype), factor.fallbacks
     if cross is not None:
         target = corrected(W[:, order], cross[order][:, order].to(dtype), M, correction)
         W = torch.empty_like(W).index_copy_(1, order, target)
+    d = M.diagonal().clone()
+    N = M.div_(d)
     importance = diagonal.to(dtype) if weighted else None
     if static_groups:
         shaped = None if importance is None else importance.reshape(C // n, n)
@@ -93,18 +94,18 @@ def gptq_quantize(
         if before is not None and i % n == 0:
             group = slice(i, i + n)
             shaped = None if importance is None else importance[order[group]]
-            # What is rounded here makes up for earlier errors, and so would its group, were it not rounded next.
-            owed = (W[group] - before[group]) * M.diagonal()[group, None]
-            whole = before[group] + torch.linalg.solve_triangular(M[group, group].T, owed, upper=False)
+            # W[i] makes up for earlier errors alone; together the columns of its group would do so by these.
+            owed = W[group] - before[group]
+            whole = before[group] + torch.linalg.solve_triangular(N[group, group].T, owed, upper=False)
             scales[g], zeros[g] = find_grid(whole.T, scheme, search=search, importance=shaped)
             inverse[g], low[g], high[g] = scales[g].reciprocal(), -zeros[g], scheme.max_code - zeros[g]
         return scales[g], inverse[g], low[g], high[g]
 
-    Q, loss = descend(W, M, at, block)
+    Q, loss = nearest_plane(W, N, d, at, block)
     codes = Q.add_(zeros[group_of]).to(torch.uint8)
     codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
     quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
-    return GptqResult(quantized, loss, factor.fallbacks)
+    return GptqResult(quantized, loss, fallbacks)
 
 
 def gptq_codes(
@@ -128,23 +129,26 @@ def gptq_codes(
     group = (order // (C // scale.shape[1])).tolist()
     scales, minima = scale.T.to(dtype).contiguous(), minimum.T.to(dtype).contiguous()  # [G, R]
     inverse = torch.where(scales == 0, 0, 1 / scales)
-    factor = damped_factor(hessian.index_select(0, order).index_select(1, order), damp_percent)
+    factor = damped_factor(hessian, damp_percent, order)
     W = weight.detach().to(dtype).index_select(1, order).T + minima[group]  # [C, R], ~ scale * code
 
-    def at(i: int) -> tuple[Tensor, Tensor, float, float]:
-        return scales[group[i]], inverse[group[i]], 0.0, float(max_code)
+    low, high = scales.new_tensor(0), scales.new_tensor(max_code)
 
-    codes = descend(W.contiguous(), factor.upper.to(dtype), at, block_size)[0].to(torch.uint8)
+    def at(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return scales[group[i]], inverse[group[i]], low, high
+
+    M = factor.upper.to(dtype)
+    d = M.diagonal().clone()
+    codes = nearest_plane(W.contiguous(), M.div_(d), d, at, block_size)[0].to(torch.uint8)
     return torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous(), factor.fallbacks
 
 
-def descend(W: Tensor, M: Tensor, at: At, block_size: int) -> tuple[Tensor, float]:
+def nearest_plane(W: Tensor, N: Tensor, d: Tensor, at: At, block_size: int) -> tuple[Tensor, float]:
     """Round the rows of W [C, R] one after the other, each error made up for by the rows that follow; W is used up.
 
-    M [C, C] is the upper factor of the Hessian. Returns codes [C, R] and the loss.
+    N [C, C] is the upper factor M of the Hessian with its columns over its diagonal d [C]. Returns codes [C, R] and the
+    loss.
     """
-    d = M.diagonal()
-    N = M / d
     E, Q, loss = W.clone(), torch.empty_like(W), 0.0
     now, errors, codes = W.unbind(), E.unbind(), Q.unbind()
     for i1 in range(0, len(W), block_size):
@@ -158,4 +162,27 @@ def descend(W: Tensor, M: Tensor, at: At, block_size: int) -> tuple[Tensor, floa
         W[i2:].addmm_(N[i1:i2, i2:].T, E[i1:i2])
         Err = W[i1:i2].mul_(d[i1:i2, None])
         loss += float(Err.square().sum(dtype=torch.float64))  # (W - Q) M = Err, so |Err|^2 is the loss
+    return Q, loss
+
+
+def descend(
+    W: Tensor, Hinv: Tensor, at: Callable[[int], tuple[Tensor, Tensor]], block_size: int
+) -> tuple[Tensor, float]:
+    """Round the rows of W [C, R] one after the other, each error made up for by the rows that follow; W is used up.
+
+    Hinv [C, C] is the upper factor of the inverse Hessian; `at(i)` gives codes [R] of W[i] as it then is, and what they
+    stand for. Returns codes [C, R] and the loss.
+    """
+    d = Hinv.diagonal().tolist()
+    Q, loss = torch.empty_like(W), 0.0
+    for i1 in range(0, len(W), block_size):
+        i2 = min(i1 + block_size, len(W))
+        Err = torch.empty_like(W[i1:i2])
+        for i in range(i1, i2):
+            Q[i], value = at(i)
+            err = (W[i] - value).div_(d[i])
+            W[i + 1 : i2].addr_(Hinv[i, i + 1 : i2], err, alpha=-1)
+            Err[i - i1] = err
+        W[i2:].addmm_(Hinv[i1:i2, i2:].T, Err, alpha=-1)
+        loss += float(Err.square().sum(dtype=torch.float64))  # W - Q = Err U, so |Err|^2 is the loss
     return Q, loss

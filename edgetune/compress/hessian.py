@@ -17,6 +17,8 @@ from torch import Tensor
 from edgetune.errors import StageError
 
 RETRIES = (1, 10, 100)  # times damp_percent, tried in turn
+DIRECT = 192  # rows of a triangular matrix that are inverted by substitution
+WHOLE, STEP = 4096, 1024  # columns up to which LAPACK factors a copy; columns at a time, in place, of a wider matrix
 PANEL, PANELS = 192, 8  # a symmetric product is made of so wide pieces at least, and so many at most
 
 
@@ -36,7 +38,7 @@ class Hessian:
         self.fast = fast
 
     @property
-    def H(self) -> Tensor:
+    def H(self) -> Tensor:  # noqa: N802
         """The mean [C, C]; what is below the panels of a symmetric one is put in here."""
         if self._symmetric:
             for start, stop in _panels(len(self._mean)):
@@ -87,40 +89,60 @@ class Factor:
     fallbacks: tuple[str, ...]
 
 
-def damped_factor(hessian: Tensor, damp_percent: float) -> Factor:
-    """Damp H and factor it, in its own dtype.
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper triangular U with (H + damp)^-1 = U^T U."""
 
-    hessian [C, C]. The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the
-    columns that were ever active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
+    upper: Tensor  # [C, C] float64
+    damp_percent: float  # what was needed, not what was asked
+    n_dead: int
+    fallbacks: tuple[str, ...]
+
+
+def damped_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> Factor:
+    """Damp H and factor it, in its own dtype; of a wide H one copy is in memory.
+
+    hessian [C, C]; order [C] permutes its columns and rows.
+    The damping is `damp_percent` (a share, 0.01 is one percent) of the mean diagonal of the columns that were ever
+    active. A dead column gets that mean as its diagonal, so that it is rounded to nearest.
     Where H is not positive definite, ten and a hundred times the damping are tried, and said in `fallbacks`.
     Raises StageError where H is not finite, or no damping helps.
     """
     if not all_finite(hessian):
         raise StageError("the Hessian is not finite: an activation overflowed; check the calibration rows")
-    backwards = hessian.flip(0, 1)
-    diagonal = backwards.diagonal()
+    C = len(hessian)
+    order = torch.arange(C, device=hessian.device) if order is None else order
+    backwards = order.flip(0)  # M is the Cholesky factor of H read backwards
+    diagonal = hessian.diagonal()[backwards]
     dead = diagonal <= 0
     n_dead = int(dead.sum())
-    mean = float(diagonal[~dead].mean()) if n_dead < len(backwards) else 1.0
-    if n_dead:
-        backwards[dead, :] = 0
-        backwards[:, dead] = 0
-        diagonal[dead] = mean
-    fallbacks = [f"{n_dead} of {len(hessian)} input columns were never active: rounded to nearest"] if n_dead else []
-    undamped = diagonal.clone()
+    mean = float(diagonal[~dead].mean(dtype=torch.float64)) if n_dead < C else 1.0
+    fallbacks = [f"{n_dead} of {C} input columns were never active: rounded to nearest"] if n_dead else []
     for times in RETRIES:
-        torch.add(undamped, damp_percent * times * mean, out=diagonal)
-        lower, info = torch.linalg.cholesky_ex(backwards)  # M is the Cholesky factor of H read backwards
-        if int(info) == 0 and all_finite(lower):
+        damped = hessian.index_select(0, backwards).index_select(1, backwards)
+        if n_dead:
+            damped[dead, :] = 0
+            damped[:, dead] = 0
+            damped.diagonal()[dead] = mean
+        damped.diagonal().add_(damp_percent * times * mean)
+        upper = _backwards(damped)
+        if upper is not None:
             if times > 1:
                 fallbacks.append(
                     f"the Hessian needed damp_percent={damp_percent * times:g}, {damp_percent:g} was asked"
                 )
-            return Factor(lower.flip(0, 1), damp_percent * times, n_dead, tuple(fallbacks))
+            return Factor(upper, damp_percent * times, n_dead, tuple(fallbacks))
     raise StageError(
         f"the Hessian is not positive definite, even with damp_percent={damp_percent * RETRIES[-1]:g}; "
         "give more calibration rows or a larger damp_percent"
     )
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> InverseFactor:
+    """Damp H and factor its inverse, in float64; else as `damped_factor`."""
+    factor = damped_factor(hessian.to(torch.float64), damp_percent, order)
+    _invert(factor.upper)  # U = M^-1
+    return InverseFactor(factor.upper, factor.damp_percent, factor.n_dead, factor.fallbacks)
 
 
 def output_loss(difference: Tensor, hessian: Tensor, *, fast: bool = False) -> float:
@@ -143,3 +165,39 @@ def all_finite(x: Tensor) -> bool:
         torch.isfinite(x).all()
     )
 
+
+def _backwards(H: Tensor) -> Tensor | None:
+    """Give the Cholesky factor of H, which is used up, read backwards; None where H is not positive definite."""
+    n = len(H)
+    if n <= WHOLE:
+        lower, info = torch.linalg.cholesky_ex(H)
+        return lower.flip(0, 1) if int(info) == 0 and all_finite(lower) else None
+    for i in range(0, n, STEP):
+        j = min(i + STEP, n)
+        H[i:, i:j] -= H[i:, :i] @ H[i:j, :i].T
+        lower, info = torch.linalg.cholesky_ex(H[i:j, i:j])
+        if int(info) or not all_finite(lower):
+            return None
+        H[i:j, i:j], H[i:j, j:] = lower, 0
+        H[j:, i:j] = torch.linalg.solve_triangular(lower.T, H[j:, i:j], upper=True, left=False)
+    for i in range(0, n // 2, STEP):  # turned by half a turn, in place
+        j = min(i + STEP, n // 2)
+        first = H[i:j].flip(0, 1)
+        H[i:j] = H[n - j : n - i].flip(0, 1)
+        H[n - j : n - i] = first
+    if n % 2:
+        H[n // 2] = H[n // 2].flip(0)
+    return H
+
+
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves, so that most of the work is plain products."""
+    n = len(upper)
+    if n <= DIRECT:
+        unit = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, unit, upper=True))
+        return
+    h = n // 2
+    _invert(upper[:h, :h])
+    _invert(upper[h:, h:])
+    upper[:h, h:] = (upper[:h, :h] @ (upper[:h, h:] @ upper[h:, h:])).neg_()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgetune.data.calibration import CalibrationSet
 
 RTN_STAGE = "compress.rtn/2"
-GPTQ_STAGE = "compress.gptq/3"
+GPTQ_STAGE = "compress.gptq/4"
 
 
 def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
@@ -62,7 +62,9 @@ def run(
     block and ends in the same bytes. Raises UnsupportedError before any work, StageError naming the layer.
     """
     from edgetune.compress.checkpoint import read_config, write_checkpoint
-    from edgetune.compress.layerwise import load_model, quantize_blocks
+    from edgetune.compress.finished import Lazily
+    from edgetune.compress.layerwise import quantize_blocks
+    from edgetune.compress.streamed import open_model
 
     model_config = read_config(source.path)
     check(config, model_config)
@@ -77,15 +79,14 @@ def run(
         out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=[source],
         sources=_sources(config, digest), versions=_versions(),
     ) as pending:  # fmt: skip
-        model = load_model(source)
         key = planned_identity(config, source.identity, digest)
         results = quantize_blocks(
-            model, rows, _solver(config, scheme), work=pending.work, key=key, device=device, progress=progress,
+            open_model(source), rows, _solver(config, scheme), work=pending.work, key=key, device=device,
+            progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16",
         )  # fmt: skip
-        del model
-        layers = {name: result.quantized for name, result in results.items()}
+        layers = Lazily(results, lambda name: results[name].quantized)
         how: dict[str, Any] = {"method": "rtn"}
         if isinstance(config, Gptq):
             how = {
