@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from edgetune.compress.answers import CHUNK_ROWS
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.data.formats import Row
 from edgetune.data.render import Rendered
-from edgetune.graph import IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
+from edgetune.graph import ANSWERS, IMPORTANCE, STUDENT, TEACHER, merges, scored_steps, weighed_export, why_not_run
 from edgetune.preference_memory import preference_bytes
-from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe import Awq, Bench, Candidate, Gptq, Recipe, Rtn
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration
+from edgetune.recipe_prune import Prune
+from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_training import PAIRED, Adapt, Prefer
 from edgetune.training_memory import Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
 from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_step_seconds, step_seconds, steps_of
@@ -43,6 +47,7 @@ PROBE = "general probe"  # stage: what training forgot
 START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
 SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
 RUNTIME_MIB, TRAINER_MIB = 450.0, 1400.0  # Python with torch and transformers; with what training imports
+TUNED_TOKENS = 2048  # in a step of learning scales: those of one forward
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,8 @@ class Estimator:
         names = step_names(candidate)
         if what.endswith(": accuracy"):
             return self._scoring(None, along[1 + names.index(what.removesuffix(": accuracy"))], self.heldout)
+        if what == ANSWERS:
+            return self._writing(next(d for d in candidate.distilled if d.answers == "teacher"))
         if what == TEACHER:
             return self._teaching()
         if what == STUDENT:
@@ -203,7 +210,7 @@ class Estimator:
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
-    def _step(self, method: Prune | Distill | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
+    def _step(self, method: Prune | Distill | Sparsify | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
             return self._distilling(method, after)
@@ -214,8 +221,21 @@ class Estimator:
             found = self._calibrating(method.calibration, before, solves=True)
             return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
         if isinstance(method, Gptq):
-            return self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
-        return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
+            found = self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
+            return Cost(found.seconds + self._tuning(method, before), found.memory_mib)
+        if method.calibration is None:
+            return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
+        found = self._calibrating(method.calibration, before, solves=True)
+        whole = 2 * before.bytes_16 / MIB if isinstance(method, Sparsify) else 0.0
+        return Cost(found.seconds, found.memory_mib + whole)
+
+    def _tuning(self, config: Gptq, sizes: Sizes) -> float:
+        """Seconds of learning scales: three forwards a step, three looks at all batches, and the float model's pass."""
+        if config.tune is None:
+            return 0.0
+        n_tokens = config.calibration.n_samples * config.calibration.n_tokens
+        seen = 3 * config.tune.steps * min(n_tokens, TUNED_TOKENS) + 4 * n_tokens
+        return 2.0 * seen * sizes.linear / (self.speeds.training * 1e9 * CALIBRATING)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)
@@ -254,6 +274,21 @@ class Estimator:
         blocks = sum(left * (left + 1) / 2 for left in rounds) / sizes.n_layers * sizes.linear
         return self._seconds(2.0 * tokens * (blocks + sum(rounds) * sizes.head), CALIBRATING)
 
+    def _writing(self, config: Distill) -> Cost:
+        """Let the adapted model answer the training rows, chunk by chunk."""
+        n_rows = self.train.n_rows
+        seconds = self._answering(config, self.sizes, n_rows, ceil(n_rows / CHUNK_ROWS))
+        return Cost(START_S + seconds, RUNTIME_MIB + 2 * self.sizes.bytes_16 / MIB)
+
+    def _answering(self, config: Distill, sizes: Sizes, n_rows: float, n_batches: float) -> float:
+        """Seconds in which a model answers prompts: it reads them, and its weights pass once a batch for each token."""
+        train = self.train
+        n_new = config.max_new_tokens or max(n_labels for _, n_labels in train.lengths.rows)
+        prompt = (train.n_tokens - train.n_labels) / max(train.n_rows, 1)
+        flop = 2.0 * n_rows * (prompt * sizes.linear + n_new * (sizes.linear + sizes.head))
+        passing = n_batches * n_new * DECODING["torch"] * sizes.bytes_16 / MEMORY_BYTES_PER_S
+        return passing + self._seconds(flop, TORCH)
+
     def _teaching(self) -> Cost:
         """Score the training rows with the adapted model."""
         flop = 2 * (self.train.n_tokens * self.sizes.linear + self.train.n_labels * self.sizes.head)
@@ -266,16 +301,21 @@ class Estimator:
         flop = passes * 6 * (n_tokens * sizes.linear + n_labels * sizes.head)
         steps = passes * n_rows / config.batch_size
         flop += steps * 12 * (sizes.linear + sizes.head)  # AdamW
-        beside = 0.0
-        if config.hidden_weight:
-            flop += passes * 2 * n_tokens * self.sizes.linear
-            beside = 2.0 * self.sizes.bytes_16
+        judged = passes * config.on_policy
+        flop += 2 * (passes if config.compares else judged) * n_tokens * self.sizes.linear
+        flop += 2 * judged * n_labels * self.sizes.head
+        sampling = 0.0
+        if config.on_policy:
+            batches = steps * config.on_policy * config.batch_size / (config.micro_batch_size or config.batch_size)
+            sampling = self._answering(config, sizes, judged * n_rows, batches)
+        beside = 2.0 * self.sizes.bytes_16 if config.compares or config.on_policy else 0.0
         rows = config.micro_batch_size or config.batch_size
         activations = rows * n_tokens / n_rows * sizes.n_layers * (14 * sizes.hidden + 6 * sizes.intermediate) * 4
         logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
         weights = 16 * (sizes.linear + sizes.head)
         memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
-        return Cost(START_S + steps * sizes.n_layers * BLOCK_S["cpu"] + self._seconds(flop, SHARE), memory)
+        small = steps * sizes.n_layers * BLOCK_S["cpu"]
+        return Cost(START_S + small + sampling + self._seconds(flop, SHARE), memory)
 
     def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts, *, gflops: float | None = None) -> Cost:
         """Score rows once, in float32 without `gflops`; a subject that is no candidate runs in torch."""

@@ -22,6 +22,7 @@ from edgetune.export.gguf_families import FAMILIES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgetune.compress.correction import Pair
     from edgetune.compress.scheme import Quantized
 
 # Rotations whose frequencies do not depend on the length of the text.
@@ -54,6 +55,7 @@ class Source:
     get: Callable[[str], Tensor]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     bits: int = 0  # of the quantized layers
+    corrections: Mapping[str, Pair] = field(default_factory=dict)  # A [r, C] and B [R, r] beside them
 
     @property
     def tied(self) -> bool:
@@ -95,6 +97,7 @@ def open_source(artifact: Artifact) -> Source:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from edgetune.compress.checkpoint import PARTS, read_config, read_layers
+    from edgetune.compress.correction import read_correction
 
     check_decoder(read_config(artifact.path))
     config = AutoConfig.from_pretrained(artifact.path, local_files_only=True)
@@ -108,7 +111,7 @@ def open_source(artifact: Artifact) -> Source:
     bits = config.quantization_config["bits"] if layers else 0
     return Source(
         sizes, rotation.inv_freq.float().numpy(), float(rotation.attention_scaling), names,
-        lambda name: tensors[name](), layers, bits,
+        lambda name: tensors[name](), layers, bits, read_correction(artifact.path) if layers else {},
     )  # fmt: skip
 
 

@@ -84,6 +84,9 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
         nearest = min((16, 32, 64, 128, 256), key=lambda size: abs(size - quantized.group_size))
         raise UnsupportedError(f"MatMulNBits has no group_size={quantized.group_size}; "
                                f"use {64 if quantized.group_size == -1 else nearest}")  # fmt: skip
+    if config.builder == "genai" and quantized.recover is not None:
+        raise UnsupportedError("the genai builder writes no correction beside integers; use builder: own, or leave "
+                               "recover out")  # fmt: skip
     if config.builder == "genai" and quantized.checkpoint != "gptq":
         raise UnsupportedError("the genai builder reads checkpoints in AutoGPTQ's format; leave checkpoint out, or use "
                                "builder: own")  # fmt: skip
@@ -222,7 +225,7 @@ def _check_source(config: OnnxExport, source: Artifact) -> None:
         if stored.get("checkpoint_format", "gptq") != "gptq":
             raise UnsupportedError(f"{source.path} is {stored['checkpoint_format']}; the builder reads gptq v1")
         fields = {name: scheme.get(name, stored.get(name)) for name in ("bits", "group_size", "sym")}
-        method = Rtn.model_validate(fields)
+        method = Rtn.model_validate(fields | {"recover": source.manifest.config.get("recover")})
     check(config, model_config, method)
 
 

@@ -68,6 +68,9 @@ def check(config: TensorrtExport, model_config: dict[str, Any], quantized: Gptq 
     if quantized is None:
         raise UnsupportedError("tensorrt precision int4 writes a checkpoint's integers and rounds nothing itself; "
                                "add a gptq step (bits 4, group_size 32, sym true), or use precision fp16")  # fmt: skip
+    if quantized.recover is not None:
+        raise UnsupportedError("tensorrt's graph has no correction beside integers; leave recover out, or export onnx "
+                               "with builder: own")  # fmt: skip
     wrong = [f"{name}={getattr(quantized, name)}" for name, only in (("bits", 4), ("sym", True))
              if getattr(quantized, name) != only]  # fmt: skip
     wrong += [f"group_size={quantized.group_size}"] if quantized.group_size not in (32, 64, 128) else []
@@ -210,6 +213,7 @@ def _check_source(config: TensorrtExport, source: Artifact) -> None:
     if stored.get("desc_act"):
         raise UnsupportedError(f"{source.path}: columns have left their blocks; quantize with static_groups: true")
     fields = {name: scheme.get(name, stored.get(name)) for name in ("bits", "group_size", "sym")}
+    fields["recover"] = source.manifest.config.get("recover")
     check(config, model_config, Rtn.model_validate(fields) if kind == "gptq" else None)
     if not (source.path / "tokenizer.json").is_file():
         raise UnsupportedError(f"{source.path} has no tokenizer.json, which the engine's tokenizer is read from")

@@ -120,7 +120,7 @@ def score_again(report: Report, folder: Path, raw: Path) -> None:
     assert [row.kl_tokens for row in scored.rows] == [row.kl_tokens for row in mine.rows]
     assert scored.text == mine.text
     merged = merge_timings(report, raw)
-    ((subject, said),) = beside.lines(merged)
+    ((subject, said, _),) = beside.lines(merged)
     assert subject == "q8"
     assert "scored in llama.cpp on 12 rows: KL mean" in said
     other = report.model_copy(update={"accuracy": [mine.model_copy(update={"workload": "of other rows"})]})

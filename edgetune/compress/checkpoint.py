@@ -26,6 +26,7 @@ from torch import Tensor
 from edgetune.artifact import Artifact, write_text
 from edgetune.compress import pack_quantized
 from edgetune.compress.architectures import SUPPORTED, check_architecture
+from edgetune.compress.correction import corrected_weight, read_correction
 from edgetune.compress.packing import check_pack, pack, unpack
 from edgetune.compress.scheme import Quantized, Scheme
 from edgetune.compress.tensor_file import TensorFile
@@ -72,7 +73,8 @@ def write_checkpoint(
                     out.add(name, (_to_half(name, part) for part in _parts(file, name)))
         assert taken == set(layers), set(layers) - taken
         for name, layer in layers.items():
-            check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
+            if form == "gptq":
+                check_pack(name, layer.q.shape[0], layer.q.shape[1], scheme.bits)
             packed = (
                 _packed(layer, scheme.bits)
                 if form == "gptq"
@@ -83,7 +85,9 @@ def write_checkpoint(
             ordered = ordered or not torch.equal(layer.g_idx, _plain(layer))
     quantization = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
-        "desc_act": ordered, "static_groups": static_groups, "damp_percent": damp_percent, "lm_head": False,
+        "desc_act": ordered, "static_groups": static_groups,
+        **({} if damp_percent is None else {"damp_percent": damp_percent}),  # transformers reads no null there
+        "lm_head": False,
         "true_sequential": True, "checkpoint_format": "gptq", "pack_dtype": "int32", "model_name_or_path": None,
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},
@@ -110,15 +114,22 @@ def read_layers(folder: Path) -> dict[str, Quantized]:
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Give the transformers model that a checkpoint stands for, in plain float weights. Raises as `read_layers`."""
+    """Give the transformers model that a checkpoint stands for, in plain float weights: integers with their correction.
+
+    Raises as `read_layers`.
+    """
     import transformers
 
     layers, state = _read(folder)
+    pairs = read_correction(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         check_architecture(config.to_dict())
         del config.quantization_config
-        state |= {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
+        state |= {
+            f"{name}.weight": corrected_weight(layer.dequantize(), pairs.get(name)).to(dtype)
+            for name, layer in layers.items()
+        }
         model, info = getattr(transformers, SUPPORTED[config.model_type]).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

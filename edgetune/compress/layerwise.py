@@ -22,22 +22,27 @@ from torch import Tensor, nn
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
-from edgetune.compress.finished import LayerResult, Lazily, read_block, read_layer, write_block
+from edgetune.compress.correction import Pair, corrected_weight
+from edgetune.compress.finished import LayerResult, Lazily, Made, read_block, read_layer, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
-from edgetune.compress.scheme import Quantized
 from edgetune.compress.shortcuts import LAST, shortcuts
 from edgetune.compress.spill import Shelf, Spill
 from edgetune.compress.streamed import present
+from edgetune.compress.tune import Outputs, call_with
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
 from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
 TRIM_BLOCKS = 6  # so often what the solver freed goes back to the system, which costs new pages
-HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
-Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
+Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Made, tuple[str, ...]]]
+
+# E [R, C] and H [C, C] of one layer -> what is kept beside its integers; a block's layers, what it gives with other
+# weights, the number of batches, and the device -> its layers with other scales
+Correct = Callable[[Tensor, Tensor], Pair]
+Tune = Callable[[Mapping[str, LayerResult[Any]], Outputs, int, str], dict[str, LayerResult[Any]]]
 
 
 class _Batch:
@@ -105,7 +110,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 def quantize_blocks(
     model: Any,
     rows: NDArray[np.int64] | None,
-    solve: Solve,
+    solve: Solve[Made],
     *,
     work: Path,
     key: str,
@@ -113,20 +118,23 @@ def quantize_blocks(
     progress: Report = silent,
     both: bool = False,
     fast: bool = False,
-) -> Mapping[str, LayerResult]:
+    correct: Correct | None = None,
+    tune: Tune | None = None,
+) -> Mapping[str, LayerResult[Made]]:
     """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
     The model is whole, or a skeleton of `open_model`, whose blocks are read when it is their turn.
     rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
-    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`. Each
-    finished block is kept in `work` under `key`, and its codes are read from there when they are looked at; a walk that
-    is begun again puts those back and ends in the same bytes.
+    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`.
+    `correct` gives each layer a pair beside its integers, `tune` each block other scales. Each finished block is kept
+    in `work` under `key`, and its codes are read from there when they are looked at; a walk that is begun again puts
+    those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
     """
     blocks, dtype, spill = decoder_blocks(model), compute_dtype(device), Spill(work)
-    batches = None if rows is None else _enter(model, rows, device, dtype, spill)
+    batches = None if rows is None else enter(model, rows, device, dtype, spill)
     for batch in batches or []:
-        batch.unquantized = batch.hidden if both else None
+        batch.unquantized = batch.hidden if both or tune else None
     files: dict[str, Path] = {}
     for index, block in enumerate(blocks):
         prefix = f"model.layers.{index}"
@@ -135,14 +143,19 @@ def quantize_blocks(
             original = dict(block.state_dict())
             block.to(device=device, dtype=dtype)
             done = read_block(file, key, prefix)
-            if batches is not None and both:
-                _follow(block, index, batches)
+            if batches is not None and (both or tune):
+                _follow(block, index, batches, keep=both)
             if done is None:
-                done = _quantize_block(block, index, original, batches, solve, device, fast and dtype == torch.bfloat16)
+                fast_here = fast and dtype == torch.bfloat16
+                done = _quantize_block(block, index, original, batches, solve, correct, device, fast_here)
+                if tune is not None and batches is not None:
+                    done = tune(done, partial(_outputs, block, index, batches), len(batches), device)
+                    for batch in batches:
+                        batch.seen.clear()  # by scales that are no more
                 write_block(file, key, done)
             original.clear()
             for name, result in done.items():
-                _put(block, name.removeprefix(f"{prefix}."), result.quantized.dequantize())
+                _put(block, name.removeprefix(f"{prefix}."), result.weight())
             files |= dict.fromkeys(done, file)
             for batch in batches or []:
                 if index + 1 < len(blocks):
@@ -203,7 +216,7 @@ def observe(
     `see_block(block, before, after)` the residual stream. Raises StageError naming the row that is not finite.
     """
     blocks, dtype, spill = decoder_blocks(model), compute_dtype(device), Spill(work)
-    batches = _enter(model, rows, device, dtype, spill)
+    batches = enter(model, rows, device, dtype, spill)
     for index, block in enumerate(blocks):
         with present(model, f"model.layers.{index}"):
             original = dict(block.state_dict())
@@ -219,39 +232,7 @@ def observe(
         progress(index + 1, len(blocks), f"model.layers.{index}")
 
 
-class Blocks:
-    """The float model in pieces that can be left out: embedded rows, single blocks, and the logits at the end.
-
-    The model is moved to `device` and its compute dtype, and stays there.
-    """
-
-    def __init__(self, model: Any, rows: NDArray[np.int64], *, device: str = "cpu") -> None:
-        dtype = compute_dtype(device)
-        self._blocks = decoder_blocks(model)
-        self._batches = _enter(model, rows, device, dtype, Spill(None))
-        self._model = model.to(device=device, dtype=dtype)
-
-    @property
-    def embedded(self) -> list[Tensor]:
-        """Hidden states [B, T, C] of each batch before the first block."""
-        return [batch.hidden for batch in self._batches]
-
-    @torch.no_grad()
-    def run(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Send the hidden states of all batches through one block."""
-        block = self._blocks[index]
-        return [block(x, **batch.block_kwargs[index]) for x, batch in zip(hidden, self._batches, strict=True)]
-
-    @torch.no_grad()
-    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Give float32 logits [N, V] of all positions, HEAD_POSITIONS at a time."""
-        head = self._model.get_output_embeddings()
-        for x in hidden:
-            for part in self._model.model.norm(x).flatten(0, 1).split(HEAD_POSITIONS):
-                yield head(part).float()
-
-
-def _enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype, spill: Spill) -> list[_Batch]:
+def enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype, spill: Spill) -> list[_Batch]:
     """Run everything before the first block: embeddings, positions and masks, with recorders in place of blocks."""
     vocabulary = int(model.config.vocab_size)
     if rows.ndim != 2 or not rows.size or rows.min() < 0 or rows.max() >= vocabulary:
@@ -289,11 +270,12 @@ def _quantize_block(
     index: int,
     original: dict[str, Tensor],
     batches: list[_Batch] | None,
-    solve: Solve,
+    solve: Solve[Made],
+    correct: Correct | None,
     device: str,
     fast: bool,
-) -> dict[str, LayerResult]:
-    done: dict[str, LayerResult] = {}
+) -> dict[str, LayerResult[Made]]:
+    done: dict[str, LayerResult[Made]] = {}
     for group in SHARED_INPUTS:
         names = [f"model.layers.{index}.{name}" for name in group]
         weights = [original.pop(f"{name}.weight").to(device=device, dtype=torch.float32) for name in group]
@@ -313,12 +295,18 @@ def _quantize_block(
         for name, short, weight in zip(names, group, weights, strict=True):
             quantized = stacked.rows(start, start + len(weight))
             start += len(weight)
-            made = quantized.dequantize()
+            try:
+                pair = correct(weight - quantized.dequantize(), H) if correct is not None and H is not None else None
+            except EdgetuneError as error:
+                raise type(error)(f"{name}: {error}") from error
+            made = corrected_weight(quantized.dequantize(), pair)
             E = weight - made
             loss, most = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
                 output_loss(E, H, fast=fast), output_loss(weight, H, fast=fast)
             )  # fmt: skip
-            done[name] = LayerResult(quantized.cpu(), float(f"{loss / most if most else 0.0:.3g}"), fallbacks)
+            share = float(f"{loss / most if most else 0.0:.3g}")
+            pair = pair and (pair[0].cpu(), pair[1].cpu())
+            done[name] = LayerResult(quantized.cpu(), share, fallbacks, pair)
             _put(block, short, made)
     return done
 
@@ -349,11 +337,21 @@ def _collect(
     return hessian.H, cross.H if cross.n_inputs else None
 
 
-def _follow(block: nn.Module, index: int, batches: list[_Batch]) -> None:
-    """Send the float model's hidden states through the block, which still is float, and keep what its layers read."""
+def _outputs(
+    block: nn.Module, index: int, batches: list[_Batch], weights: Mapping[str, Tensor], i: int
+) -> tuple[Tensor, Tensor]:
+    """Give a block's output [B, T, C] for a batch, its layers having other weights, and the float model's."""
+    batch = batches[i]
+    assert batch.unquantized is not None
+    made = call_with(block, f"model.layers.{index}.", weights, batch.hidden, **batch.block_kwargs[index])
+    return made, batch.unquantized
+
+
+def _follow(block: nn.Module, index: int, batches: list[_Batch], *, keep: bool) -> None:
+    """Send the float model's hidden states through the block, which still is float; `keep` what its layers read."""
     for batch in batches:
         assert batch.unquantized is not None
-        with _watch(block, index, batch, batch.inputs.__setitem__):
+        with _watch(block, index, batch, batch.inputs.__setitem__ if keep else lambda *_: None):
             batch.unquantized = block(batch.unquantized, **batch.block_kwargs[index])
 
 

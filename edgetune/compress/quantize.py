@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,14 @@ from edgetune.recipe import Gptq, Rtn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgetune.compress.layerwise import Solve
+    from edgetune.compress.correction import Pair
+    from edgetune.compress.finished import LayerResult
+    from edgetune.compress.layerwise import Correct, Solve, Tune
     from edgetune.compress.scheme import Quantized
+    from edgetune.compress.tune import Outputs
     from edgetune.data.calibration import CalibrationSet
 
-RTN_STAGE = "compress.rtn/2"
+RTN_STAGE = "compress.rtn/4"
 GPTQ_STAGE = "compress.gptq/4"
 
 
@@ -34,9 +38,16 @@ def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
     ordered = isinstance(config, Gptq) and config.desc_act and not config.static_groups
     if ordered and config.checkpoint == "compressed-tensors":
         raise UnsupportedError("compressed-tensors keeps columns in their groups; set static_groups: true")
+    rank = config.recover.rank if config.recover else 0
     for name, (out_features, in_features) in linear_shapes(model_config).items():
+        if rank >= min(out_features, in_features):
+            raise UnsupportedError(
+                f"recover.rank={rank} is no less than the {min(out_features, in_features)} features of {name}; "
+                "use a lower rank"
+            )
         check_group(name, in_features, config.group_size)
-        check_pack(name, out_features, in_features, config.bits)
+        if config.checkpoint == "gptq":
+            check_pack(name, out_features, in_features, config.bits)
 
 
 def planned_identity(config: Rtn | Gptq, source_identity: str, calibration_digest: str | None) -> str:
@@ -68,9 +79,10 @@ def run(
 
     model_config = read_config(source.path)
     check(config, model_config)
-    wants_rows = isinstance(config, Gptq)
+    wants_rows = config.calibration is not None
     if wants_rows and calibration is None:
-        raise UnsupportedError("gptq needs calibration rows and got none; give data in the recipe, or use rtn")
+        what = "gptq" if isinstance(config, Gptq) else "recover"
+        raise UnsupportedError(f"{what} needs calibration rows and got none; give data in the recipe, or use plain rtn")
     rows = calibration.ids if wants_rows and calibration is not None else None
     digest = calibration.digest if wants_rows and calibration is not None else None
     require_space(out.parent, source.size_bytes)
@@ -84,7 +96,8 @@ def run(
             open_model(source), rows, _solver(config, scheme), work=pending.work, key=key, device=device,
             progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
-            fast=isinstance(config, Gptq) and config.hessian == "bfloat16",
+            fast=isinstance(config, Gptq) and config.hessian == "bfloat16", correct=_corrector(config),
+            tune=_tuner(config),
         )  # fmt: skip
         layers = Lazily(results, lambda name: results[name].quantized)
         how: dict[str, Any] = {"method": "rtn"}
@@ -94,23 +107,29 @@ def run(
                 "damp_percent": config.damp_percent,
             }  # fmt: skip
         write_checkpoint(pending.path, source, layers, scheme, form=config.checkpoint, **how)
+        if pairs := {name: result.pair for name, result in results.items() if result.pair is not None}:
+            from edgetune.compress.correction import write_correction
+
+            write_correction(pending.path, pairs)
         hold(pending.path)
         errors = {name: result.relative_error for name, result in results.items()}
         pending.seed, pending.calibration = seed, digest
         pending.scheme = {
             "bits": config.bits, "group_size": config.group_size, "sym": config.sym,
             "desc_act": isinstance(config, Gptq) and config.desc_act,
-            "bits_per_weight": _bits_per_weight(scheme, model_config),
+            "bits_per_weight": _bits_per_weight(scheme, model_config, config.recover.rank if config.recover else 0),
         }  # fmt: skip
         pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
         pending.notes = {
             "relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6),
             "vllm": broken_rules(config.checkpoint, scheme, linear_shapes(model_config)),
         }  # fmt: skip
+        if tuned := {n.partition(".self_attn")[0]: r.tuned for n, r in results.items() if r.tuned and ".q_proj" in n}:
+            pending.notes["tuned"] = tuned
     return pending.artifact
 
 
-def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
+def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve[Quantized]:
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
 
@@ -130,10 +149,46 @@ def _solver(config: Rtn | Gptq, scheme: Scheme) -> Solve:
     return solve
 
 
-def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any]) -> float:
-    """Bits for each quantized weight, scales and zero points counted, over all layers."""
-    sizes = [(R * C, C) for R, C in linear_shapes(model_config).values()]
-    return round(sum(n * scheme.bits_per_weight(C) for n, C in sizes) / sum(n for n, _ in sizes), 4)
+def _corrector(config: Rtn | Gptq) -> Correct | None:
+    if (recover := config.recover) is None:
+        return None
+    from edgetune.compress.correction import low_rank
+
+    def correct(error: Tensor, hessian: Tensor) -> Pair:
+        A, B = low_rank(error, hessian, recover.rank, recover.method)
+        return A.half(), B.half()  # as they are stored
+
+    return correct
+
+
+def _tuner(config: Rtn | Gptq) -> Tune | None:
+    if not isinstance(config, Gptq) or (asked := config.tune) is None:
+        return None
+    from edgetune.compress.correction import corrected_weight
+    from edgetune.compress.tune import tune_scales
+
+    def tune(
+        done: Mapping[str, LayerResult[Any]], outputs: Outputs, n_batches: int, device: str
+    ) -> dict[str, LayerResult[Any]]:
+        def corrected(weights: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
+            return outputs({name: corrected_weight(W, done[name].pair) for name, W in weights.items()}, i)
+
+        layers = {name: result.quantized.to(device) for name, result in done.items()}
+        tuned = tune_scales(layers, corrected, n_batches, steps=asked.steps, learning_rate=asked.learning_rate)
+        errors = (float(f"{tuned.before:.3g}"), float(f"{tuned.after:.3g}"))
+        return {
+            name: replace(result, quantized=replace(result.quantized, scales=tuned.scales[name].cpu()), tuned=errors)
+            for name, result in done.items()
+        }
+
+    return tune
+
+
+def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any], rank: int) -> float:
+    """Bits for each quantized weight, over all layers; scales, zero points and corrections of `rank` counted."""
+    shapes = linear_shapes(model_config).values()
+    bits = sum(R * C * scheme.bits_per_weight(C) + 16 * rank * (R + C) for R, C in shapes)
+    return round(bits / sum(R * C for R, C in shapes), 4)
 
 
 def _stage(config: Rtn | Gptq) -> str:
@@ -141,7 +196,7 @@ def _stage(config: Rtn | Gptq) -> str:
 
 
 def _sources(config: Rtn | Gptq, calibration_digest: str | None) -> dict[str, str]:
-    return {"calibration": calibration_digest} if isinstance(config, Gptq) and calibration_digest else {}
+    return {"calibration": calibration_digest} if config.calibration is not None and calibration_digest else {}
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ def problem(seed: int, R: int = 12, C: int = 64, n_inputs: int = 256) -> tuple[T
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "sym", "desc_act", "static_groups"),
-    list(itertools.product((3, 4), (16, -1), (True, False), (True, False), (True, False))),
+    list(itertools.product((3, 4, 6), (16, -1), (True, False), (True, False), (True, False))),
 )
 def test_gptq_gives_the_codes_of_the_oracle(
     bits: int, group_size: int, sym: bool, desc_act: bool, static_groups: bool
@@ -78,7 +78,7 @@ def test_float32_agrees_with_float64_but_for_ties() -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 2**31), bits=st.sampled_from((2, 3, 4, 8)), group_size=st.sampled_from((16, 32, -1)),
+    seed=st.integers(0, 2**31), bits=st.sampled_from((2, 3, 4, 5, 6, 8)), group_size=st.sampled_from((16, 32, -1)),
     sym=st.booleans(), desc_act=st.booleans(), search=st.booleans(),
 )  # fmt: skip
 def test_gptq_never_loses_to_rounding(
@@ -130,7 +130,7 @@ def test_rounding_is_nearest_on_its_grid() -> None:
         assert (made.zero_point == 8).all() or not sym
 
 
-@given(low=st.floats(-4, 4), width=st.floats(0, 4), bits=st.sampled_from((2, 3, 4, 8)), sym=st.booleans())
+@given(low=st.floats(-4, 4), width=st.floats(0, 4), bits=st.sampled_from((2, 3, 4, 5, 6, 8)), sym=st.booleans())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_zero_points_never_reach_the_code_that_v1_cannot_store(low: float, width: float, bits: int, sym: bool) -> None:
     W = torch.linspace(low, low + width, 8, dtype=torch.float64).reshape(1, 8)
