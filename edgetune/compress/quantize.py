@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgetune.data.calibration import CalibrationSet
 
 RTN_STAGE = "compress.rtn/4"
-GPTQ_STAGE = "compress.gptq/3"
+GPTQ_STAGE = "compress.gptq/4"
 
 
 def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
