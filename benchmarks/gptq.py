@@ -7,8 +7,9 @@ Rows of 512 tokens: 16 of the first half of Python's language reference calibrat
 the domain, and the project's general questions and answers outside of it. Each quantization is a process of its own,
 in an order that is drawn anew in each round; its CPU-seconds, imports included, and its peak memory are the kernel's.
 Perplexities are torch's, of the dequantized checkpoints, in one process. gptqmodel runs with its own defaults in the
-environment that `peers.py` makes, on the same torch. `ours` is what `SETTINGS` says; `corrected` adds GPTAQ. Ratios are
-ours over gptqmodel's, the worse of the symmetric and the asymmetric case; `*_to_rtn` over round to nearest.
+environment that `peers.py` makes, on the same torch. `ours` is what `SETTINGS` says; `corrected` adds GPTAQ; `awq`
+scales the model first, in the same process. Ratios are ours over gptqmodel's, the worse of the symmetric and the
+asymmetric case; `*_to_rtn` over round to nearest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import peers
 
 from edgetune.artifact import Artifact, write_text
-from edgetune.recipe import Gptq, Rtn
+from edgetune.recipe import Awq, Gptq, Rtn
 from edgetune.runtime.machine import LoadMeter, describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ ROWS, TOKENS, SCORED_AT_ONCE = 16, 512, 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16"},
     "corrected": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16", "correction": 0.5},
+    "awq": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16"},
 }
 SIDES = ("rtn", *SETTINGS, "gptqmodel")
 PEER = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}  # its advice for two cores; no long compile
@@ -77,13 +79,17 @@ def quantize(side: str, model: Path, rows: Path, out: Path, sym: bool) -> None:
     """Be one of our sides: quantize a model as its stage does."""
     import numpy as np
 
+    from edgetune.compress import scale
     from edgetune.compress.quantize import run
     from edgetune.data.calibration import CalibrationSet
 
     base = {"bits": BITS, "group_size": GROUP_SIZE, "sym": sym}
     config = Rtn(**base) if side == "rtn" else Gptq(**base, **SETTINGS[side])
     ids = np.asarray(json.loads(rows.read_text(encoding="utf-8")), dtype=np.int64)
-    run(config, Artifact.open(model), out, calibration=CalibrationSet(ids))
+    source, calibration = Artifact.open(model), CalibrationSet(ids)
+    if side == "awq":
+        source = scale.run(Awq(**base), source, out.with_name(f"{out.name} scaled"), calibration=calibration)
+    run(config, source, out, calibration=calibration)
 
 
 def score(folder: Path, rows: Path) -> None:

@@ -7,9 +7,9 @@
 A random moment that comes after the run's end kills nothing and is drawn again until there are as many kills as asked.
 Each run is forked from a process that has imported torch, so that kills are spent on work and not on imports. Each kill
 has a store of its own. SIGKILL goes to the whole process group; engines run in sessions of their own and must end by
-themselves. Then the same command runs to its end with the same store. `lost` counts artifacts that were
-whole at the kill and are not the same afterwards, folders that are there but not whole, artifacts missing at the end,
-and second runs that fail; `different_bytes` counts shipped files that are not those of an uninterrupted run.
+themselves. Then the same command runs to its end with the same store. `lost` counts artifacts that were whole at the
+kill and are not the same afterwards, folders that are there but not whole, artifacts missing at the end, and second
+runs that fail; `different_bytes` counts shipped files that are not those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tiny import make_recipe
+from tiny import PACKAGES, make_recipe
 
 from edgetune import measure
 from edgetune.artifact import MANIFEST, Artifact, Store, file_digest, write_text
@@ -41,10 +41,6 @@ from edgetune.errors import ArtifactError
 
 RESULT = Path(__file__).resolve().parent / "results" / "kill.json"
 SHIPS = ("model", "adapter", "gptq", "gguf", "onnx")
-PACKAGES = (
-    "edgetune", "torch", "transformers", "peft", "bitsandbytes", "gguf", "llama-cpp-python", "onnx", "onnxruntime",
-    "onnxruntime-genai",
-)  # fmt: skip
 RUN_TIMEOUT_S, ORPHAN_TIMEOUT_S = 600, 20
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["edgetune.pipeline", "edgetune.export.gguf", "edgetune.export.onnx"])
@@ -383,9 +379,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="kills at random moments")
     parser.add_argument("--renames", type=int, help="kills around renames; all where absent")
-    parser.add_argument(
-        "--one-side", action="store_true", help="before or after each rename, drawn; leaves half of those kills out"
-    )
+    parser.add_argument("--one-side", action="store_true", help="one side of each rename, drawn; half is left out")
     parser.add_argument("--quick", action="store_true", help="3 random moments and 3 renames")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="kills at the same time, each with a store of its own")

@@ -2,13 +2,14 @@
 
 `llama-bench`, `llama-imatrix` and `llama-quantize` come from the source distribution of the llama-cpp-python that is
 bound, compiled with the switches that `scripts/install.py` chose for this machine, so that they are of the very engine
-that edgetune runs. A compile that was stopped goes on where it was. gptqmodel gets an environment of its own beside
-ours.
+that edgetune runs. A compile that was stopped goes on where it was. gptqmodel, transformers with it, and transformers
+with compressed-tensors get environments of their own beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -33,6 +34,8 @@ GPTQMODEL = [
     "tokenicer==0.0.14",
     "torchao==0.18.0",
 ]
+OPTIMUM = "optimum==2.3.0"  # through which transformers asks gptqmodel for its layers
+COMPRESSED_TENSORS = ["compressed-tensors==0.20.1", "loguru==0.7.3"]
 LLAMA_OPTIONS = ["-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DGGML_CCACHE=OFF"]
 
 
@@ -69,19 +72,40 @@ def llama_tool(name: str, jobs: int = 2) -> Path:
 def gptqmodel() -> Path:
     """Give the Python of an environment with gptqmodel, made where it is not there.
 
-    It reads torch and transformers from the environment that runs this, so both sides compute with the same ones;
-    gptqmodel asks for a later torch, but runs on this one. What it needs beside them is its own.
+    It asks for a later torch than ours, but runs on this one.
     """
-    versions = f"{GPTQMODEL[0].rpartition('=')[2]}-torch-{metadata.version('torch')}"
-    folder = cache() / f"gptqmodel-{versions}"
+    return environment("gptqmodel", GPTQMODEL)
+
+
+def gptqmodel_reader() -> Path:
+    """Give the Python of an environment in which transformers loads checkpoints with gptqmodel."""
+    return environment("gptqmodel-optimum", [*GPTQMODEL, OPTIMUM])
+
+
+def compressed_tensors() -> Path:
+    """Give the Python of an environment in which transformers loads checkpoints with compressed-tensors."""
+    return environment("compressed-tensors", COMPRESSED_TENSORS)
+
+
+def environment(name: str, packages: list[str]) -> Path:
+    """Give the Python of an environment with pinned packages, made where it is not there; one process makes it.
+
+    It reads torch and transformers from the environment that runs this, so both sides compute with the same ones. What
+    a peer needs beside them is its own.
+    """
+    versions = f"{packages[0].rpartition('=')[2]}-torch-{metadata.version('torch')}"
+    folder = cache() / f"{name}-{versions}"
     python = folder / "bin" / "python"
-    if (folder / "done").is_file() and python.is_file():
-        return python
-    _run([sys.executable, "-m", "venv", "--clear", folder])
-    (own,) = folder.glob("lib/python*/site-packages")
-    (own / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    _run([python, "-m", "pip", "install", "-q", "--no-deps", *GPTQMODEL])
-    (folder / "done").write_text(versions + "\n", encoding="utf-8")
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "done").is_file() and python.is_file():
+            return python
+        _run([sys.executable, "-m", "venv", "--clear", folder])
+        (own,) = folder.glob("lib/python*/site-packages")
+        (own / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        _run([python, "-m", "pip", "install", "-q", "--no-deps", *packages])
+        (folder / "done").write_text(versions + "\n", encoding="utf-8")
     return python
 
 
@@ -124,4 +148,5 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for tool in ("llama-bench", "llama-imatrix", "llama-quantize"):
         print(llama_tool(tool))
-    print(gptqmodel())
+    for made in (gptqmodel, gptqmodel_reader, compressed_tensors):
+        print(made())

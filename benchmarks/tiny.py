@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "edgetune", "torch", "transformers", "peft", "bitsandbytes", "gguf", "llama-cpp-python", "onnx", "onnxruntime",
+    "onnxruntime-genai",
+)  # fmt: skip
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # tests.conftest holds the tiny Llama
 

@@ -138,9 +138,10 @@ def compress(
     model: Annotated[str, typer.Argument(help="base as in a recipe, or a model artifact's folder")],
     out: Out,
     method: Annotated[str, typer.Option(help="gptq or rtn")] = "gptq",
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8")] = 4,
+    bits: Annotated[int, typer.Option(help="2, 3, 4, 5, 6 or 8; 5 and 6 with --checkpoint compressed-tensors")] = 4,
     group_size: Annotated[int, typer.Option(help="columns that share a scale; -1 for the row")] = 64,
     sym: Annotated[bool, typer.Option(help="symmetric: no zero point")] = True,
+    checkpoint: Annotated[str, typer.Option(help="format: gptq (AutoGPTQ's) or compressed-tensors")] = "gptq",
     rows: Annotated[Path | None, typer.Option(help="JSONL with training rows to calibrate on (gptq)")] = None,
     general_share: Annotated[float, typer.Option(help="with --rows: share of general text among them")] = 0.25,
     n_samples: Annotated[int, typer.Option(help="calibration samples (gptq)")] = 128,
@@ -148,15 +149,16 @@ def compress(
     device: str = "cpu",
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
-    """Quantize a model into a checkpoint in the AutoGPTQ format."""
+    """Quantize a model into a checkpoint."""
     terminal.quiet()
     from edgetune import single
     from edgetune.artifact import Store
     from edgetune.devices import check_device
 
     config = single.compress_config(
-        method, bits=bits, group_size=group_size, sym=sym, n_samples=n_samples, general_share=general_share
-    )
+        method, bits=bits, group_size=group_size, sym=sym, checkpoint=checkpoint, n_samples=n_samples,
+        general_share=general_share,
+    )  # fmt: skip
     single.refuse_unread_compress(given_flags(context), method)
     check_device(device)
     source = single.open_model(model, Store(store), terminal.console())

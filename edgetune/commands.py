@@ -7,6 +7,8 @@ from shlex import quote
 
 from edgetune.artifact import Artifact
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what vLLM takes as --max-lora-rank
+
 
 def run_commands(artifact: Artifact, place: Path) -> list[str]:
     """Give the shell commands that run an artifact which lies at `place`, the shortest first."""
@@ -24,8 +26,13 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
     if kind == "tensorrt":
         return [f"edgetune bench {folder}", ours]
     if kind == "gptq":
-        form = artifact.manifest.config.get("checkpoint", "gptq")
-        return [ours, f"vllm serve {folder} --quantization {form}"]
+        config = artifact.manifest.config
+        served = f"vllm serve {folder} --quantization {config.get('checkpoint', 'gptq')}"
+        if recover := config.get("recover"):  # a LoRA adapter, which is asked for by its name
+            rank = next(n for n in VLLM_RANKS if n >= recover["rank"] or n == VLLM_RANKS[-1])
+            beside = quote(f"corrected={place / 'correction'}")
+            served += f" --enable-lora --max-lora-rank {rank} --lora-modules {beside}"
+        return [ours, served]
     if kind == "gguf-adapter":
         return [f"llama-server -m BASE.gguf --lora {quote(str(place / 'adapter.gguf'))} --jinja"]
     if kind == "onnx-adapter":

@@ -8,16 +8,15 @@ a step of `adapt` are better where they were measured (`adapt.step_time`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from edgetune.compress.architectures import linear_shapes
+from edgetune.compress.answers import CHUNK_ROWS
 from edgetune.compress.chain import configs, so_far, step_names
-from edgetune.data.formats import Row
-from edgetune.data.render import Rendered
+from edgetune.counts import NOTHING, UNKNOWN, Counts, Sizes, Speeds
 from edgetune.graph import (
+    ANSWERS,
     IMPORTANCE,
     SENSITIVITY,
     STUDENT,
@@ -29,15 +28,21 @@ from edgetune.graph import (
     why_not_run,
 )
 from edgetune.preference_memory import preference_bytes
-from edgetune.recipe import Awq, Bench, Candidate, Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe import Awq, Bench, Candidate, Gptq, Recipe, Rtn
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration
+from edgetune.recipe_prune import Prune
+from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_training import PAIRED, Adapt, Prefer
-from edgetune.training_memory import Lengths, Shape, fitted, lengths_of, number_bytes, peak_bytes
-from edgetune.training_time import BLOCK_S, SHARE, matmul_gflops, preference_step_seconds, step_seconds, steps_of
+from edgetune.training_memory import Lengths, Shape, fitted, number_bytes, peak_bytes
+from edgetune.training_time import BLOCK_S, SHARE, preference_step_seconds, step_seconds, steps_of
 
 # Share of the machine's matrix product speed that a stage reaches on its own arithmetic: of the speed in the dtype that
 # training computes in where it walks, else of float32's.
-TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 0.15
+TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 1.2  # wide products are faster than the one that is measured
+# What a solver does one element or one column after the other, which no matrix product speed tells of.
+WEIGHT_S, COLUMN_S = 2.3e-7, 6e-5
+HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
 DECODING = {
     "torch": 1.5,
@@ -50,6 +55,7 @@ PROBE = "general probe"  # stage: what training forgot
 START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
 SWEPT, PROBE_PROCESSES = 4, 2  # generations of each point of a sweep; processes that a probe starts at most
 RUNTIME_MIB, TRAINER_MIB = 450.0, 1400.0  # Python with torch and transformers; with what training imports
+TUNED_TOKENS = 2048  # in a step of learning scales: those of one forward
 
 
 @dataclass(frozen=True)
@@ -60,95 +66,12 @@ class Cost:
     memory_mib: float
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the arithmetic needs of a model: weights of the linear layers, of the head, and the widths."""
-
-    linear: int
-    head: int
-    lora_per_rank: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    n_layers: int
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> Sizes:
-        """Read them from a `config.json`. Raises UnsupportedError for an unknown architecture."""
-        shapes = linear_shapes(config).values()
-        hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
-        return cls(
-            sum(R * C for R, C in shapes), hidden * vocabulary, sum(R + C for R, C in shapes), hidden,
-            int(config["intermediate_size"]), vocabulary, int(config["num_hidden_layers"]),
-        )  # fmt: skip
-
-    @property
-    def bytes_16(self) -> int:
-        return 2 * (self.linear + self.head)
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Matrix products of a machine in GFLOP/s: in float32, and in the dtype that training computes in."""
-
-    float32: float
-    training: float
-
-    @classmethod
-    def measure(cls, device: str) -> Speeds:
-        """Measure this machine: its CPU, which runs what is exported, and the device that trains."""
-        import torch
-
-        from edgetune.devices import compute_dtype
-
-        float32, dtype = matmul_gflops(torch.float32), compute_dtype(device)
-        same = device == "cpu" and dtype == torch.float32
-        return cls(float32, float32 if same else matmul_gflops(dtype, device))
-
-
-UNKNOWN = Lengths(((0, 0),))
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How much text a set of rows is."""
-
-    n_rows: int
-    n_tokens: int
-    n_labels: int
-    lengths: Lengths = UNKNOWN
-
-    @classmethod
-    def of(cls, rows: Sequence[Rendered]) -> Counts:
-        """Count rows; tokens that all of them begin with are computed once a batch and hardly count."""
-        return cls.total(lengths_of(rows))
-
-    @classmethod
-    def total(cls, lengths: Lengths) -> Counts:
-        """Add up rows."""
-        return cls(len(lengths.rows), sum(n for n, _ in lengths.rows), sum(n for _, n in lengths.rows), lengths)
-
-    @classmethod
-    def guess(cls, rows: Iterable[Row]) -> Counts:
-        """Guess before there is a tokenizer: four characters a token, and a template's tokens around each turn."""
-        found, first = [], None
-        for row in rows:
-            first = row if first is None else first
-            n_tokens = n_labels = 0
-            for role, text in row.messages or (("assistant", row.text or ""),):
-                if ((role, text),) != first.messages[:1]:  # what all rows begin with
-                    n_tokens += len(text) // 4 + 6
-                    n_labels += len(text) // 4 + 1 if role == "assistant" else 0
-            found.append((n_tokens, n_labels))
-        return cls.total(Lengths.of(found))
-
-
 class Estimator:
     """Predicts the stages of one recipe on a machine of these speeds."""
 
     def __init__(
         self, recipe: Recipe, config: dict[str, Any], train: Counts, heldout: Counts, speeds: Speeds,
-        tasks: Counts = Counts(0, 0, 0), probe: Counts = Counts(0, 0, 0), asked: Lengths = UNKNOWN,
+        tasks: Counts = NOTHING, probe: Counts = NOTHING, asked: Lengths = UNKNOWN,
     ) -> None:  # fmt: skip
         self.recipe, self.sizes, self.speeds = recipe, Sizes.of(config), speeds
         self.shape, self._number_bytes = Shape.of(config), number_bytes(recipe.device)
@@ -188,6 +111,8 @@ class Estimator:
         names = step_names(candidate)
         if what.endswith(": accuracy"):
             return self._scoring(None, along[1 + names.index(what.removesuffix(": accuracy"))], self.heldout)
+        if what == ANSWERS:
+            return self._writing(next(d for d in candidate.distilled if d.answers == "teacher"))
         if what == TEACHER:
             return self._teaching()
         if what == STUDENT:
@@ -209,16 +134,32 @@ class Estimator:
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
-    def _step(self, method: Prune | Distill | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
+    def _step(self, method: Prune | Distill | Sparsify | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
             return self._distilling(method, after)
         if isinstance(method, Prune):
             once = self._calibrating(method.calibration, before, solves=False)
-            return Cost(once.seconds + self._searching(method, before), once.memory_mib + 2 * before.bytes_16 / MIB)
-        if isinstance(method, Rtn) and not isinstance(method, Gptq):
-            return Cost(START_S, RUNTIME_MIB + 2 * before.bytes_16 / MIB)
-        return self._calibrating(method.calibration, before, solves=True)
+            return Cost(once.seconds + self._searching(method, before), once.memory_mib + 4 * before.bytes_16 / MIB)
+        if isinstance(method, Awq):
+            found = self._calibrating(method.calibration, before, solves=True)
+            return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
+        if isinstance(method, Gptq):
+            found = self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
+            return Cost(found.seconds + self._tuning(method, before), found.memory_mib)
+        if method.calibration is None:
+            return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
+        found = self._calibrating(method.calibration, before, solves=True)
+        whole = 2 * before.bytes_16 / MIB if isinstance(method, Sparsify) else 0.0
+        return Cost(found.seconds, found.memory_mib + whole)
+
+    def _tuning(self, config: Gptq, sizes: Sizes) -> float:
+        """Seconds of learning scales: three forwards a step, three looks at all batches, and the float model's pass."""
+        if config.tune is None:
+            return 0.0
+        n_tokens = config.calibration.n_samples * config.calibration.n_tokens
+        seen = 3 * config.tune.steps * min(n_tokens, TUNED_TOKENS) + 4 * n_tokens
+        return 2.0 * seen * sizes.linear / (self.speeds.training * 1e9 * CALIBRATING)
 
     def _measuring(self, method: Rtn | Gptq, sizes: Sizes) -> Cost:
         """Predict a sensitivity: half of the blocks, and the head, for each choice of each group of layers."""
@@ -226,11 +167,11 @@ class Estimator:
         rows, n = method.allocate.rows, len(method.widths)
         once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
         seconds = START_S + 4 * sizes.n_layers * n * once / (self.speeds.training * 1e9 * CALIBRATING)
-        memory = RUNTIME_MIB + 2 * sizes.bytes_16 / MIB
-        if isinstance(method, Gptq):
-            solving = self._calibrating(method.calibration, sizes, solves=True)
-            seconds, memory = seconds + n * solving.seconds, max(memory, solving.memory_mib)
-        return Cost(seconds, memory)
+        memory = 4 * sizes.bytes_16 / MIB
+        if not isinstance(method, Gptq):
+            return Cost(seconds, RUNTIME_MIB + memory)
+        solving = self._calibrating(method.calibration, sizes, solves=True)
+        return Cost(seconds + n * solving.seconds, solving.memory_mib + memory)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)
@@ -269,6 +210,21 @@ class Estimator:
         blocks = sum(left * (left + 1) / 2 for left in rounds) / sizes.n_layers * sizes.linear
         return self._seconds(2.0 * tokens * (blocks + sum(rounds) * sizes.head), CALIBRATING)
 
+    def _writing(self, config: Distill) -> Cost:
+        """Let the adapted model answer the training rows, chunk by chunk."""
+        n_rows = self.train.n_rows
+        seconds = self._answering(config, self.sizes, n_rows, ceil(n_rows / CHUNK_ROWS))
+        return Cost(START_S + seconds, RUNTIME_MIB + 2 * self.sizes.bytes_16 / MIB)
+
+    def _answering(self, config: Distill, sizes: Sizes, n_rows: float, n_batches: float) -> float:
+        """Seconds in which a model answers prompts: it reads them, and its weights pass once a batch for each token."""
+        train = self.train
+        n_new = config.max_new_tokens or max(n_labels for _, n_labels in train.lengths.rows)
+        prompt = (train.n_tokens - train.n_labels) / max(train.n_rows, 1)
+        flop = 2.0 * n_rows * (prompt * sizes.linear + n_new * (sizes.linear + sizes.head))
+        passing = n_batches * n_new * DECODING["torch"] * sizes.bytes_16 / MEMORY_BYTES_PER_S
+        return passing + self._seconds(flop, TORCH)
+
     def _teaching(self) -> Cost:
         """Score the training rows with the adapted model."""
         flop = 2 * (self.train.n_tokens * self.sizes.linear + self.train.n_labels * self.sizes.head)
@@ -281,16 +237,21 @@ class Estimator:
         flop = passes * 6 * (n_tokens * sizes.linear + n_labels * sizes.head)
         steps = passes * n_rows / config.batch_size
         flop += steps * 12 * (sizes.linear + sizes.head)  # AdamW
-        beside = 0.0
-        if config.hidden_weight:
-            flop += passes * 2 * n_tokens * self.sizes.linear
-            beside = 2.0 * self.sizes.bytes_16
+        judged = passes * config.on_policy
+        flop += 2 * (passes if config.compares else judged) * n_tokens * self.sizes.linear
+        flop += 2 * judged * n_labels * self.sizes.head
+        sampling = 0.0
+        if config.on_policy:
+            batches = steps * config.on_policy * config.batch_size / (config.micro_batch_size or config.batch_size)
+            sampling = self._answering(config, sizes, judged * n_rows, batches)
+        beside = 2.0 * self.sizes.bytes_16 if config.compares or config.on_policy else 0.0
         rows = config.micro_batch_size or config.batch_size
         activations = rows * n_tokens / n_rows * sizes.n_layers * (14 * sizes.hidden + 6 * sizes.intermediate) * 4
         logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
         weights = 16 * (sizes.linear + sizes.head)
         memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
-        return Cost(START_S + steps * sizes.n_layers * BLOCK_S["cpu"] + self._seconds(flop, SHARE), memory)
+        small = steps * sizes.n_layers * BLOCK_S["cpu"]
+        return Cost(START_S + small + sampling + self._seconds(flop, SHARE), memory)
 
     def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts, *, gflops: float | None = None) -> Cost:
         """Score rows once, in float32 without `gflops`; a subject that is no candidate runs in torch."""
@@ -300,17 +261,23 @@ class Estimator:
         seconds = flop / ((gflops or self.speeds.float32) * 1e9 * SCORING.get(kind, TORCH))
         return Cost(START_S + seconds, RUNTIME_MIB + weights / MIB)
 
-    def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool) -> Cost:
-        n_tokens = config.n_samples * config.n_tokens
-        flop = 2.0 * n_tokens * sizes.linear * (2 if solves else 1)
+    def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool, followed: bool = False) -> Cost:
+        """Predict a pass of all blocks, one in memory at a time; with `followed` the float model takes one as well."""
+        n_tokens, times = config.n_samples * config.n_tokens, 2 if followed else 1
+        flop = 2.0 * times * n_tokens * sizes.linear
         seconds = START_S + flop / (self.speeds.training * 1e9 * CALIBRATING)
-        if solves:  # Hessians of four inputs a layer, and a Cholesky solve of each
-            widths = 3 * sizes.hidden**2 + sizes.intermediate**2
-            cubes = 3 * sizes.hidden**3 + sizes.intermediate**3
-            seconds += self._seconds(sizes.n_layers * 2.0 * n_tokens * widths, CALIBRATING)
-            seconds += self._seconds(sizes.n_layers * 10.0 * cubes, SOLVING)
-        hidden = 4 * n_tokens * sizes.hidden * 2
-        return Cost(seconds, RUNTIME_MIB + (2 * sizes.bytes_16 + hidden) / MIB)
+        if solves:
+            seconds += sizes.n_layers * self._solving(sizes, times * n_tokens)
+        hidden = min(2.0 * n_tokens * (sizes.hidden * 2 + sizes.intermediate) / MIB, HELD_MIB)
+        return Cost(seconds, RUNTIME_MIB + sizes.solving_bytes(1 if solves else 0) / MIB + hidden)
+
+    def _solving(self, sizes: Sizes, n_tokens: int) -> float:
+        """Seconds of one block's second moments, of four widths, and of its columns in turn."""
+        h, i, weights = sizes.hidden, sizes.intermediate, sizes.linear / sizes.n_layers
+        moments = 2.0 * n_tokens * (3 * h**2 + i**2)
+        updates = 5.0 * (h * (weights - h * i) + i * h * i)  # of later columns, and two errors weighed by the moments
+        factors = 2.0 * (3 * h**3 + i**3)  # in float64, which has half of the speed
+        return self._seconds(moments + updates + factors, SOLVING) + weights * WEIGHT_S + (3 * h + i) * COLUMN_S
 
     def _latency(self, bench: Bench) -> Cost:
         subjects = [("torch", self.sizes)]

@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import distill, moments, sensitivity, teacher, update_left
-from edgetune.compress.chain import STAGES, so_far, step_names
+from edgetune.compress import answers, distill, moments, sensitivity, teacher, update_left
+from edgetune.compress.chain import STAGES, so_far, step_names, vocabulary
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
-from edgetune.errors import DataError
+from edgetune.errors import DataError, UnsupportedError
 from edgetune.export.gguf_types import UNWEIGHED
-from edgetune.recipe import Candidate, CompressStep, Distill, Gptq, Recipe
+from edgetune.recipe import Candidate, CompressStep, Gptq, Recipe
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, GgufExport
+from edgetune.recipe_prune import Prune
 from edgetune.recipe_training import Adapt
 from edgetune.sources import Source, find
+from edgetune.vocabularies import CutVocabulary, Vocabularies
 from edgetune.workload import Workload
 
-IMPORTANCE, STUDENT, TEACHER = "importance matrix", "student", "teacher's distributions"
+IMPORTANCE, STUDENT = "importance matrix", "student"
+ANSWERS, TEACHER = "teacher's answers", "teacher's distributions"
 SENSITIVITY, UPDATE_LEFT = "sensitivity of layers", "update left"
 
 
@@ -31,8 +35,9 @@ class Graph:
         self._weights = weights
         self.base = base_identity
         self.work = work
-        self._calibrations: dict[Calibration, CalibrationSet] = {}
-        self._measured: dict[tuple[Calibration, Calibration | None], CalibrationSet] = {}
+        self._vocabularies = Vocabularies(recipe.data, work)
+        self._calibrations: dict[tuple[Calibration, int | None], CalibrationSet] = {}
+        self._measured: dict[tuple[Calibration, Calibration | None, int | None], CalibrationSet] = {}
         self._students: dict[str, Source] = {}
 
     @cached_property
@@ -89,25 +94,37 @@ class Graph:
         into = self.recipe.prefer.merge
         return merge.planned_identity(self.adapted, self.preferred, into, self.measured_on(into))
 
-    def calibration(self, config: Calibration) -> CalibrationSet:
-        """Give the calibration rows of a stage; equal settings share them."""
-        if config not in self._calibrations:
-            self._calibrations[config] = self.work.calibration(config, self.recipe.seed)
-        return self._calibrations[config]
+    def calibration(self, config: Calibration, n_tokens: int | None = None) -> CalibrationSet:
+        """Give the calibration rows of a stage, of a model of `n_tokens` tokens; equal settings share them."""
+        if (config, n_tokens) not in self._calibrations:
+            made = self.rendered(n_tokens).calibration(config, self.recipe.seed)
+            self._calibrations[config, n_tokens] = made
+        return self._calibrations[config, n_tokens]
+
+    def cut(self, n_tokens: int | None) -> CutVocabulary | None:
+        """Give the tokens that stay where a chain leaves so many; None for the base's own vocabulary."""
+        return None if n_tokens is None else self._vocabularies.cut(n_tokens)
+
+    def rendered(self, n_tokens: int | None) -> Workload:
+        """Give the rows in the ids of a model that has so many tokens; None for the base's own vocabulary."""
+        cut = self.cut(n_tokens)
+        return self.work if cut is None else cut.work
 
     def moments(self, candidate: Candidate) -> str | None:
         """Identity of the importance matrix that a GGUF export reads, None where it reads none."""
         gguf = weighed_export(candidate)
         if gguf is None:
             return None
-        return moments.planned_identity(self.floats(candidate), self.calibration(gguf.calibration).digest)
+        return moments.planned_identity(
+            self.floats(candidate), self.calibration(gguf.calibration, vocabulary(candidate)).digest
+        )
 
     def gguf_rows(self, candidate: Candidate) -> CalibrationSet | None:
         """Give the calibration rows that a GGUF export reads, by itself or through its importance matrix."""
         gguf = candidate.export.gguf if candidate.export else None
         if gguf is None or not (gguf.gptq or weighed_export(candidate)):
             return None
-        return self.calibration(gguf.calibration)
+        return self.calibration(gguf.calibration, vocabulary(candidate))
 
     def floats(self, candidate: Candidate) -> str:
         """Identity of the last model in a candidate's chain whose weights are not integers."""
@@ -118,43 +135,64 @@ class Graph:
     def steps(self, candidate: Candidate) -> list[str]:
         """Identities of what a candidate's compress steps make, in their order."""
         made: list[str] = []
-        for step in candidate.compress:
-            made.append(self._step(step, made[-1] if made else self.model))
+        for place, step in enumerate(candidate.compress):
+            made.append(self._step(step, made[-1] if made else self.model, vocabulary(candidate, place)))
         return made
 
-    def _step(self, step: CompressStep, source: str) -> str:
+    def _step(self, step: CompressStep, source: str, n_tokens: int | None) -> str:
         method = step.method
         if isinstance(method, Distill):
-            student = self.student(method) or source
-            return distill.planned_identity(method, student, self.model, self.said(method), self.rows, self.recipe.seed)
+            student, said = self.student(method) or source, self.said(method, n_tokens)
+            rows = self.rows if n_tokens is None else rows_digest(self.rendered(n_tokens).train)
+            written = self.answers(method)
+            return distill.planned_identity(
+                method, student, self.model, said, rows, self.recipe.seed, *([] if written is None else [written])
+            )
         calibration = getattr(method, "calibration", None)
-        digest = self.calibration(calibration).digest if calibration is not None else None
-        measured = self.sensitivity(step, source)
+        digest = self.calibration(calibration, n_tokens).digest if calibration is not None else None
+        measured = self.sensitivity(step, source, n_tokens)
         more = () if measured is None else (measured,)
-        planned: str = STAGES[type(method)].planned_identity(method, source, digest, *more)
+        planned: str = STAGES[type(method)].planned_identity(method, source, digest, *more, **self.kept_tokens(method))
         return planned
 
-    def sensitivity(self, step: CompressStep, source: str) -> str | None:
+    def sensitivity(self, step: CompressStep, source: str, n_tokens: int | None) -> str | None:
         """Identity of what each layer's bits cost `source`, None where a step chooses none."""
-        rows, method = self.measured(step), step.quantizer
+        rows, method = self.measured(step, n_tokens), step.quantizer
         if rows is None or method is None:
             return None
-        shown = self.calibration(method.calibration).digest if isinstance(method, Gptq) else None
+        shown = self.calibration(method.calibration, n_tokens).digest if isinstance(method, Gptq) else None
         return sensitivity.planned_identity(method, source, shown, rows.digest)
 
-    def measured(self, step: CompressStep) -> CalibrationSet | None:
-        """Give the rows that a step chooses bits by, None where it chooses none."""
+    def measured(self, step: CompressStep, n_tokens: int | None) -> CalibrationSet | None:
+        """Give the rows that a step chooses bits by, of a model of `n_tokens` tokens; None where it chooses none."""
         method = step.quantizer
         if method is None or method.allocate is None:
             return None
-        taken = method.calibration if isinstance(method, Gptq) else None
-        if (method.allocate.rows, taken) not in self._measured:
-            self._measured[method.allocate.rows, taken] = self.work.apart(method.allocate.rows, taken, self.recipe.seed)
-        return self._measured[method.allocate.rows, taken]
+        key = method.allocate.rows, method.calibration, n_tokens
+        if key not in self._measured:
+            self._measured[key] = self.rendered(n_tokens).apart(key[0], key[1], self.recipe.seed)
+        return self._measured[key]
 
-    def said(self, config: Distill) -> str:
-        """Identity of what the adapted model says of the training rows."""
-        return teacher.planned_identity(config, self.model, self.rows)
+    def kept_tokens(self, method: object) -> dict[str, tuple[int, ...]]:
+        """Give what a stage that cuts the vocabulary is told beside its config."""
+        cut = self.cut(method.vocabulary) if isinstance(method, Prune) else None
+        return {} if cut is None else {"kept_tokens": cut.kept}
+
+    def said(self, config: Distill, n_tokens: int | None = None) -> str:
+        """Identity of what the adapted model says of the training rows, in the tokens of a student that has so many.
+
+        Raises DataError where the training rows are other tokens to the student.
+        """
+        if n_tokens is not None:
+            self._vocabularies.refuse_other_rows(n_tokens)
+        cut = self.cut(n_tokens)
+        return teacher.planned_identity(
+            config, self.model, self.rows, None if cut is None else cut.kept, self.answers(config)
+        )
+
+    def answers(self, config: Distill) -> str | None:
+        """Identity of what the adapted model answers to the training rows, None where their own answers are learned."""
+        return answers.planned_identity(config, self.model, self.rows) if config.answers == "teacher" else None
 
     def student(self, config: Distill) -> str | None:
         """Identity of a student that the recipe names, None where the step before made it."""
@@ -213,17 +251,18 @@ class Graph:
         for name, candidate in self.recipe.candidates.items():
             try:
                 yield from self._candidate(name, candidate)
-            except DataError as error:
-                raise DataError(f"candidates.{name}: {error}") from error
+            except (DataError, UnsupportedError) as error:
+                raise type(error)(f"candidates.{name}: {error}") from error
 
     def _candidate(self, name: str, candidate: Candidate) -> Iterator[tuple[str, str | None]]:
         steps = self.steps(candidate)
-        sources = [self.model, *steps]
-        for step, label, source, made in zip(candidate.compress, step_names(candidate), sources, steps, strict=False):
-            yield f"{name}: {SENSITIVITY}", self.sensitivity(step, source)
+        named = zip(candidate.compress, step_names(candidate), [self.model, *steps], steps, strict=False)
+        for place, (step, label, source, made) in enumerate(named):
+            yield f"{name}: {SENSITIVITY}", self.sensitivity(step, source, vocabulary(candidate, place))
             if step.distill is not None:
                 yield f"{name}: {STUDENT}", self.student(step.distill)
-                yield f"{name}: {TEACHER}", self.said(step.distill)
+                yield f"{name}: {ANSWERS}", self.answers(step.distill)
+                yield f"{name}: {TEACHER}", self.said(step.distill, vocabulary(candidate, place))
             yield f"{name}: {label}", made
         yield f"{name}: {UPDATE_LEFT}", self.update_left(candidate)
         yield f"{name}: {IMPORTANCE}", self.moments(candidate)
@@ -248,7 +287,10 @@ def stage_names(recipe: Recipe) -> list[str]:
             if (method := step.distill) is not None:
                 if method.student not in (None, "base"):
                     add(f"{name}: {STUDENT}", method.student)
-                add(f"{name}: {TEACHER}", method.temperature, method.top_k)
+                written = (ANSWERS, method.max_new_tokens) if method.answers == "teacher" else ()
+                if written:
+                    add(f"{name}: {ANSWERS}", *written)
+                add(f"{name}: {TEACHER}", method.temperature, method.top_k, vocabulary(candidate, place), *written)
             if step.quantizer is not None and step.quantizer.allocate is not None:
                 add(f"{name}: {SENSITIVITY}", so_far(candidate, place), sensitivity.shared(step.quantizer))
             add(f"{name}: {label}", so_far(candidate, place + 1))

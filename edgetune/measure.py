@@ -47,11 +47,11 @@ def accuracy_identity(
     *,
     generate_rows: int | None,
     reference: str | None,
+    stands_for: str | None = None,
 ) -> str:
     """Identity of the evidence that `accuracy` would make; `reference` is the identity of the reference's evidence."""
-    return identity(
-        ACCURACY_STAGE, _accuracy_config(job, generate_rows), parents, _workload(rows, text_rows, reference)
-    )
+    sources = _workload(rows, text_rows, reference, stands_for)
+    return identity(ACCURACY_STAGE, _accuracy_config(job, generate_rows), parents, sources)
 
 
 def accuracy(
@@ -66,15 +66,19 @@ def accuracy(
     max_new_tokens: int,
     generate_rows: int | None,
     reference: Artifact | None,
+    stands_for: str | None = None,
     timeout_s: float = scoring.TIMEOUT_S,
     progress: Report = silent,
 ) -> Artifact:
     """Score an artifact on the held-out rows in its own runtime; without `reference` it becomes the reference.
 
+    With `stands_for`, the digest of the reference's rows in the ids of another vocabulary, it is neither: no
+    probability of the one is one of the other.
     A reference's pack has its rows beside it, so that other boxes can score against it (`edgetune score`). Of the
     first `generate_rows` rows (None: all) those that are not exact are continued, so that slots can be counted.
     """
-    sources = _workload(rows, text_rows, reference.identity if reference else None)
+    sources = _workload(rows, text_rows, reference.identity if reference else None, stands_for)
+    builds = reference is None and stands_for is None
     with draft(
         out,
         kind="evidence",
@@ -92,12 +96,13 @@ def accuracy(
             max_new_tokens=max_new_tokens,
             generate_rows=generate_rows,
             reference=reference.path / PACK if reference else None,
-            build_reference=None if reference else pending.path / PACK,
+            build_reference=pending.path / PACK if builds else None,
+            stands_for=stands_for,
             work=pending.work,
             timeout_s=timeout_s,
             progress=lambda done, total: progress(done, total, "rows"),
         )
-        if reference is None:
+        if builds:
             ReferenceRows.of(rows, text_rows, stop_ids).save(pending.path / ROWS)
         write_text(pending.path / ACCURACY, found.model_dump_json(indent=1) + "\n")
     return pending.artifact
@@ -219,13 +224,17 @@ def _settings(job: Job) -> dict[str, object]:
     }
 
 
-def _workload(rows: Sequence[ScoredRow], text_rows: Sequence[TokenRow], reference: str | None) -> dict[str, str]:
+def _workload(
+    rows: Sequence[ScoredRow], text_rows: Sequence[TokenRow], reference: str | None, stands_for: str | None
+) -> dict[str, str]:
     digests = {"rows": scoring.workload_digest(rows), "text": scoring.workload_digest(text_rows)}
-    return digests | ({"reference": reference} if reference else {})
+    more = {"reference": reference, "stands_for": stands_for}
+    return digests | {name: value for name, value in more.items() if value}
 
 
 def _tasks(works: Sequence[TaskWork]) -> dict[str, str]:
-    return {f"task {work.task.name}": work.digest for work in works}
+    digests = {f"task {work.task.name}": work.digest for work in works}
+    return digests | {f"{work.task.name} stands for": work.stands_for for work in works if work.stands_for}
 
 
 def _latency_config(jobs: Sequence[Job], bench: Bench) -> dict[str, object]:

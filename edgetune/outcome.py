@@ -8,6 +8,7 @@ from typing import NamedTuple
 from edgetune import __version__, measure, workload
 from edgetune.artifact import Artifact
 from edgetune.commands import run_commands
+from edgetune.compress.chain import about_zeros
 from edgetune.graph import why_not_run
 from edgetune.recipe import Recipe
 from edgetune.runtime.accuracy import seam, summary
@@ -82,7 +83,7 @@ class Outcome:
             failures=self.failures,
             artifacts={name: artifact.manifest.model_dump(mode="json") for name, artifact in shipped.items()},
             commands={name: self._commands(name) for name in shipped},
-            warnings=[*self._warnings(), *self._fallbacks()],
+            warnings=[*self._warnings(), *self.fallbacks()],
             stages=self.stages.done,
             training=trained.notes(self.stages.folder),
             texts=[
@@ -138,9 +139,11 @@ class Outcome:
             )
         if (score := summary(self.scored["reference"])["exact_match"]) is not None and score < 0.1:
             said.append(f"The reference itself has an exact match of {score:.1%}: there is little to lose.")
+        zeros = {name: about_zeros(candidate) for name, candidate in self.recipe.candidates.items()}
+        said += [f"{name}: {line}." for name, line in zeros.items() if line is not None]
         return said
 
-    def _fallbacks(self) -> list[str]:
+    def fallbacks(self) -> list[str]:
         """Say what fell back on the way, once each; what ships says its own in its manifest."""
         own = {artifact.identity for artifact in self.shipped.values()}
         said = (f"{name}: {line}" for (made, line), name in self.stages.fallbacks.items() if made not in own)

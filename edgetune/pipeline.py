@@ -12,6 +12,7 @@ from rich.console import Console
 from edgetune import measure, sources, workload
 from edgetune.artifact import Artifact, Store, write_text
 from edgetune.compress import moments
+from edgetune.compress.chain import vocabulary
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.estimate import PROBE
@@ -19,9 +20,9 @@ from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_step
 from edgetune.outcome import Hop, Outcome
 from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.progress import reporting
+from edgetune.questions import Asked
 from edgetune.recipe import Candidate, Recipe
-from edgetune.runtime.accuracy import TIMEOUT_S, ScoredRow
-from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.accuracy import TIMEOUT_S
 from edgetune.runtime.evidence import Failure, Latency, Report, TaskScore
 from edgetune.runtime.report.write import write_report
 from edgetune.runtime.tasks import TaskWork
@@ -29,7 +30,7 @@ from edgetune.runtime.worker import Job
 from edgetune.sources import DOWNLOAD
 from edgetune.stages import Stages
 from edgetune.steps import Steps
-from edgetune.task_work import load_probe, load_tasks, probe_task
+from edgetune.task_work import load_probe, probe_task
 from edgetune.trained import train
 
 REFERENCE = "reference"  # link to the reference's evidence, which holds its pack and the rows of it
@@ -62,9 +63,7 @@ class Pipeline:
         self.work = workload.load(self.recipe.data, self.base)
         self.graph = Graph(self.recipe, self.base.identity, self.work)
         known_stages(self.graph)  # what it refuses would else end the run after training
-        self.rows = [ScoredRow(row.ids, row.start, row.target_text) for row in self.work.heldout]
-        self.text_rows = [TokenRow(ids, 1) for ids in self.work.text_rows()]
-        self.task_works = load_tasks(self.recipe.tasks, self.base.path)
+        self.asked = Asked(self.recipe, self.graph)
         return self.base
 
     def adapt(self) -> Artifact:
@@ -129,40 +128,46 @@ class Pipeline:
         generate: bool,
         reference: Artifact | None,
         called: str | None = None,
+        n_tokens: int | None = None,
     ) -> Artifact:
         """Score one subject on the held-out rows; `generate` continues wrong answers as far as the recipe asks.
 
-        `called` names the stage where the subject has no name of its own.
+        `called` names the stage where the subject has no name of its own. `n_tokens` is the size of its vocabulary
+        where that was pruned.
         """
+        asked = self.asked.of(n_tokens)
+        reference = reference if asked.stands_for is None else None
         generate_rows = self.recipe.data.generated_rows if generate else 0
         job = self._on_device(job)
         made = measure.accuracy_identity(
-            job, [p.identity for p in parents], self.rows, self.text_rows, generate_rows=generate_rows,
-            reference=reference.identity if reference else None,
+            job, [p.identity for p in parents], asked.rows, asked.text_rows, generate_rows=generate_rows,
+            reference=reference.identity if reference else None, stands_for=asked.stands_for,
         )  # fmt: skip
-        longest = max(len(row.ids) - row.start for row in self.rows)
+        longest = max(len(row.ids) - row.start for row in asked.rows)
         return self.stages.run(
             f"{called or job.name}: accuracy",
             made,
             lambda out, progress: measure.accuracy(
-                job, parents, out, rows=self.rows, text_rows=self.text_rows, tokenizer=self.base.path,
-                stop_ids=self.work.golden.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS,
-                generate_rows=generate_rows, reference=reference,
+                job, parents, out, rows=asked.rows, text_rows=asked.text_rows, tokenizer=asked.tokenizer,
+                stop_ids=asked.stop_ids, max_new_tokens=longest + EXTRA_NEW_TOKENS,
+                generate_rows=generate_rows, reference=reference, stands_for=asked.stands_for,
                 timeout_s=self.recipe.data.score_timeout_s or TIMEOUT_S, progress=progress,
             ),
         )  # fmt: skip
 
     def score_tasks(
-        self, job: Job, artifact: Artifact, works: list[TaskWork] | None = None, called: str = "tasks"
-    ) -> Artifact:
-        """Score one subject on `works`, the recipe's tasks where absent."""
-        job, scored = self._on_device(job), works if works is not None else self.task_works
+        self, job: Job, artifact: Artifact, works: list[TaskWork] | None = None, called: str = "tasks",
+        n_tokens: int | None = None,
+    ) -> Artifact:  # fmt: skip
+        """Score one subject on `works`, the recipe's tasks where absent; `n_tokens` as `score` takes it."""
+        asked = self.asked.of(n_tokens)
+        job, scored = self._on_device(job), works if works is not None else asked.tasks
         return self.stages.run(
             f"{job.name}: {called}",
             measure.tasks_identity(job, [artifact.identity], scored),
             lambda out, progress: measure.tasks(
-                job, [artifact], out, works=scored, tokenizer=self.base.path,
-                stop_ids=self.work.golden.stop_ids, timeout_s=self.recipe.data.score_timeout_s or TIMEOUT_S,
+                job, [artifact], out, works=scored, tokenizer=asked.tokenizer,
+                stop_ids=asked.stop_ids, timeout_s=self.recipe.data.score_timeout_s or TIMEOUT_S,
                 progress=progress,
             ),
         )  # fmt: skip
@@ -186,13 +191,14 @@ class Pipeline:
     def _hops_of_steps(self, name: str, candidate: Candidate, made: list[Artifact], reference: Artifact) -> list[Hop]:
         """Score the models on the way; candidates that share a step share its score."""
         hops = []
-        for step, between in zip(scored_steps(candidate), made, strict=False):
+        for place, (step, between) in enumerate(zip(scored_steps(candidate), made, strict=False)):
+            n_tokens = vocabulary(candidate, place + 1)
             job, hop = Job.of(step, between, n_threads=self.recipe.bench.threads), f"{name}: {step}"
             evidence = self.stages.attempt(
                 name,
                 "accuracy",
-                lambda j=job, a=between, c=hop: self.score(  # type: ignore[misc]
-                    j, [a], generate=False, reference=reference, called=c
+                lambda j=job, a=between, c=hop, n=n_tokens: self.score(  # type: ignore[misc]
+                    j, [a], generate=False, reference=reference, called=c, n_tokens=n
                 ),
             )
             if evidence is not None:
@@ -209,7 +215,7 @@ class Pipeline:
         hops = [*self._hops_before(reference), Hop.read(self.trained.hop(self.recipe), reference)]
         found = Outcome(self.recipe, self.stages, self.work, self.trained, hops, {"reference": hops[-1].accuracy})
         found.probe = self.score_probe()
-        if self.task_works:
+        if self.recipe.tasks:
             found.tasks += measure.read_tasks(self.score_tasks(self._job("reference", self.model), self.model))
         for name, candidate in self.recipe.candidates.items():
             made = self.build(name, candidate)
@@ -225,19 +231,21 @@ class Pipeline:
 
     def _ship(self, name: str, candidate: Candidate, artifact: Artifact, reference: Artifact, found: Outcome) -> None:
         """Link what a candidate ships, and score it where this machine runs it."""
-        job = self._job(name, artifact)
+        job, n_tokens = self._job(name, artifact), vocabulary(candidate)
         found.shipped[name], found.sizes[name] = artifact, job.size_bytes
         _link(self.stages.folder / "candidates" / name, artifact.path)
         if why_not_run(candidate) is not None:
             return
         evidence = self.stages.attempt(
-            name, "accuracy", lambda: self.score(job, [artifact], generate=True, reference=reference)
+            name,
+            "accuracy",
+            lambda: self.score(job, [artifact], generate=True, reference=reference, n_tokens=n_tokens),
         )
         if evidence is not None:
             found.hops.append(Hop.read(f"{name}: {last_hop(candidate)}", evidence))
             found.scored[name] = found.hops[-1].accuracy
-        if self.task_works:
-            asked = self.stages.attempt(name, "tasks", lambda: self.score_tasks(job, artifact))
+        if self.recipe.tasks:
+            asked = self.stages.attempt(name, "tasks", lambda: self.score_tasks(job, artifact, n_tokens=n_tokens))
             found.tasks += measure.read_tasks(asked) if asked is not None else []
 
     def _job(self, name: str, artifact: Artifact, **settings: Any) -> Job:
@@ -282,7 +290,10 @@ class Pipeline:
         jobs = [self._job("reference", self.model, dtype="bfloat16")]
         jobs += [self._job(name, artifact) for name, artifact in shipped.items()]
         parents = [self.model, *shipped.values()]
+        sizes = [n for name in shipped if (n := vocabulary(self.recipe.candidates[name])) is not None]
         stream = self.work.prompt(max(bench.prompt_tokens))
+        if sizes:  # all get the same ids, which all have; no engine takes longer over one than over another
+            stream = [token % min(sizes) for token in stream]
         made = measure.latency_identity(jobs, [p.identity for p in parents], bench, stream)
         before = self.stages.store.get(made)
         if before is not None and (self.measure_again or not measure.is_clean(measure.read_latency(before))):

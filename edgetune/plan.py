@@ -11,11 +11,13 @@ from edgetune.artifact import Artifact, Store
 from edgetune.backends import require
 from edgetune.compress import chain
 from edgetune.compress.architectures import SUPPORTED
+from edgetune.compress.prune import tokenizer_files
+from edgetune.counts import UNKNOWN, Counts, Speeds
 from edgetune.data.checks import prompt_digest, refuse_few, refuse_leaks
 from edgetune.data.task_rows import read_examples
 from edgetune.devices import check_device
-from edgetune.errors import EdgetuneError, UnsupportedError
-from edgetune.estimate import UNKNOWN, Cost, Counts, Estimator, Speeds, measured_stages
+from edgetune.errors import DataError, EdgetuneError, UnsupportedError
+from edgetune.estimate import Cost, Estimator, measured_stages
 from edgetune.graph import Graph, learns_rows, stage_names, why_not_run
 from edgetune.hub import is_hub_id
 from edgetune.progress import Report, silent
@@ -53,6 +55,8 @@ def preflight(recipe: Recipe, *, weights: bool = True, progress: Report = silent
             check_candidate(candidate, config)
         except EdgetuneError as error:
             raise type(error)(f"candidates.{name}: {error}") from error
+    if any(chain.vocabulary(candidate) is not None for candidate in recipe.candidates.values()):
+        tokenizer_files.check_source(source)
     if recipe.adapt is not None:
         from edgetune.adapt import methods
 
@@ -71,8 +75,8 @@ def preflight(recipe: Recipe, *, weights: bool = True, progress: Report = silent
         heldout = workload.heldout_rows(recipe.data)
         held = recipe.data.heldout or recipe.data.sources[0].path  # a split is taken out of the training rows
         refuse_leaks([(prompt_digest(row), row.line) for row in asked], heldout, Path(recipe.prefer.train), Path(held))
-    distilled = [step.distill for candidate in recipe.candidates.values() for step in candidate.compress]
-    for student in {part.student for part in distilled if part is not None and part.student is not None}:
+    distilled = [part for candidate in recipe.candidates.values() for part in candidate.distilled]
+    for student in {part.student for part in distilled if part.student is not None}:
         if is_hub_id(student):
             find(student, weights=weights, progress=progress)  # now, while it is shown
     for part in (recipe.adapt, recipe.prefer, *distilled):
@@ -86,12 +90,19 @@ def preflight(recipe: Recipe, *, weights: bool = True, progress: Report = silent
 
 
 def known_stages(graph: Graph) -> list[tuple[str, str]]:
-    """Give `graph.stages`, once what only token ids tell is refused: too few rows, too little general text.
+    """Give `graph.stages`, once what only token ids tell is refused: too few rows, too little general text, no prompts.
 
     Raises DataError.
     """
     if learns_rows(graph.recipe):
         refuse_few(len(graph.work.train), graph.recipe.data.places, graph.work.n_too_long)
+    for name, candidate in graph.recipe.candidates.items():
+        for config in candidate.distilled:
+            if config.writes and not any(row.asks for row in graph.work.train):
+                raise DataError(
+                    f"candidates.{name}: distill.{config.writes}: no training row has a prompt with an answer that is "
+                    "learned; leave it out"
+                )
     return list(graph.stages())
 
 

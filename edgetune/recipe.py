@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -13,11 +13,14 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from edgetune.closed import Closed, Count, M, Seed, Share, exactly_one
 from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, Export
+from edgetune.recipe_prune import Prune
 from edgetune.recipe_quantize import BitOptions, GptqOptions
 from edgetune.recipe_runtime import Runtime
+from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
-from edgetune.recipe_training import Adapt, Prefer, Training
+from edgetune.recipe_training import Adapt, Prefer
 
 NewTokens = Annotated[int, Field(ge=2)]
 SUBJECTS = ("reference", "base", "adapter", "adapted")  # what a run scores beside its candidates
@@ -28,6 +31,24 @@ class Rtn(BitOptions):
 
     group_size: int = Field(64, description="columns that share a scale; -1 for the whole row")
     sym: bool = True
+    calibration: Calibration | None = Field(
+        None, exclude_if=lambda value: value is None, description="rows that recover is fitted on; not read without it"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_to_recover_on(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or issubclass(cls, Gptq):
+            return given
+        if given.get("recover") is None and given.get("calibration") is not None:
+            raise ValueError("calibration is not read by rtn without recover; remove it")
+        return given if given.get("recover") is None else {"calibration": {}} | given
+
+    @model_validator(mode="after")
+    def _the_format_has_the_bits(self) -> Self:
+        if self.bits in (5, 6) and self.checkpoint == "gptq":
+            raise ValueError(f"AutoGPTQ's format has no {self.bits} bits; set checkpoint: compressed-tensors")
+        return self
 
 
 class Gptq(GptqOptions, Rtn):
@@ -43,54 +64,12 @@ class Gptq(GptqOptions, Rtn):
 class Awq(Closed):
     """Scale columns that meet large inputs, so that rounding costs less (AWQ, arXiv:2306.00978); the same function."""
 
-    bits: Literal[2, 3, 4, 8] = Field(4, description="grid it is scaled for: that of the rtn or gptq step after it")
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(
+        4, description="grid it is scaled for: that of the rtn or gptq step after it"
+    )
     group_size: int = Field(64, description="as that step's")
     sym: bool = Field(True, description="as that step's")
     calibration: Calibration = Calibration()
-
-
-class Prune(Closed):
-    """Fewer blocks (ShortGPT, arXiv:2403.03853) and narrower ones (Minitron, arXiv:2407.14679), in plain shapes."""
-
-    layers: Count | None = Field(None, description="decoder blocks that stay")
-    intermediate_size: Count | None = Field(None, description="feed-forward neurons of each block that stay")
-    kv_heads: Count | None = Field(None, description="key/value heads of each block that stay, with their query heads")
-    hidden_size: Count | None = Field(None, description="channels of the residual stream that stay")
-    search: Literal["influence", "kl"] = Field(
-        "influence", description="which blocks go: those that turn their input least, or one by one what costs least KL"
-    )
-    search_samples: Count = Field(8, description="kl: calibration samples that it is measured on")
-    calibration: Calibration = Calibration()
-
-    @model_validator(mode="after")
-    def _something(self) -> Prune:
-        if all(size is None for size in (self.layers, self.intermediate_size, self.kv_heads, self.hidden_size)):
-            raise ValueError("prune removes nothing; give layers, intermediate_size, kv_heads or hidden_size")
-        if self.search == "kl" and self.layers is None:
-            raise ValueError("search: kl chooses among blocks; give layers, or leave search out")
-        return self
-
-
-class Distill(Training):
-    """A student learns what the adapted model says of every token (arXiv:1503.02531), all its weights trained."""
-
-    student: str | None = Field(
-        None,
-        description="what the step before made if absent; base, or a model of the same tokenizer, as `base` names one",
-    )
-    divergence: Literal["forward", "reverse"] = Field(
-        "forward", description="KL(teacher || student), or KL(student || teacher) as in MiniLLM (arXiv:2306.08543)"
-    )
-    skew: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of one distribution mixed into the other (DistiLLM, arXiv:2402.03898)"
-    )
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    label_weight: Share = Field(0.1, description="share of the cross-entropy on the labels; the rest is divergence")
-    hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="weight of the loss between last hidden states; above 0 the teacher runs in every step"
-    )
-    top_k: Count = Field(32, description="teacher probabilities kept for each token; all others are one sum")
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
 
 
 class CompressStep(Closed):
@@ -98,6 +77,7 @@ class CompressStep(Closed):
 
     prune: Prune | None = None
     distill: Distill | None = None
+    sparsify: Sparsify | None = Field(None, exclude_if=lambda value: value is None)
     awq: Awq | None = Field(None, exclude_if=lambda value: value is None)
     rtn: Rtn | None = None
     gptq: Gptq | None = None
@@ -107,8 +87,8 @@ class CompressStep(Closed):
         return exactly_one(self)
 
     @property
-    def method(self) -> Prune | Distill | Awq | Rtn | Gptq:
-        return self.prune or self.distill or self.awq or self.gptq or self.rtn  # type: ignore[return-value]
+    def method(self) -> Prune | Distill | Sparsify | Awq | Rtn | Gptq:
+        return getattr(self, self.key)  # type: ignore[no-any-return]
 
     @property
     def key(self) -> str:
@@ -117,7 +97,7 @@ class CompressStep(Closed):
     @property
     def quantizer(self) -> Rtn | Gptq | None:
         """The method where it makes integers, which no other step can read."""
-        return None if isinstance(self.method, Prune | Distill | Awq) else self.method
+        return None if isinstance(self.method, Prune | Distill | Sparsify | Awq) else self.method
 
 
 class Candidate(Closed):
@@ -159,12 +139,28 @@ class Candidate(Closed):
                 advice = "leave one out" if step.quantizer is not None else f"put {step.key} before {before.key}"
                 raise ValueError(f"{step.key} after {before.key}: integers can only be exported; {advice}")
         for index, step in enumerate(self.compress):
+            if step.distill is not None and any(earlier.sparsify is not None for earlier in self.compress[:index]):
+                raise ValueError("distill after sparsify trains what it set to zero; put distill before sparsify")
             if step.distill is not None and (index == 0) != (step.distill.student is not None):
                 if index == 0:
                     raise ValueError("distill as the first step has its teacher as student; prune before, or name one")
                 made = self.compress[index - 1].key
                 raise ValueError(f"distill with student {step.distill.student!r} drops what {made} made; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Candidate:
+        cut = [step.prune.vocabulary for step in self.compress if step.prune is not None and step.prune.vocabulary]
+        if len(cut) > 1:
+            raise ValueError(f"prune.vocabulary is given {len(cut)} times; cut it once, to {min(cut)}")
+        if cut and any(step.answers == "teacher" for step in self.distilled):
+            raise ValueError("distill.answers: teacher writes tokens that prune.vocabulary may not keep; leave one out")
+        return self
+
+    @property
+    def distilled(self) -> list[Distill]:
+        """The steps that distill."""
+        return [step.distill for step in self.compress if step.distill is not None]
 
     @property
     def quantizer(self) -> Rtn | Gptq | None:
@@ -289,6 +285,17 @@ class Recipe(Closed):
             ):
                 raise ValueError(
                     f"candidates.{name}: without adapt or prefer the base is the teacher; name another student"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _perplexity_counts_tokens(self) -> Recipe:
+        asked = [task.name for task in self.tasks if task.kind == "perplexity"]
+        for name, candidate in self.candidates.items():
+            if asked and any(step.prune and step.prune.vocabulary for step in candidate.compress):
+                raise ValueError(
+                    f"candidates.{name}: prune.vocabulary makes other tokens of a text, and task {asked[0]} measures "
+                    "perplexity, which is of a token; leave one out"
                 )
         return self
 

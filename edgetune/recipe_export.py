@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from edgetune.closed import Closed, Count, Share, exactly_one
+from edgetune.export.gguf_mixes import WEIGHED
 from edgetune.export.gguf_types import UNWEIGHED
 
 
@@ -38,16 +39,29 @@ class ExportFormat(Closed):
         return {key: value for key, value in handler(self).items() if key not in self.unread}
 
 
+GgufType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S",
+    "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+]  # fmt: skip
+
+
 class GgufExport(ExportFormat):
     """A GGUF file for llama.cpp."""
 
-    type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"] = "Q4_K_M"
+    type: GgufType = "Q4_K_M"
     imatrix: bool = Field(True, description="weigh the rounding by the second moments of the calibration rows")
     gptq: bool = Field(
         False, exclude_if=lambda value: not value,
         description="choose the codes by GPTQ, on the scales that llama.cpp found; as many bytes, less lost",
     )  # fmt: skip
     calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _is_weighed_where_it_must(self) -> Self:
+        if self.type in WEIGHED and not self.imatrix:
+            raise ValueError(f"type {self.type} is not made without an importance matrix; leave imatrix out")
+        return self
 
     @property
     def unread(self) -> dict[str, str]:

@@ -5,22 +5,46 @@ A key that is unset stays out of `model_dump`: identities are digests of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from edgetune.closed import Closed, Positive, Share
+from edgetune.closed import Closed, Count, Positive, Share
 from edgetune.recipe_export import Calibration
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 8]
+GptqBits = Literal[2, 3, 4, 8]  # those of AutoGPTQ's format
+
+
+class Tune(Closed):
+    """Scales learned block by block after the integers are chosen (Block-AP of EfficientQAT, arXiv:2407.11062)."""
+
+    steps: Count = Field(8, description="steps of AdamW for each block; one sees up to 2048 calibration tokens")
+    learning_rate: Positive = Field(5e-3, description="of the factors that scales are multiplied by; falls to 0")
+
+
+class Recover(Closed):
+    """A low-rank matrix beside the integers of each layer, fitted to what rounding lost."""
+
+    method: Literal["eora", "lqer"] = Field(
+        "eora", description="least error of the layer's output (EoRA, arXiv:2410.21271), or as if its input channels "
+        "did not covary (LQER, arXiv:2402.02446)",
+    )  # fmt: skip
+    rank: Count = Field(16, description="of each layer's matrix; below all widths")
 
 
 class CheckpointOptions(Closed):
-    """How integers are written."""
+    """How integers are written, and what is written beside them."""
 
     checkpoint: Literal["gptq", "compressed-tensors"] = Field(
         "gptq", exclude_if=lambda value: value == "gptq",
         description="format of the checkpoint: AutoGPTQ's, or pack-quantized of compressed-tensors",
+    )  # fmt: skip
+    recover: Recover | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="a LoRA adapter beside the checkpoint, fitted to what rounding lost; read by torch, builder own of "
+        "onnx, and gguf",
     )  # fmt: skip
 
 
@@ -28,7 +52,7 @@ class Allocate(Closed):
     """Bits where they matter: each group of layers gets what its measured divergence is worth."""
 
     budget: Positive = Field(description="bits a weight, the mean over all layers, scales and zero points counted")
-    choices: Annotated[list[Bits], Field(min_length=2)] = Field(
+    choices: Annotated[list[GptqBits], Field(min_length=2)] = Field(
         [2, 3, 4, 8], description="bits that a group may get; layers that read the same input are one group"
     )
     rows: Calibration = Field(
@@ -38,7 +62,7 @@ class Allocate(Closed):
 
     @field_validator("choices")
     @classmethod
-    def _rising(cls, choices: list[Bits]) -> list[Bits]:
+    def _rising(cls, choices: list[GptqBits]) -> list[GptqBits]:
         if choices != sorted(set(choices)):
             raise ValueError(f"name each number once, in rising order: {sorted(set(choices))}")
         return choices
@@ -54,7 +78,7 @@ class BitOptions(CheckpointOptions):
     )  # fmt: skip
 
     @property
-    def widths(self) -> list[Bits]:
+    def widths(self) -> Sequence[int]:
         """Bits that a layer may get."""
         return self.allocate.choices if self.allocate is not None else [self.bits]
 
@@ -85,4 +109,8 @@ class GptqOptions(Closed):
     hessian: Literal["float32", "bfloat16"] = Field(
         "float32", exclude_if=lambda value: value == "float32",
         description="dtype of the Hessian's factors, not of its sums; bfloat16 where activations are, else float32",
+    )  # fmt: skip
+    tune: Tune | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="learn the scales of each block by its output, after its integers are chosen",
     )  # fmt: skip

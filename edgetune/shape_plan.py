@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import workload
+from edgetune.counts import Counts
 from edgetune.errors import RecipeError, SourceError
-from edgetune.estimate import Counts
 from edgetune.recipe import Recipe
 from edgetune.recipe_training import Adapt
 from edgetune.training_memory import GB, Lengths, Shape, fitted, number_bytes, peak_bytes, said

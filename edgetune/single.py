@@ -20,7 +20,8 @@ from edgetune.recipe import CompressStep, Gptq, Rtn, parse_as
 from edgetune.recipe_export import Calibration
 
 QUANTIZERS = ("rtn", "gptq")  # what one step can do alone; pruning and distilling belong to a recipe
-COMPRESS_READS = ("model", "out", "method", "bits", "group_size", "sym", "device", "store")  # by every method
+# Flags of `compress` that every method reads.
+COMPRESS_READS = ("model", "out", "method", "bits", "group_size", "sym", "checkpoint", "device", "store")
 
 
 def open_artifact(name: str, store: Store, console: Console) -> Artifact:
@@ -58,12 +59,12 @@ def refuse_unread_compress(given: Collection[str], method: str) -> None:
 
 
 def compress_config(
-    method: str, *, bits: int, group_size: int, sym: bool, n_samples: int, general_share: float
+    method: str, *, bits: int, group_size: int, sym: bool, checkpoint: str, n_samples: int, general_share: float
 ) -> Rtn | Gptq:
     """Check the flags of `compress` as a recipe's keys are checked. Raises RecipeError."""
     if method not in QUANTIZERS:
         raise UsageError(f"method {method!r} is not known; use {' or '.join(QUANTIZERS)}")
-    settings: dict[str, object] = {"bits": bits, "group_size": group_size, "sym": sym}
+    settings: dict[str, object] = {"bits": bits, "group_size": group_size, "sym": sym, "checkpoint": checkpoint}
     if method == "gptq":
         settings["calibration"] = {"n_samples": n_samples, "general_share": general_share}
     config = parse_as(CompressStep, {method: settings}, "compress").quantizer

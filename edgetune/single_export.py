@@ -121,7 +121,8 @@ def _adapter(config: Export, adapter: Artifact, out: Path, graph: Path | None, c
 
 
 def _gguf(config: GgufExport, source: Artifact, out: Path, weighing: Weighing, console: Console) -> Artifact:
-    from edgetune.compress.layerwise import load_model, second_moments
+    from edgetune.compress.layerwise import second_moments
+    from edgetune.compress.streamed import open_model
     from edgetune.export import gguf
     from edgetune.export.gguf_imatrix import write_imatrix
     from edgetune.export.gguf_write import read_config
@@ -141,7 +142,7 @@ def _gguf(config: GgufExport, source: Artifact, out: Path, weighing: Weighing, c
         console.print("note: no --rows, so the calibration is general text alone", highlight=False)
     found = calibration_rows(source, rows, calibration, weighing.seed)
     with reporting(console, "importance matrix") as progress:
-        measured = second_moments(load_model(source), found.ids, device=weighing.device, progress=progress)
+        measured = second_moments(open_model(source), found.ids, device=weighing.device, progress=progress)
     moments = {name: mean.numpy() for name, mean in measured.items()}
     if weighing.imatrix is not None:
         said = str(rows) if rows is not None else "general text"

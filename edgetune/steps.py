@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from edgetune import sources
 from edgetune.artifact import Artifact
-from edgetune.compress import distill, sensitivity, teacher, update_left
-from edgetune.compress.chain import STAGES, step_names
-from edgetune.data.calibration import CalibrationSet
-from edgetune.graph import SENSITIVITY, STUDENT, TEACHER, UPDATE_LEFT, Graph
-from edgetune.recipe import Candidate, CompressStep, Distill, Recipe
+from edgetune.compress import answers, distill, sensitivity, teacher, update_left
+from edgetune.compress.chain import STAGES, step_names, vocabulary
+from edgetune.graph import ANSWERS, SENSITIVITY, STUDENT, TEACHER, UPDATE_LEFT, Graph
+from edgetune.recipe import Candidate, CompressStep, Gptq, Recipe
+from edgetune.recipe_distill import Distill
 from edgetune.runtime.evidence import UpdateLeft
 from edgetune.stages import Stages
 from edgetune.trained import LOGS
@@ -25,12 +27,15 @@ class Steps:
         """Give what each step of a candidate made, in order; None where one failed, which is noted."""
         made: list[Artifact] = []
         planned = zip(candidate.compress, step_names(candidate), self.graph.steps(candidate), strict=True)
-        for step, called, identity in planned:
+        for place, (step, called, identity) in enumerate(planned):
             source, label = made[-1] if made else self.model, f"{name}: {called}"
+            tokens = vocabulary(candidate, place)
             found = self.stages.attempt(
                 name,
                 label,
-                lambda s=step, a=source, w=label, i=identity: self._step(name, w, s, a, i),  # type: ignore[misc]
+                lambda s=step, a=source, w=label, i=identity, n=tokens: self._step(  # type: ignore[misc]
+                    name, w, s, a, i, n
+                ),
             )
             if found is None:
                 return None
@@ -55,56 +60,80 @@ class Steps:
         if found is not None:
             self.updates.append(UpdateLeft(candidate=name, layers=update_left.read(found)))
 
-    def _step(self, name: str, label: str, step: CompressStep, source: Artifact, identity: str) -> Artifact:
+    def _step(
+        self, name: str, label: str, step: CompressStep, source: Artifact, identity: str, n_tokens: int | None
+    ) -> Artifact:
+        """Carry out one step of a chain that has left `n_tokens` tokens so far, None for all of the base's."""
         recipe, method = self.recipe, step.method
         if isinstance(method, Distill):
-            return self._distill(name, label, method, source, identity)
+            return self._distill(name, label, method, source, identity, n_tokens)
         stage, calibration = STAGES[type(method)], getattr(method, "calibration", None)
-        shown = self.graph.calibration(calibration) if calibration is not None else None
-        read = self._sensitivity(name, step, source, shown)
-        beside = {} if read is None else {"sensitivity": read}
+        shown = self.graph.calibration(calibration, n_tokens) if calibration is not None else None
+        more: dict[str, Any] = dict(self.graph.kept_tokens(method))
+        if (read := self._sensitivity(name, step, source, n_tokens)) is not None:
+            more["sensitivity"] = read
         return self.stages.run(
             label,
             identity,
             lambda out, progress: stage.run(
                 method, source, out, calibration=shown, device=recipe.device, seed=recipe.seed, progress=progress,
-                **beside,
+                **more,
             ),
         )  # fmt: skip
 
-    def _sensitivity(
-        self, name: str, step: CompressStep, source: Artifact, shown: CalibrationSet | None
-    ) -> Artifact | None:
+    def _sensitivity(self, name: str, step: CompressStep, source: Artifact, n_tokens: int | None) -> Artifact | None:
         """Measure what bits cost each layer, where a step chooses them by it."""
-        made, rows, method = self.graph.sensitivity(step, source.identity), self.graph.measured(step), step.quantizer
+        made, rows = self.graph.sensitivity(step, source.identity, n_tokens), self.graph.measured(step, n_tokens)
+        method = step.quantizer
         if made is None or rows is None or method is None:
             return None
+        shown = self.graph.calibration(method.calibration, n_tokens) if isinstance(method, Gptq) else None
         return self.stages.run(
             f"{name}: {SENSITIVITY}",
             made,
             lambda out, progress: sensitivity.run(
                 method, source, out, measured=rows, calibration=shown, device=self.recipe.device, progress=progress
             ),
-        )
+        )  # fmt: skip
 
-    def _distill(self, name: str, label: str, config: Distill, source: Artifact, identity: str) -> Artifact:
-        recipe, rows = self.recipe, self.graph.work.train
+    def _distill(
+        self, name: str, label: str, config: Distill, source: Artifact, identity: str, n_tokens: int | None
+    ) -> Artifact:
+        recipe, cut, rows = self.recipe, self.graph.cut(n_tokens), self.graph.rendered(n_tokens).train
+        kept = None if cut is None else cut.kept
         student = self._student(name, config) if config.student is not None else source
+        written = self._answers(name, config)
         said = self.stages.run(
             f"{name}: {TEACHER}",
-            self.graph.said(config),
+            self.graph.said(config, n_tokens),
             lambda out, progress: teacher.run(
-                config, self.model, out, rows=rows, device=recipe.device, progress=progress
+                config, self.model, out, rows=self.graph.work.train, kept_tokens=kept, answers=written,
+                device=recipe.device, progress=progress,
             ),
-        )
+        )  # fmt: skip
         return self.stages.run(
             label,
             identity,
             lambda out, progress: distill.run(
-                config, student, self.model, said, out, rows=rows, device=recipe.device, seed=recipe.seed,
-                progress=progress, log_folder=self.stages.folder / LOGS / name,
+                config, student, self.model, said, out, rows=rows, kept_tokens=kept, answers=written,
+                device=recipe.device,
+                seed=recipe.seed, progress=progress, log_folder=self.stages.folder / LOGS / name,
             ),
         )  # fmt: skip
+
+    def _answers(self, name: str, config: Distill) -> Artifact | None:
+        """Give what the teacher writes to the training rows, None where they keep their own answers."""
+        made = self.graph.answers(config)
+        if made is None:
+            return None
+        recipe, rows = self.recipe, self.graph.work.train
+        return self.stages.run(
+            f"{name}: {ANSWERS}",
+            made,
+            lambda out, progress: answers.run(
+                config, self.model, out, rows=rows, device=recipe.device, progress=progress
+            ),
+        )
 
     def _student(self, name: str, config: Distill) -> Artifact:
         """Give the student that the recipe names, as a model artifact."""

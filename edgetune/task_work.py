@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune.counts import Counts
 from edgetune.data.formats import Row
 from edgetune.data.general import probe_file
 from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.data.task_rows import Example, read_examples
 from edgetune.errors import DataError, UsageError
-from edgetune.estimate import Counts
 from edgetune.recipe import Recipe
 from edgetune.recipe_tasks import Task
 from edgetune.runtime.accuracy import ScoredRow

@@ -41,6 +41,7 @@ class Workload:
     golden: Golden
     calibration_text: list[int]  # general text that calibrates
     measured_text: list[int]  # general text that measures; shares nothing with the former
+    tokenizer: Path  # folder of the tokenizer that rendered all this
 
     def calibration(self, config: Calibration, seed: int) -> CalibrationSet:
         return make_calibration(
@@ -112,10 +113,15 @@ def heldout_rows(data: Data) -> list[Row]:
 
 def load(data: Data, base: Artifact) -> Workload:
     """Read, check and render the rows for a base model. Raises DataError."""
+    return load_for(data, base.path)
+
+
+def load_for(data: Data, folder: Path) -> Workload:
+    """Do so for a folder's tokenizer and golden conversations."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
-    stop = Golden.read(base.path).stop_ids
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    stop = Golden.read(folder).stop_ids
     composed = mixture.compose(data)
     paths = [Path(source.path) for source in data.sources]
     train, n_too_long, kept = _render_all(composed.train, tokenizer, stop, paths, data.max_length)
@@ -131,6 +137,7 @@ def load(data: Data, base: Artifact) -> Workload:
         golden=_golden(tokenizer, talks, stop),
         calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
+        tokenizer=folder,
     )
 
 

@@ -102,7 +102,16 @@ class NBitsLayers(FloatLayers):
         zero = layer.zero_point.numpy().astype(np.uint8)  # [R, G]
         if (zero != 2 ** (bits - 1)).any():
             inputs.append(self.file.weight(f"{module}.qzeros", zero if bits == 8 else _pack_rows(zero)))
-        return self._multiply(f"{name}/MatMulNBits", inputs, C, R, bits, n)
+        made = self._multiply(f"{name}/MatMulNBits", inputs, C, R, bits, n)
+        return self._corrected(made, x, module, name) if module in self.source.corrections else made
+
+    def _corrected(self, made: str, x: str, module: str, name: str) -> str:
+        """Add B (A x), what the checkpoint has beside its integers."""
+        for part, factor in zip("AB", self.source.corrections[module], strict=True):
+            array = factor.float().numpy().T.astype(numpy_dtype(self.dtype))
+            stored = self.file.weight(f"{module}.correction_{part}", array)
+            x = self.file.node("MatMul", f"{name}/correction_{part}/MatMul", [x, stored])
+        return self.file.node("Add", f"{name}/correction/Add", [made, x])
 
     def embed(self, ids: str) -> str:
         """Look up codes and scales of each token and multiply them: float [B, T, C]."""

@@ -23,6 +23,7 @@ from edgetune.recipe import Rtn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgetune.compress.correction import Pair
     from edgetune.compress.scheme import Quantized
 
 # Rotations whose frequencies do not depend on the length of the text.
@@ -55,6 +56,7 @@ class Source:
     get: Callable[[str], Tensor]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     bits: Mapping[str, int] = field(default_factory=dict)  # of each quantized layer
+    corrections: Mapping[str, Pair] = field(default_factory=dict)  # A [r, C] and B [R, r] beside them
 
     @property
     def tied(self) -> bool:
@@ -65,10 +67,15 @@ class Source:
 def quantizer_of(artifact: Artifact) -> Rtn:
     """Give what made a `gptq` artifact's integers, as far as exporters ask."""
     from edgetune.compress.checkpoint import read_config
+    from edgetune.compress.pack_quantized import METHOD
 
     scheme = artifact.manifest.scheme or {}
     stored = (read_config(artifact.path).get("quantization_config") or {}) | scheme
     fields = {name: stored.get(name) for name in ("bits", "group_size", "sym")}
+    fields |= {
+        "checkpoint": METHOD if stored.get("quant_method") == METHOD else "gptq",
+        "recover": artifact.manifest.config.get("recover"),
+    }
     if len(widths := sorted(set(scheme.get("bits_of", {}).values()))) > 1:
         del fields["bits"]
         fields["allocate"] = {"budget": scheme["bits_per_weight"], "choices": widths}
@@ -109,6 +116,7 @@ def open_source(artifact: Artifact) -> Source:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from edgetune.compress.checkpoint import PARTS, read_config, read_layers, stored_bits
+    from edgetune.compress.correction import read_correction
 
     check_decoder(read_config(artifact.path))
     config = AutoConfig.from_pretrained(artifact.path, local_files_only=True)
@@ -123,7 +131,7 @@ def open_source(artifact: Artifact) -> Source:
     bits = {name: bits_of(name) for name in layers} if bits_of is not None else {}
     return Source(
         sizes, rotation.inv_freq.float().numpy(), float(rotation.attention_scaling), names,
-        lambda name: tensors[name](), layers, bits,
+        lambda name: tensors[name](), layers, bits, read_correction(artifact.path) if layers else {},
     )  # fmt: skip
 
 

@@ -19,21 +19,15 @@ from edgetune.errors import UnsupportedError
 from edgetune.export import modelfile
 from edgetune.export.gguf_child import n_cpus, run_child
 from edgetune.export.gguf_codes import choose_codes
-from edgetune.export.gguf_families import common, family, gguf_name, query_width
+from edgetune.export.gguf_families import common, family, gguf_name, query_width, shared_heads
 from edgetune.export.gguf_types import BLOCK, PLAIN, UNWEIGHED, choose_types
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
-from edgetune.export.gguf_write import (
-    Weights,
-    folder_weights,
-    read_config,
-    write_gguf,
-    written_shapes,
-)
+from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf, written_shapes
 from edgetune.progress import Report, silent
 from edgetune.recipe_export import GgufExport
 
-STAGE = "export.gguf/3"
+STAGE = "export.gguf/5"
 FILE = "model.gguf"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 
@@ -52,9 +46,9 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{error}; without gptq and with imatrix: false it can be exported") from error
     if not config.gptq:
         return
-    if config.type in UNWEIGHED:
+    if not config.type.startswith(("Q4", "Q5", "Q6")):
         raise UnsupportedError(
-            f"gguf type {config.type} leaves GPTQ nothing to choose; drop gptq, or take Q6_K or less"
+            f"gptq: true chooses codes of Q4, Q5 and Q6 types, {config.type} is none; drop gptq, or take one of these"
         )
     for key, width in _widths(model_config).items():
         if width % BLOCK["Q8_0"]:
@@ -111,12 +105,16 @@ def run(
     check(config, model_config)
     if config.gptq and source.manifest.kind != "model":
         raise UnsupportedError(TWICE)
-    weights = _weights(source, model_config)
+    weights = artifact_weights(source, model_config)
     vocabulary = read_vocabulary(source.path, int(model_config["vocab_size"]))
     golden = Golden.read(source.path)
     shapes = written_shapes(weights, model_config)
-    types, fallbacks = choose_types(shapes, config.type, gptq=config.gptq)
-    require_space(out.parent, _n_bytes(shapes, weights))
+    of = family(model_config)
+    weighed = {gguf_name(f"{module}.weight", of): values for module, values in (moments or {}).items()}
+    types, fallbacks = choose_types(
+        shapes, config.type, gptq=config.gptq, n_shared=shared_heads(model_config), weighed=bool(weighed)
+    )
+    require_space(out.parent, _n_bytes(shapes, types))
     with draft(
         out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=[source],
         sources=_sources(calibration_digest), versions=_versions(),
@@ -128,13 +126,9 @@ def run(
         try:
             file = pending.path / FILE
             if config.type in PLAIN:
-                write_gguf(file, weights, model_config, vocabulary, types, progress)
+                write_gguf(file, weights, model_config, vocabulary, types, config.type, progress)
             else:
-                plain = {name: weights.dtype if len(shape) > 1 else "F32" for name, shape in shapes.items()}
-                write_gguf(pending.work / FILE, weights, model_config, vocabulary, plain, progress)
-                weighed = _quantize(config, pending.work, file, types, moments, model_config)
-                pending.notes["importance"] = f"{weighed} of {sum(t != 'F32' for t in types.values())} matrices"
-                (pending.work / FILE).unlink()
+                pending.notes["importance"] = _convert(config, source, file, types, weighed, pending.work, progress)
             if rows is not None:
                 notes, fell_back = choose_codes(
                     file, source, weights, model_config, rows, work=pending.work, device=device, progress=progress,
@@ -162,37 +156,21 @@ def _write_modelfile(folder: Path, golden: Golden, vocabulary: Vocabulary) -> st
     return modelfile.FILE
 
 
-def _weights(source: Artifact, model_config: Mapping[str, Any]) -> Weights:
-    if source.manifest.kind == "model":
-        return folder_weights(source.path, model_config)
-    if source.manifest.kind == "gptq":
-        from edgetune.compress.checkpoint import load_dequantized
-
-        state = dict(load_dequantized(source.path).state_dict())
-        if model_config.get("tie_word_embeddings"):
-            state.pop("lm_head.weight", None)
-        return Weights({name: tuple(tensor.shape) for name, tensor in state.items()}, "F32", state.__getitem__)
-    raise UnsupportedError(f"an artifact of kind {source.manifest.kind} cannot be exported to GGUF; model or gptq can")
-
-
-def _quantize(
-    config: GgufExport, work: Path, out: Path, types: Mapping[str, str],
-    moments: Mapping[str, NDArray[Any]] | None, model_config: Mapping[str, Any],
-) -> int:  # fmt: skip
-    """Quantize the plain file in `work`; give how many matrices were weighed by their inputs."""
-    of = family(model_config)
-    named = {gguf_name(f"{module}.weight", of): values for module, values in (moments or {}).items()}
-    used = {name: values for name, values in named.items() if types.get(name, "F32") not in UNWEIGHED}
+def _convert(
+    config: GgufExport, source: Artifact, file: Path, types: Mapping[str, str], moments: Mapping[str, NDArray[Any]],
+    work: Path, progress: Report,
+) -> str:  # fmt: skip
+    """Write a quantized file; say how many matrices were weighed by their inputs."""
+    used = {name: values for name, values in moments.items() if types.get(name, "F32") not in UNWEIGHED}
     if used:
         arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in used.items()}
         np.savez(work / "moments.npz", **arrays)
     job = {
-        "file": str(work / FILE), "out": str(out), "ftype": config.type, "threads": n_cpus(),
-        "types": {name: kind for name, kind in types.items() if kind != "F32"},
-        "moments": str(work / "moments.npz") if used else None,
+        "source": str(source.path), "file": str(file), "types": dict(types), "target": config.type,
+        "moments": str(work / "moments.npz") if used else None, "threads": n_cpus(),
     }  # fmt: skip
-    run_child("edgetune.export.gguf_quantize", job, work / "quantize.json")
-    return len(used)
+    run_child("edgetune.export.gguf_convert", job, work / "convert.json", progress)
+    return f"{len(used)} of {sum(kind != 'F32' for kind in types.values())} matrices"
 
 
 def _sources(calibration_digest: str | None) -> dict[str, str]:
@@ -204,10 +182,11 @@ def _versions() -> dict[str, str]:
     return {name: version for name, version in found.items() if version}
 
 
-def _n_bytes(shapes: Mapping[str, tuple[int, ...]], weights: Weights) -> int:
-    """Bytes on the disk while working: the plain file and, at most as large, the result."""
-    width = 4 if weights.dtype == "F32" else 2
-    return 2 * width * sum(int(np.prod(shape)) for shape in shapes.values())
+def _n_bytes(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> int:
+    """Bytes of the tensors on the disk."""
+    gguf = backends.require("gguf")
+    sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for name, kind in types.items()}
+    return sum(int(np.prod(shape)) // sizes[name][0] * sizes[name][1] for name, shape in shapes.items())
 
 
 def _bits(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> float:

@@ -101,7 +101,7 @@ def _prove(
     weights = folder_weights(base.path, model_config)
     types, _ = choose_types(written_shapes(weights, model_config), weights.dtype)
     vocabulary = read_vocabulary(base.path, int(model_config["vocab_size"]))
-    write_gguf(work / "base.gguf", weights, model_config, vocabulary, types, lambda *_: None)
+    write_gguf(work / "base.gguf", weights, model_config, vocabulary, types, weights.dtype, silent)
     rows = [c.ids for c in golden.conversations] + [t.ids for t in golden.texts]
     job = {"file": str(work / "base.gguf"), "adapter": str(file), "texts": [], "rows": rows, "folder": str(work)}
     run_child("edgetune.export.gguf_probe", job, work / "probe.json")

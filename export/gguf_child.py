@@ -1,7 +1,7 @@
 """Run llama.cpp on one job in a process of its own: it can abort, and its memory goes when it ends.
 
-`python -m edgetune.export.gguf_quantize JOB.json` and `python -m edgetune.export.gguf_probe JOB.json` are started by
-`run_child`; the last line of their output is their result, as JSON.
+`python -m edgetune.export.gguf_convert JOB.json` and `python -m edgetune.export.gguf_probe JOB.json` are started by
+`run_child`; the last line of their output is their result, as JSON, and lines of `tell` before it are their progress.
 """
 
 from __future__ import annotations
@@ -11,31 +11,52 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import StageError
+from edgetune.progress import Report, silent
+
+TOLD = "progress "  # what a line of progress begins with
 
 
-def run_child(module: str, job: dict[str, Any], job_file: Path) -> dict[str, Any]:
+def run_child(module: str, job: dict[str, Any], job_file: Path, progress: Report = silent) -> dict[str, Any]:
     """Run one job and give its result.
 
     Raises StageError in one line where the child fails or is killed by a signal.
     """
     job_file.write_text(json.dumps(job), encoding="utf-8")
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # spinning threads crawl on a machine that is shared
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(job_file)],
-        capture_output=True, text=True, errors="replace", check=False, env=environment,
-    )  # fmt: skip
-    if done.returncode == 0:
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    last = ""
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(job_file)],
+            stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment,
+        ) as child,
+    ):  # fmt: skip
+        assert child.stdout is not None, "it is a pipe"
+        for line in child.stdout:
+            if line.startswith(TOLD):
+                done, total, label = json.loads(line.removeprefix(TOLD))
+                progress(done, total, label)
+            elif line.strip():
+                last = line
+        code = child.wait()
+        errors.seek(0)
+        said = [line.strip() for line in errors if line.strip()]
+    if code == 0:
+        result: dict[str, Any] = json.loads(last)
         return result
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    how = f"exit code {done.returncode}"
-    if done.returncode < 0:
-        how = f"killed by {signal.Signals(-done.returncode).name}"
+    how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     raise StageError(f"{module} on {job.get('file')}: {how}; {said[-1] if said else 'it said nothing'}")
+
+
+def tell(done: int, total: int, label: str) -> None:
+    """Report a child's progress to what started it."""
+    sys.stdout.write(f"{TOLD}{json.dumps([done, total, label])}\n")
+    sys.stdout.flush()
 
 
 def read_job() -> dict[str, Any]:

@@ -40,7 +40,8 @@ def choose_codes(
     """
     import torch
 
-    from edgetune.compress.layerwise import load_model, quantize_blocks
+    from edgetune.compress.layerwise import quantize_blocks
+    from edgetune.compress.streamed import open_model
 
     gguf = require("gguf")
     of = family(model_config)
@@ -64,11 +65,12 @@ def choose_codes(
         assert hessian is not None, "there are rows"
         return _solve([found(name) for name in names], weight, hessian)
 
-    model: Any = load_model(source)
+    model: Any = open_model(source)
     embedding = stored["model.embed_tokens.weight"]
     rounded = gguf.quants.dequantize(embedding.data, embedding.tensor_type)
-    table = model.get_input_embeddings().weight
-    table.data = torch.from_numpy(rounded.reshape(table.shape)).to(table.dtype)
+    table = model.get_input_embeddings()
+    made = torch.from_numpy(rounded.reshape(table.weight.shape)).to(table.weight.dtype)
+    table.weight = torch.nn.Parameter(made, requires_grad=False)
     results = quantize_blocks(model, rows, solve, work=work, key=key, device=device, progress=progress, fast=True)
     n_chosen = 0
     for name, result in results.items():

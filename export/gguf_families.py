@@ -277,6 +277,12 @@ def query_width(config: Config) -> int:
     return n_heads * int(config.get("head_dim") or hidden // n_heads)
 
 
+def shared_heads(config: Config) -> int:
+    """Query heads that read one key/value head."""
+    n_heads = int(config.get("num_attention_heads") or 1)
+    return n_heads // int(config.get("num_key_value_heads") or n_heads)
+
+
 def head_width(config: Config) -> int:
     """Channels of a head."""
     return query_width(config) // int(config["num_attention_heads"])

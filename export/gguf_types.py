@@ -9,55 +9,35 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from edgetune.export.gguf_mixes import GPTQ_MIXES, MIXES, NARROW_MIXES, At, of_mix
 
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "IQ4_NL": 32, "Q4_1": 32, "Q4_0": 32}
-BLOCK |= {"Q6_K": 256, "Q5_K": 256, "Q4_K": 256}
+BLOCK |= dict.fromkeys(("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "TQ2_0", "TQ1_0"), 256)
+BLOCK |= dict.fromkeys(
+    ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), 256
+)  # fmt: skip
 PLAIN = ("F32", "F16", "BF16")  # written as they are, nothing to quantize
-UNWEIGHED = (*PLAIN, "Q8_0")  # llama.cpp rounds these without an importance matrix
+UNWEIGHED = (*PLAIN, "Q8_0", "TQ2_0", "TQ1_0")  # llama.cpp rounds these without an importance matrix
 
-
-@dataclass(frozen=True)
-class Mix:
-    """The types of one target: most matrices, those that suffer most, and the output head (or the tied embedding)."""
-
-    base: str
-    more: str  # value and down projections of the layers that `_more_bits` picks
-    head: str
-    embedding: str  # where it is not tied to the head
-    down: str | None = None  # every down projection, where not as `base` and `more` say
-    qkv: str | None = None  # a joint projection of queries, keys and values
-
-
-# As llama.cpp mixes them (llama-quant.cpp, llama_tensor_get_type_impl).
-MIXES: dict[str, Mix] = {
-    "Q8_0": Mix("Q8_0", "Q8_0", "Q8_0", "Q8_0"),
-    "Q6_K": Mix("Q6_K", "Q6_K", "Q6_K", "Q6_K"),
-    "Q5_K_M": Mix("Q5_K", "Q6_K", "Q6_K", "Q5_K", qkv="Q6_K"),
-    "Q4_K_M": Mix("Q4_K", "Q6_K", "Q6_K", "Q4_K", qkv="Q5_K"),
-    "Q4_1": Mix("Q4_1", "Q4_1", "Q6_K", "Q4_1"),
-    "Q4_0": Mix("Q4_0", "Q4_0", "Q6_K", "Q4_0"),
-}
-
-# Where the hidden size is no multiple of 256, most matrices cannot take a K-quant. llama.cpp then mixes Q5_0, Q4_K and
-# a head of Q8_0; about six bits everywhere cost as many bytes and half the KL divergence. Where GPTQ chooses the codes,
-# Q5_0 does, which llama.cpp reads nearly twice as fast (docs/decisions.md).
-NARROW_MIXES: dict[str, Mix] = {
-    "Q5_K_M": Mix("Q5_1", "Q8_0", "Q8_0", "Q5_1", down="Q6_K"),
-    "Q4_K_M": Mix("Q5_1", "Q8_0", "Q5_1", "Q5_1", down="Q6_K"),
-}
-GPTQ_MIXES = NARROW_MIXES | {"Q4_K_M": Mix("Q5_0", "Q5_0", "Q8_0", "Q5_0")}
-
-# What stands in for a type whose block does not divide a row.
+# What stands in for a type whose block does not divide a row; Q5_1 for Q4_K loses less than llama.cpp's own Q5_0.
 NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_1"}
+NARROW |= dict.fromkeys(("Q3_K", "Q2_K", "TQ2_0", "TQ1_0"), "Q4_0")
+NARROW |= {kind: "IQ4_NL" for kind in BLOCK if kind.startswith("IQ") and kind != "IQ4_NL"}
 
 
 def choose_types(
-    shapes: Mapping[str, Sequence[int]], target: str, *, gptq: bool = False
+    shapes: Mapping[str, Sequence[int]],
+    target: str,
+    *,
+    gptq: bool = False,
+    n_shared: int = 1,
+    weighed: bool = False,
 ) -> tuple[dict[str, str], list[str]]:
     """Give the ggml type of each tensor, and a line for each way in which it is not the target's own.
 
-    `shapes` maps GGUF tensor names to [R, C] (or [C] for norms and biases, which stay F32); `gptq` says who rounds.
+    `shapes` maps GGUF tensor names to [R, C] (or [C] for norms and biases, which stay F32); `gptq` says who rounds,
+    `n_shared` how many query heads read one key/value head, `weighed` whether there is an importance matrix.
     """
     n_layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
     tied = "output.weight" not in shapes
@@ -71,9 +51,11 @@ def choose_types(
         elif target in PLAIN:
             types[name] = target
         else:
-            asked = _of_mix(MIXES[target], name, n_layers, tied)
+            layer = re.match(r"blk\.(\d+)\.", name)
+            at = At(int(layer[1]) if layer else 0, n_layers, n_shared, weighed)
+            asked = of_mix(MIXES[target], name, at, tied=tied)
             mix = (GPTQ_MIXES if gptq else NARROW_MIXES).get(target, MIXES[target]) if narrow else MIXES[target]
-            types[name] = fitting(_of_mix(mix, name, n_layers, tied), shape[-1])
+            types[name] = fitting(of_mix(mix, name, at, tied=tied), shape[-1])
             if types[name] != asked:
                 replaced[shape[-1], types[name], asked] += 1
     lines = []
@@ -89,22 +71,3 @@ def fitting(wanted: str, width: int) -> str:
         if width % BLOCK[kind] == 0:
             return kind
     return "F16"
-
-
-def _of_mix(mix: Mix, name: str, n_layers: int, tied: bool) -> str:
-    if name == "output.weight" or (tied and name == "token_embd.weight"):
-        return mix.head
-    if name == "token_embd.weight":
-        return mix.embedding
-    if mix.down and name.endswith("ffn_down.weight"):
-        return mix.down
-    if mix.qkv and name.endswith("attn_qkv.weight"):
-        return mix.qkv
-    layer = re.match(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight$", name)
-    return mix.more if layer and _more_bits(int(layer[1]), n_layers) else mix.base
-
-
-def _more_bits(layer: int, n_layers: int) -> bool:
-    """The first and last eighth of the layers, and every third between."""
-    eighth = n_layers // 8
-    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2

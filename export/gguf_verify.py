@@ -27,7 +27,9 @@ PART, LOGITS = 2**24, 2**28  # numbers that are dequantized at once; bytes of lo
 
 # Root mean square error of a tensor, relative to the tensor: far above what rounding costs, far below a wrong tensor.
 _WEIGHT_ERROR = {"F32": 1e-6, "F16": 0.001, "BF16": 0.005, "Q8_0": 0.02, "Q6_K": 0.08, "Q5_K": 0.15, "Q5_1": 0.15}
-_WEIGHT_ERROR |= {"Q5_0": 0.15, "Q4_K": 0.25, "Q4_1": 0.25, "Q4_0": 0.25, "IQ4_NL": 0.25}
+_WEIGHT_ERROR |= {"Q5_0": 0.15, **dict.fromkeys(("Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"), 0.25)}
+_WEIGHT_ERROR |= dict.fromkeys(("Q3_K", "IQ3_S", "IQ3_XXS"), 0.4) | dict.fromkeys(("Q2_K", "IQ2_S", "IQ2_XS"), 0.65)
+_WEIGHT_ERROR |= {"IQ2_XXS": 0.7, **dict.fromkeys(("IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0"), 0.9)}
 
 # llama.cpp multiplies F16 weights with float16 activations, BF16 with bfloat16, and quantized ones with int8, which
 # alone costs a mean KL of 0.01 on the golden texts of SmolLM2-135M. Structure is held by the weights, tensor by tensor.

@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune.artifact import Artifact
 from edgetune.backends import require
 from edgetune.errors import SourceError, StageError, UnsupportedError
 from edgetune.export.gguf_families import (
@@ -30,9 +31,15 @@ from edgetune.export.gguf_families import (
     rotated_width,
     written_shape,
 )
+from edgetune.export.gguf_types import PLAIN
 from edgetune.export.gguf_vocab import Vocabulary
+from edgetune.progress import Report
+
+if TYPE_CHECKING:
+    from edgetune.export.ggml import Quantizer
 
 Array = NDArray[Any]
+PART = 2**24  # numbers that are in float32 at once while they are quantized
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -73,6 +80,20 @@ def folder_weights(folder: Path, model_config: Mapping[str, Any]) -> Weights:
     return Weights(shapes, dtype, lambda name: where[name].get_tensor(name))
 
 
+def artifact_weights(source: Artifact, model_config: Mapping[str, Any]) -> Weights:
+    """Give the tensors of a `model` or `gptq` artifact. Raises UnsupportedError for other kinds."""
+    if source.manifest.kind == "model":
+        return folder_weights(source.path, model_config)
+    if source.manifest.kind == "gptq":
+        from edgetune.compress.checkpoint import load_dequantized
+
+        state = dict(load_dequantized(source.path).state_dict())
+        if model_config.get("tie_word_embeddings"):
+            state.pop("lm_head.weight", None)
+        return Weights({name: tuple(tensor.shape) for name, tensor in state.items()}, "F32", state.__getitem__)
+    raise UnsupportedError(f"an artifact of kind {source.manifest.kind} cannot be exported to GGUF; model or gptq can")
+
+
 def tensors(weights: Weights, model_config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Give (GGUF name, Transformers name) of each tensor, in the order of the file."""
     of = family(model_config)
@@ -93,26 +114,28 @@ def written_shapes(weights: Weights, model_config: Mapping[str, Any]) -> dict[st
 
 def write_gguf(
     path: Path, weights: Weights, model_config: Mapping[str, Any], vocabulary: Vocabulary, types: Mapping[str, str],
-    progress: Callable[[int, int, str], None],
+    target: str, progress: Report, quantizer: Quantizer | None = None, moments: Mapping[str, Array] | None = None,
 ) -> None:  # fmt: skip
-    """Write a GGUF file whose tensors are F32, F16 or BF16, one tensor in memory at a time.
+    """Write a GGUF file, one tensor in memory at a time; `target` is what its header says that it is.
 
-    Raises StageError where a value does not fit float16 or is not finite.
+    `quantizer` makes all types but F32, F16 and BF16; `moments` weigh its rounding, [C] by GGUF name. Raises StageError
+    where a value does not fit float16 or is not finite.
     """
     gguf = require("gguf")
     of = family(model_config)
     writer = gguf.GGUFWriter(None, of.name)
     _hyperparameters(gguf, writer, model_config)
     _vocabulary(gguf, writer, vocabulary)
-    largest = max((types[name] for name in types), key=["F32", "BF16", "F16"].index)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if largest == "F32" else gguf.LlamaFileType[f"MOSTLY_{largest}"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if target == "F32" else gguf.LlamaFileType[f"MOSTLY_{target}"])
     pairs = list(tensors(weights, model_config))
     extra = rope_tensors(model_config)
     for name, source in pairs:
         kind = gguf.GGMLQuantizationType[types[name]]
         shape = written_shape(weights.shapes[source], source, of)
-        width = 4 if types[name] == "F32" else 2
-        writer.add_tensor_info(name, shape, np.dtype(f"u{width}"), width * int(np.prod(shape)), raw_dtype=kind)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        n_bytes = int(np.prod(shape)) // block * size
+        stored, number = (shape, f"u{size}") if types[name] in PLAIN else ((shape[0], n_bytes // shape[0]), "u1")
+        writer.add_tensor_info(name, stored, np.dtype(number), n_bytes, raw_dtype=kind)
     for name, factors in extra.items():
         writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     writer.write_header_to_file(path)
@@ -120,10 +143,27 @@ def write_gguf(
     writer.write_ti_data_to_file()
     for done, (name, source) in enumerate(pairs):
         progress(done, len(pairs), "write")
-        writer.write_tensor_data(_written(weights.get(source), source, types[name], model_config, of))
+        plain = types[name] if types[name] in PLAIN else weights.dtype
+        array = _written(weights.get(source), source, plain, model_config, of)
+        if types[name] not in PLAIN:
+            assert quantizer is not None, "a quantized file has who quantizes it"
+            array = _rounded(array, types[name], quantizer, (moments or {}).get(name))
+        writer.write_tensor_data(array)
     for factors in extra.values():
         writer.write_tensor_data(factors)
     writer.close()
+
+
+def _rounded(array: Array, kind: str, quantizer: Quantizer, importance: Array | None) -> Array:
+    """Quantize a matrix [R, C] as it would be written plainly, some of its rows in float32 at a time."""
+    step = max(1, PART // array.shape[1])
+    out = np.empty((len(array), quantizer.n_bytes(kind, array.shape[1])), np.uint8)
+    for start in range(0, len(array), step):
+        rows = array[start : start + step]
+        if rows.dtype == np.int16:  # bfloat16 is the upper half of float32
+            rows = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        out[start : start + step] = quantizer(rows.astype(np.float32, copy=False), kind, importance)
+    return out
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
         nearest = min((16, 32, 64, 128, 256), key=lambda size: abs(size - quantized.group_size))
         raise UnsupportedError(f"MatMulNBits has no group_size={quantized.group_size}; "
                                f"use {64 if quantized.group_size == -1 else nearest}")  # fmt: skip
+    if config.builder == "genai" and quantized.recover is not None:
+        raise UnsupportedError("the genai builder writes no correction beside integers; use builder: own, or leave "
+                               "recover out")  # fmt: skip
     if config.builder == "genai" and quantized.checkpoint != "gptq":
         raise UnsupportedError("the genai builder reads checkpoints in AutoGPTQ's format; leave checkpoint out, or use "
                                "builder: own")  # fmt: skip

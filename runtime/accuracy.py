@@ -87,6 +87,7 @@ def score(
     generate_rows: int | None = None,
     reference: Path | None = None,
     build_reference: Path | None = None,
+    stands_for: str | None = None,
     work: Path | None = None,
     timeout_s: float = TIMEOUT_S,
     progress: Progress | None = None,
@@ -94,10 +95,12 @@ def score(
     """Score an artifact in a child process.
 
     `tokenizer` is a folder with `tokenizer.json`, which turns outputs into text. `reference` is a reference pack to
-    diverge from, `build_reference` where to write this subject's own. Of the first `generate_rows` rows (None: of
-    all, 0: of none) those that are not exact are continued greedily, and slots are counted where all targets are JSON
-    objects. `work` keeps finished chunks, so that a run that was killed goes on there. `timeout_s` bounds the load
-    and the time between two signs of progress. Raises DataError, UsageError and EngineError.
+    diverge from, `build_reference` where to write this subject's own. `stands_for` is the digest of other rows that
+    say the same in the ids of another vocabulary: row by row, exact answers and slots compare with theirs. Of the
+    first `generate_rows` rows (None: of all, 0: of none) those that are not exact are continued greedily, and slots
+    are counted where all targets are JSON objects. `work` keeps finished chunks, so that a run that was killed goes on
+    there. `timeout_s` bounds the load and the time between two signs of progress. Raises DataError, UsageError and
+    EngineError.
     """
     stop = frozenset(stop_ids)
     _check_rows(rows, stop)
@@ -137,7 +140,8 @@ def score(
             join(packs, workload).save(build_reference)
     raw = [row for chunk in chunks for row in chunk["rows"]]
     return Accuracy(
-        subject=job.subject(version), workload=workload, rows=_row_scores(raw, rows, request, tokenizer),
+        subject=job.subject(version), workload=stands_for or workload,
+        rows=_row_scores(raw, rows, request, tokenizer),
         text=TextScore(nll=text["nll"], n_tokens=text["n_tokens"]) if text else None,
         seconds=round(sum(c["seconds"] for c in chunks) + (text["seconds"] if text else 0.0), 3), load=load,
     )  # fmt: skip

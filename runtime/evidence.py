@@ -79,7 +79,7 @@ class TextScore(Record):
 
 class Accuracy(Record):
     subject: Subject
-    workload: str  # digest of rows: ids and starts
+    workload: str  # digest of rows: ids and starts; of a pruned vocabulary, of the rows that it says the same as
     rows: list[RowScore]
     text: TextScore | None
     seconds: float

@@ -52,6 +52,7 @@ class TaskWork:
     task: Task
     items: tuple[TaskItem, ...]
     written: tuple[dict[str, Any], ...]  # the rows as they were written, for the user's own scorer
+    stands_for: str | None = None  # digest of the work that says the same in the ids of another vocabulary
 
     @property
     def generates(self) -> bool:
@@ -129,8 +130,8 @@ def score_tasks(
             figures, shares = _measure(one, answers)
             scores.append(
                 TaskScore(
-                    subject=job.subject(version), task=one.task.name, kind=one.task.kind, workload=one.digest,
-                    figures=figures, rows=_rows(answers, shares),
+                    subject=job.subject(version), task=one.task.name, kind=one.task.kind,
+                    workload=one.stands_for or one.digest, figures=figures, rows=_rows(answers, shares),
                     seconds=round(sum(chunk["seconds"] for chunk in chunks), 3), load=meter.stop(),
                 )
             )  # fmt: skip

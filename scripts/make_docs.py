@@ -98,8 +98,8 @@ MEANING = {
     "Prune.calibration": "rows that importance is read off",
     "Calibration.n_samples": "samples",
     "Calibration.general_share": "share of the samples that is general text",
-    "Candidate.compress": "steps in their order: any number of prune and distill, then at most one of rtn and gptq, "
-    "with awq right before it or without",
+    "Candidate.compress": "steps in their order: any number of prune, distill and then sparsify, then at most one of "
+    "rtn and gptq, with awq right before it or without",
     "Candidate.export": "the format that ships",
     "Rtn.bits": "bits of a weight",
     "Gptq.bits": "bits of a weight",
@@ -111,6 +111,7 @@ MEANING = {
     "Awq.calibration": "rows that show the size of each input channel",
     "CompressStep.prune": "a smaller model in plain shapes",
     "CompressStep.distill": "train the model on what the adapted model says",
+    "CompressStep.sparsify": "weights set to zero",
     "CompressStep.awq": "columns scaled before rounding",
     "CompressStep.rtn": "round to nearest",
     "CompressStep.gptq": "GPTQ",

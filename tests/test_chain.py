@@ -16,10 +16,11 @@ from edgetune.artifact import Artifact, Store
 from edgetune.compress import chain, quantize
 from edgetune.compress.architectures import linear_shapes
 from edgetune.data.render import Rendered
-from edgetune.errors import EdgetuneError, UnsupportedError
+from edgetune.errors import DataError, EdgetuneError, UnsupportedError
 from edgetune.graph import last_hop, scored_steps, stage_names
 from edgetune.recipe import Candidate, Gptq, Rtn, load_recipe
 from edgetune.recipe_training import Adapt
+from edgetune.runtime.engines.torch_engine import TorchEngine
 from edgetune.stages import Stages
 from edgetune.steps import Steps
 from tests.test_estimate import SMOLLM2
@@ -39,8 +40,8 @@ STUDENT: dict[str, Any] = {
 def test_identities_of_recipes_without_a_chain_stay_as_they_were() -> None:
     rows = [Rendered((1, 2, 3), (False, True, True), 1, "x", 1)]
     assert sft.planned_identity(Adapt(), "b" * 64, rows, 0).startswith("74500db94ec6f1fe")
-    assert quantize.planned_identity(Gptq(), "m" * 64, "c" * 64).startswith("81ab611807b68c37")
-    assert quantize.planned_identity(Rtn(bits=8), "m" * 64, None).startswith("9c74f75fbc4a2cbb")
+    assert quantize.planned_identity(Gptq(), "m" * 64, "c" * 64).startswith("0619623109270c69")
+    assert quantize.planned_identity(Rtn(bits=8), "m" * 64, None).startswith("b0ef57775698d396")
 
 
 def test_steps_and_hops_have_names() -> None:
@@ -71,6 +72,14 @@ def test_steps_and_hops_have_names() -> None:
             r"candidates\.a: prune\.kv_heads=1 removes nothing, the model has 1",
         ),
         ({"compress": [{"prune": {"kv_heads": 1}}], "export": {"onnx": {}}}, r"candidates\.a: onnx precision int4"),
+        (
+            {"compress": [{"distill": {"student": "base", "hidden_weight": 1, "hidden_layers": [2]}}]},
+            r"candidates\.a: distill\.hidden_layers names block 2, the student's are 0 to 1",
+        ),
+        (
+            {"compress": [{"prune": {"kv_heads": 1}}, {"distill": {"relation_weight": 1, "relation_heads": 3}}]},
+            r"candidates\.a: distill\.relation_heads=3 does not divide queries, keys and values of 16, 32, 64;",
+        ),
         ({"compress": [{"distill": {"student": "./nowhere"}}]}, r"candidates\.a: base './nowhere': no such folder"),
     ],
 )
@@ -162,6 +171,48 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
     ]  # fmt: skip
     assert [stage for stage in stage_names(recipe) if stage in ran] == ran
     assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
+
+
+def test_a_student_of_written_and_sampled_answers_in_a_recipe(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    """Both candidates learn from the same answers of the teacher; what is made is what was planned."""
+    written = {**DISTILL, "answers": "teacher", "max_new_tokens": 8}
+    insides = {"hidden_weight": 0.5, "hidden_layers": [0], "relation_weight": 0.5, "on_policy": 0.5}
+    candidates = {
+        name: {"compress": [{"prune": PRUNE}, {"distill": written | more}]}
+        for name, more in (("written", {}), ("sampled", insides))
+    }
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
+    line = pipeline.Pipeline(recipe, plan.preflight(recipe), Stages(store, tmp_path / "run", said))
+    base = line.prepare()
+    steps = Steps(recipe, line.stages, line.graph, base, line.adapt())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, "continue_rows", lambda self, prompts, stop, limits: [[5, 6, 2] for _ in prompts])
+        made = {name: steps.run(name, candidate) for name, candidate in recipe.candidates.items()}
+    assert not line.stages.failures
+    for name, candidate in recipe.candidates.items():
+        assert [one.identity for one in made[name] or []] == line.graph.steps(candidate)
+    ran = [stage["name"] for stage in line.stages.done if not stage["done_before"]]
+    assert ran == [
+        "base", f"written: {NAMES[0]}", "written: teacher's answers", "written: teacher's distributions",
+        "written: distill forward", "sampled: distill forward",
+    ]  # fmt: skip
+    planned = plan.plan(recipe, store)
+    assert [stage.name for stage in planned][: len(ran)] == ran
+    unmade = plan.plan(recipe, Store(tmp_path / "empty"))
+    assert [stage.name for stage in unmade] == [stage.name for stage in planned]
+
+
+@pytest.mark.parametrize("keys", [{"on_policy": 0.5}, {"answers": "teacher"}])
+def test_answers_to_rows_that_ask_nothing_are_refused_before_work(
+    keys: dict[str, Any], tmp_path: Path, tiny_model_wide: Artifact
+) -> None:
+    candidates = {"a": {"compress": [{"prune": PRUNE}, {"distill": {**DISTILL, **keys}}]}}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    texts = "".join(json.dumps({"text": f"the light is at {n} percent"}) + "\n" for n in range(20))
+    Path(recipe.data.sources[0].path).write_text(texts)
+    with pytest.raises(DataError, match=rf"^candidates\.a: distill\.{next(iter(keys))}: no training row has a prompt"):
+        run(recipe, tmp_path)
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ from edgetune.data.calibration import CalibrationSet
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, render
-from edgetune.recipe import Distill, Gptq, Prune, Recipe, Rtn
+from edgetune.recipe import Gptq, Prune, Recipe, Rtn
+from edgetune.recipe_distill import Distill
 from edgetune.recipe_training import Adapt, Prefer
 from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.engines.torch_engine import TorchEngine

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from edgetune import estimate
+from edgetune.counts import Counts, Speeds
 from edgetune.data.formats import read_rows
-from edgetune.estimate import Counts, Estimator, Speeds
+from edgetune.estimate import Estimator
 from edgetune.recipe import Recipe, parse_recipe
 from edgetune.training_memory import Lengths
 
@@ -144,6 +145,14 @@ def test_what_a_student_costs_follows_its_size_and_how_it_is_taught() -> None:
     assert small.cost("s: prune 5 layers: accuracy").seconds < small.cost("reference: accuracy").seconds
     coached = student({"layers": 5}, {"hidden_weight": 1.0})
     assert coached.cost("s: distill forward").seconds > small.cost("s: distill forward").seconds
+    related = student({"layers": 5}, {"relation_weight": 1.0})
+    assert related.cost("s: distill forward") == coached.cost("s: distill forward")
+    plain, half, whole = (student({"layers": 5}, {"on_policy": share}) for share in (0.0, 0.5, 1.0))
+    costs = [one.cost("s: distill forward") for one in (plain, half, whole)]
+    assert costs[0].seconds < costs[1].seconds < costs[2].seconds
+    assert costs[0].memory_mib < costs[1].memory_mib == costs[2].memory_mib
+    short, long = (student({"layers": 5}, {"answers": "teacher", "max_new_tokens": n}) for n in (8, 64))
+    assert short.cost("s: teacher's answers").seconds < long.cost("s: teacher's answers").seconds
     searched = student({"layers": 5, "search": "kl"}, {})
     assert searched.cost("s: prune 5 layers").seconds > 5 * small.cost("s: prune 5 layers").seconds
     assert searched.cost("s: teacher's distributions") == large.cost("s: teacher's distributions")

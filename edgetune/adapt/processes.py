@@ -49,11 +49,14 @@ def refuse(verb: str) -> None:
 
 
 def check_launch() -> None:
-    """Raise UsageError where a launcher would shard weights, which nothing gathers, or started fewer than was asked."""
+    """Raise UsageError where a launcher would shard weights, change the dtype, or started fewer than was asked."""
     for name, what in SHARDING.items():
         if os.environ.get(name, "").lower() == "true":
             raise UsageError(f"{what} shards weights, which are not gathered here; leave it out of accelerate's "
                              "configuration (distributed_type: MULTI_GPU), or use torchrun")  # fmt: skip
+    if (dtype := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise UsageError(f"accelerate's mixed_precision is {dtype}, but training computes in what the recipe's device "
+                         "does fast; set it to no (--mixed_precision no)")  # fmt: skip
     # accelerate names a port to meet at for several processes; on a CPU it starts one of them unless MPI does.
     started_alone = not any(name in os.environ for name in SIZES)
     if started_alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:

@@ -6,17 +6,21 @@ import json
 from typing import Any
 
 from edgetune import sources
-from edgetune.compress import quantize, scale
+from edgetune.compress import pairing, quantize, scale, sparsify
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.prune import shapes
 from edgetune.compress.prune import stage as pruning
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import Awq, Candidate, CompressStep, Distill, Gptq, Prune, Rtn
+from edgetune.export.gguf_types import PLAIN
+from edgetune.recipe import Awq, Candidate, CompressStep, Gptq, Rtn
+from edgetune.recipe_distill import Distill
+from edgetune.recipe_prune import Prune
+from edgetune.recipe_sparsify import Sparsify
 
 # The stage of each step that reads one model and, at most, calibration rows. Each module has
 # check(config, model_config), planned_identity(config, source, calibration's digest) and
 # run(config, source, out, *, calibration, device, seed, progress); those of quantize take a sensitivity beside.
-STAGES: dict[type, Any] = {Prune: pruning, Awq: scale, Rtn: quantize, Gptq: quantize}
+STAGES: dict[type, Any] = {Prune: pruning, Sparsify: sparsify, Awq: scale, Rtn: quantize, Gptq: quantize}
 
 
 def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +36,9 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
         found = planned_config(step, config, model_config)
         if isinstance(method, Distill):
             linear_shapes(found)
-            _check_vocabulary(method, found, model_config)
+            if method.student is not None:
+                _check_vocabulary(method, found, model_config)
+            pairing.check(method, found, model_config)
         config = found
     return config
 
@@ -61,11 +67,13 @@ def step_name(step: CompressStep) -> str:
     if isinstance(method, Prune):
         sizes = {
             "{} layers": method.layers, "ffn {}": method.intermediate_size, "{} kv heads": method.kv_heads,
-            "hidden {}": method.hidden_size,
+            "hidden {}": method.hidden_size, "vocabulary {}": method.vocabulary,
         }  # fmt: skip
         return " ".join(["prune", *(form.format(size) for form, size in sizes.items() if size is not None)])
     if isinstance(method, Distill):
         return f"distill {method.divergence}"
+    if isinstance(method, Sparsify):
+        return f"sparsify {method.method} {method.pattern if method.group else f'{method.sparsity:.0%}'}"
     if isinstance(method, Awq):
         return "awq"
     group = "row" if method.group_size == -1 else f"g{method.group_size}"
@@ -87,6 +95,25 @@ def chosen_sizes(candidate: Candidate) -> set[str]:
     """Give the keys of `prune` that some step of a chain sets."""
     pruned = [step.prune for step in candidate.compress if step.prune is not None]
     return {key for one in pruned for key, value in one.model_dump().items() if value is not None}
+
+
+def about_zeros(candidate: Candidate) -> str | None:
+    """Say what the zeros of a chain do not save, for the report; None where no step makes any."""
+    if all(step.sparsify is None for step in candidate.compress):
+        return None
+    said = (
+        "the zeros of sparsify save neither time nor bytes: llama.cpp, ONNX Runtime on the CPU, torch and the TensorRT "
+        "engines that are built here multiply them like any weight"
+    )
+    gguf = candidate.export.gguf if candidate.export is not None else None
+    rounded = candidate.quantizer is not None or (gguf is not None and gguf.type not in PLAIN)
+    return said + ("; rounding after it need not keep them" if rounded else "")
+
+
+def vocabulary(candidate: Candidate, n_steps: int | None = None) -> int | None:
+    """Give the number of tokens that the first steps of a chain leave (all where absent); None for the base's own."""
+    pruned = (step.prune for step in candidate.compress[:n_steps] if step.prune is not None)
+    return next((one.vocabulary for one in pruned if one.vocabulary is not None), None)
 
 
 def so_far(candidate: Candidate, n_steps: int) -> str:

@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edgetune.artifact import Artifact, write_text
 from edgetune.compress import pack_quantized
 from edgetune.compress.architectures import SUPPORTED, check_architecture
+from edgetune.compress.correction import corrected_weight, read_correction
 from edgetune.compress.dynamic import dynamic_bits, read_bits
 from edgetune.compress.packing import check_pack, pack, unpack
 from edgetune.compress.scheme import Quantized, Scheme
+from edgetune.compress.tensor_file import TensorFile
 from edgetune.errors import ArtifactError, StageError, UnsupportedError
 
 WEIGHTS = "model.safetensors"
@@ -36,6 +38,7 @@ INDEX = "model.safetensors.index.json"
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 PARTS = (*GPTQ_PARTS, *pack_quantized.PARTS)
 Form = Literal["gptq", "compressed-tensors"]
+PART_VALUES = 1 << 24  # of a tensor that is not quantized, at a time
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
     "chat_template*", "additional_chat_templates/*", "generation_config.json", "golden.json", "LICENSE*", "NOTICE*",
@@ -55,35 +58,40 @@ def write_checkpoint(
     bits: Mapping[str, int] | None = None,
     form: Form = "gptq",
 ) -> None:
-    """Write a checkpoint of `source` with the weights of `layers` (by full name) quantized.
+    """Write a checkpoint of `source` with the weights of `layers` (by full name) quantized, one tensor after the other.
 
     `bits` are those of each layer where the scheme's are not those of all (AutoGPTQ's format alone has them).
     `desc_act` and the rest say how it was made. The file's own `desc_act` says what a reader has to know: whether
     columns have left their groups, which static groups avoid. Raises StageError where a value leaves float16,
     UnsupportedError where the format cannot hold a layer.
     """
-    tensors: dict[str, Tensor] = {}
     config = read_config(source.path)
-    tied, taken = config.get("tie_word_embeddings", False), set()
-    for file in _weight_files(source.path):
-        with _open(file) as stored:
-            for name in stored.keys():  # noqa: SIM118
+    tied, taken, ordered = config.get("tie_word_embeddings", False), set(), False
+    with TensorFile(folder / WEIGHTS, {"format": "pt"}) as out:
+        for file in weight_files(source.path):
+            for name in open_file(file).keys():  # noqa: SIM118
                 if name.removesuffix(".weight") in layers:
                     taken.add(name.removesuffix(".weight"))
                 elif not (tied and name == "lm_head.weight"):
-                    tensors[name] = _to_half(name, stored.get_tensor(name))
-    assert taken == set(layers), set(layers) - taken
-    for name, layer in layers.items():
-        width = scheme.bits if bits is None else bits[name]
-        check_pack(name, layer.q.shape[0], layer.q.shape[1], width)
-        parts = (
-            _packed(layer, width) if form == "gptq" else pack_quantized.packed(name, layer, scheme.bits, sym=scheme.sym)
-        )
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    ordered = any(not torch.equal(layer.g_idx, _plain(layer)) for layer in layers.values())
-    quantization = {
+                    out.add(name, (_to_half(name, part) for part in _parts(file, name)))
+        assert taken == set(layers), set(layers) - taken
+        for name, layer in layers.items():
+            width = scheme.bits if bits is None else bits[name]
+            if form == "gptq":
+                check_pack(name, layer.q.shape[0], layer.q.shape[1], width)
+            packed = (
+                _packed(layer, width)
+                if form == "gptq"
+                else pack_quantized.packed(name, layer, scheme.bits, sym=scheme.sym)
+            )
+            for part, tensor in packed.items():
+                out.add(f"{name}.{part}", [tensor])
+            ordered = ordered or not torch.equal(layer.g_idx, _plain(layer))
+    quantization: dict[str, Any] = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
-        "desc_act": ordered, "static_groups": static_groups, "damp_percent": damp_percent, "lm_head": False,
+        "desc_act": ordered, "static_groups": static_groups,
+        **({} if damp_percent is None else {"damp_percent": damp_percent}),  # transformers reads no null there
+        "lm_head": False,
         "true_sequential": True, "checkpoint_format": "gptq", "pack_dtype": "int32", "model_name_or_path": None,
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},
@@ -94,7 +102,6 @@ def write_checkpoint(
         quantization = pack_quantized.quantization_config(scheme, method)
     config |= {name: "float16" for name in ("dtype", "torch_dtype") if name in config} or {"dtype": "float16"}
     config["quantization_config"] = quantization
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if form == "gptq":
         write_text(folder / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
@@ -118,15 +125,22 @@ def stored_bits(folder: Path) -> Callable[[str], int]:
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Give the transformers model that a checkpoint stands for, in plain float weights. Raises as `read_layers`."""
+    """Give the transformers model that a checkpoint stands for, in plain float weights: integers with their correction.
+
+    Raises as `read_layers`.
+    """
     import transformers
 
     layers, state = _read(folder)
+    pairs = read_correction(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         check_architecture(config.to_dict())
         del config.quantization_config
-        state |= {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
+        state |= {
+            f"{name}.weight": corrected_weight(layer.dequantize(), pairs.get(name)).to(dtype)
+            for name, layer in layers.items()
+        }
         model, info = getattr(transformers, SUPPORTED[config.model_type]).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
@@ -147,7 +161,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def open_weights(folder: Path) -> list[Any]:
     """Open the safetensors of a model or checkpoint folder. Raises ArtifactError."""
-    return [_open(file) for file in _weight_files(folder)]
+    return [open_file(file) for file in weight_files(folder)]
 
 
 def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
@@ -155,8 +169,8 @@ def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     form, bits_of, offset = _settings(folder)
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        with _open(file) as stored:
+    for file in weight_files(folder):
+        with open_file(file) as stored:
             for name in stored.keys():  # noqa: SIM118
                 layer, _, part = name.rpartition(".")
                 if part in PARTS:
@@ -221,6 +235,18 @@ def _plain(layer: Quantized) -> Tensor:
     return torch.arange(C, dtype=layer.g_idx.dtype) // (C // G)
 
 
+def _parts(file: Path, name: str) -> Iterator[Tensor]:
+    """Give a tensor, a large one in parts of its rows."""
+    stored = open_file(file)
+    shape = stored.get_slice(name).get_shape()
+    if math.prod(shape) <= PART_VALUES or len(shape) < 2:
+        yield stored.get_tensor(name)
+        return
+    step = max(1, PART_VALUES // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        yield stored.get_slice(name)[start : start + step]
+
+
 def _to_half(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
@@ -230,13 +256,15 @@ def _to_half(name: str, tensor: Tensor) -> Tensor:
     return half.contiguous()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Name the safetensors of a model or checkpoint folder. Raises ArtifactError."""
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))]
     return [folder / WEIGHTS]
 
 
-def _open(file: Path) -> Any:
+def open_file(file: Path) -> Any:
+    """Open a safetensors file; what is read of it stays mapped. Raises ArtifactError."""
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:

@@ -1,14 +1,18 @@
 """Distilling the Knowledge in a Neural Network (arXiv:1503.02531): a student learns a teacher's distributions.
 
 The loss of a labelled position is a share of cross-entropy on its label and, for the rest, temperature^2 times a
-divergence (`divergence.py`) from what the teacher said of it (`teacher.py`). With `hidden_weight` the student's last
-hidden state, through a learned projection, is also drawn to the teacher's (TinyBERT, arXiv:1909.10351, section 3.1).
+divergence (`divergence.py`) from what the teacher said of it (`teacher.py`). With `hidden_weight` the student's hidden
+states, through learned projections, are also drawn to the teacher's (TinyBERT, arXiv:1909.10351, section 3.1), and with
+`relation_weight` how its tokens relate (`relations.py`). With `answers: teacher` the teacher writes what is learned
+(`answers.py`), and in the steps of `on_policy` the student does (`on_policy.py`): there the loss is the divergence
+alone, over the whole vocabulary, from what the teacher says at once (`coach.py`).
 All weights are trained, by adapt's trainer. Shapes: N labelled positions, C hidden size, K kept tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,28 +23,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt import out_of_memory
-from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
+from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Rows, Split, history, make_trainer
 from edgetune.artifact import Artifact, draft, identity, require_space
+from edgetune.compress import answers as answering
+from edgetune.compress import pairing
 from edgetune.compress import teacher as teaching
+from edgetune.compress.checkpoint import read_config
+from edgetune.compress.coach import Coach, Taps
 from edgetune.compress.divergence import bucket_log_probs, divergence
+from edgetune.compress.on_policy import Sampler
+from edgetune.compress.relations import relation_loss, rows_of
 from edgetune.compress.teacher_pack import TeacherPack
 from edgetune.data.checks import refuse_untaught
 from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import UnsupportedError
-from edgetune.packed import Layout, packed_attention
 from edgetune.progress import Report, silent
-from edgetune.recipe import Distill
+from edgetune.recipe_distill import Distill
 from edgetune.sources import copy_tokenizer
 
 STAGE = "compress.distill/2"
 PROJECTION = "distill_projection"
 
 
-def planned_identity(config: Distill, student: str, teacher: str, said: str, rows: str, seed: int) -> str:
+def planned_identity(
+    config: Distill, student: str, teacher: str, said: str, rows: str, seed: int, *answers: str
+) -> str:
     """Give the identity of the student that `run` would make, from those of its parents and the digest of its rows."""
-    return identity(STAGE, _config(config, seed), [student, teacher, said], {"rows": rows})
+    return identity(STAGE, _config(config, seed), [student, teacher, said, *answers], {"rows": rows})
 
 
 def run(
@@ -51,6 +62,8 @@ def run(
     out: Path,
     *,
     rows: Sequence[Rendered],
+    kept_tokens: Sequence[int] | None = None,
+    answers: Artifact | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
@@ -58,36 +71,48 @@ def run(
 ) -> Artifact:
     """Train all weights of a `model` artifact on what the teacher says, and write it as a `model` artifact.
 
-    `said` is what `teacher.run` wrote for the same rows. A run that was killed goes on from its last whole checkpoint,
-    to the same bytes on the same machine. Raises UnsupportedError where the two have other tokenizers, DataError where
-    there are too few rows.
+    `said` is what `teacher.run` wrote for the same rows and `answers`, which `answers.run` wrote to them. `kept_tokens`
+    are the teacher's ids that the student has, in the order of the student's, where its vocabulary was pruned: `rows`
+    are in the student's ids. A run that was killed goes on from its last whole checkpoint, to the same bytes on the
+    same machine. Raises UnsupportedError where the two have other tokenizers or do not fit what is compared, DataError
+    where there are too few rows.
     """
     from transformers import AutoModelForCausalLM
 
-    check_tokenizers(student, teacher)
-    golden = Golden.read(teacher.path)
-    refuse_untaught(rows, golden.stop_ids)
-    data = Split.of(config, rows, seed)
+    if kept_tokens is None:
+        check_tokenizers(student, teacher)
+    of_tokenizer = teacher if kept_tokens is None else student
+    golden, sources = Golden.read(of_tokenizer.path), {"rows": rows_digest(rows)}
+    parents = [student, teacher, said, *([answers] if answers is not None else [])]
+    learned = answering.read(answers, rows) if answers is not None else rows
+    refuse_untaught(learned, golden.stop_ids)
+    data = Split.of(config, learned, seed)
+    insides = Insides.of(config, student, teacher)
+    sampler = Sampler(
+        learned, config.on_policy, config.sample_temperature,
+        answering.most_new_tokens(config, learned) if config.on_policy else 0, golden.stop_ids, seed,
+    )  # fmt: skip
     require_space(out.parent, 18 * student.size_bytes)  # three checkpoints of float32 weights and two moments
     with draft(
-        out, kind="model", stage=STAGE, config=_config(config, seed), parents=[student, teacher, said],
-        sources={"rows": rows_digest(rows)}, versions=_versions(),
+        out, kind="model", stage=STAGE, config=_config(config, seed), parents=parents, sources=sources,
+        versions=_versions(),
     ) as pending:  # fmt: skip
 
         def build(config: Distill, progress: Report) -> DistillTrainer:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32, local_files_only=True)
             model.to(device).train()
-            coach = Coach.load(teacher.path, device) if config.hidden_weight else None
-            if coach is not None:
-                setattr(model, PROJECTION, coach.projection(int(model.config.hidden_size)).to(device))
+            coach = insides.coach(teacher, device, kept_tokens) if config.compares or config.on_policy else None
+            if coach is not None and config.hidden_weight:
+                size = int(model.config.hidden_size)
+                setattr(model, PROJECTION, nn.ModuleList(coach.projection(size) for _ in insides.blocks).to(device))
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
             return make_trainer(
                 DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), data, optimizer,
                 work=pending.work, device=device, seed=seed, progress=progress, log_folder=log_folder,
-                distill=config, said=teaching.read(said), coach=coach,
+                distill=config, said=teaching.read(said), sampler=sampler, coach=coach, insides=insides,
             )  # fmt: skip
 
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
@@ -95,7 +120,7 @@ def run(
         if config.hidden_weight:
             delattr(model, PROJECTION)
         model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
-        copy_tokenizer(teacher.path, pending.path)
+        copy_tokenizer(of_tokenizer.path, pending.path)
         golden.write(pending.path)
         hold(pending.path)
         pending.seed = seed
@@ -115,62 +140,90 @@ def check_tokenizers(student: Artifact, teacher: Artifact) -> None:
         )
 
 
-class Coach:
-    """The teacher beside the student, for its hidden states."""
+@dataclass(frozen=True)
+class Insides:
+    """What of a student is compared with its teacher beside their logits."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    blocks: list[tuple[int, int]]  # (student's, teacher's) whose states are compared
+    n_heads: int  # relation heads; 0 where no relations are compared
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> Coach:
-        """Load the teacher frozen, in the dtype that the device computes fast."""
-        from edgetune.adapt.base import load_base
+    def of(cls, config: Distill, student: Artifact, teacher: Artifact) -> Insides:
+        """Read it off both models' `config.json`. Raises UnsupportedError where they do not fit."""
+        ours, theirs = read_config(student.path), read_config(teacher.path)
+        return cls(
+            pairing.paired_blocks(config, ours, theirs) if config.hidden_weight else [],
+            pairing.relation_heads(config, ours, theirs) if config.relation_weight else 0,
+        )
 
-        return cls(load_base(folder, device, four_bit=False).eval())
+    def taps(self, student: nn.Module) -> Taps:
+        return Taps(student, [block for block, _ in self.blocks], relations=bool(self.n_heads))
 
-    def projection(self, student_size: int) -> nn.Linear:
-        """Give the learned map from the student's hidden states to the teacher's; the identity where sizes agree."""
-        size = int(self._model.config.hidden_size)
-        projection = nn.Linear(student_size, size, bias=False)
-        if size == student_size:
-            nn.init.eye_(projection.weight)
-        return projection
-
-    @torch.no_grad()
-    def states(self, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
-        """Give the last hidden states [N, C] at the labelled positions of a batch, as `LabelledHead` picks them."""
-        decoder = self._model.get_decoder()
-        if "lengths" in inputs:
-            n_prefix, *lengths = inputs["lengths"].tolist()
-            layout = Layout.of(n_prefix, lengths, keep.device, n_tokens=inputs["input_ids"].shape[1])
-            with packed_attention(self._model):
-                found = decoder(
-                    input_ids=inputs["input_ids"], position_ids=layout.positions(), packed=layout, use_cache=False
-                )
-        else:
-            found = decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        states: Tensor = found.last_hidden_state[:, :-1][keep]
-        return states.float()
+    def coach(self, teacher: Artifact, device: str, kept_tokens: Sequence[int] | None) -> Coach:
+        blocks = [block for _, block in self.blocks]
+        return Coach.load(teacher.path, device, blocks, relations=bool(self.n_heads), kept_tokens=kept_tokens)
 
 
 class DistillTrainer(CompletionTrainer):
     """The trainer with the loss of this file."""
 
-    def __init__(self, *args: Any, distill: Distill, said: TeacherPack, coach: Coach | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, distill: Distill, said: TeacherPack, sampler: Sampler, coach: Coach | None, insides: Insides,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
-        self._config, self._said, self._coach = distill, said, coach
+        self._config, self._said, self._sampler = distill, said, sampler
+        self._coach, self._insides, self._taps = coach, insides, insides.taps(self._causal)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Let the student answer the rows of the next step where it is one of `on_policy`."""
+        batches, n_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if not self._sampler.is_due(step):
+            return batches, n_labels
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            batches = [self._answered(batch["places"].tolist(), step) for batch in batches]
+        self.model.train()
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _answered(self, places: list[int], step: int) -> dict[str, Tensor]:
+        rows = Rows(self._sampler.answered(self.model, places, step))
+        batch: dict[str, Tensor] = self.data_collator([rows[index] for index in range(len(rows))])
+        return batch | {"sampled": torch.ones(len(rows))}
 
     def summed_loss(self, logits: Tensor, labels: Tensor, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
-        config = self._config
-        ids, log_p = taught(self._said, inputs["places"].tolist(), logits.device)
+        config, live = self._config, "sampled" in inputs
+        if live:
+            assert self._coach is not None, "a teacher stands by where answers are sampled"
+            judged = self._coach.judge(inputs, keep)
+            ids, log_p = None, (judged / config.temperature).log_softmax(1)
+        else:
+            ids, log_p = taught(self._said, inputs["places"].tolist(), logits.device)
         loss = position_loss(
             logits, labels, ids, log_p, temperature=config.temperature, reverse=config.divergence == "reverse",
-            skew=config.skew, label_weight=config.label_weight,
+            skew=config.skew, label_weight=0.0 if live else config.label_weight,
         ).sum()  # fmt: skip
-        if self._coach is not None:
-            assert self.head.states is not None, "the head has just run"
-            projected = getattr(self._causal, PROJECTION)(self.head.states)
-            loss = loss + config.hidden_weight * hidden_loss(projected, self._coach.states(inputs, keep)).sum()
+        if self._coach is None or not config.compares:
+            return loss
+        if not live:
+            self._coach.read(inputs)
+        return loss + self._compared(self._coach.taps, inputs, keep)
+
+    def _compared(self, theirs: Taps, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
+        """Give the summed loss between hidden states, mean over blocks, and between relations."""
+        ours, config, loss = self._taps, self._config, torch.zeros((), device=keep.device)
+        if self._insides.blocks:
+            pairs = zip(ours.states(keep), theirs.states(keep), getattr(self._causal, PROJECTION), strict=True)
+            losses = [hidden_loss(projection(x), y).sum() for x, y, projection in pairs]
+            loss = loss + config.hidden_weight * torch.stack(losses).mean()
+        if self._insides.n_heads:
+            related = relation_loss(
+                ours.projections(), theirs.projections(), rows_of(inputs, keep), self._insides.n_heads
+            )
+            loss = loss + config.relation_weight * related.sum()
+        ours.forget()
+        theirs.forget()
         return loss
 
 
@@ -185,7 +238,7 @@ def taught(said: TeacherPack, places: Sequence[int], device: torch.device | str 
 def position_loss(
     logits: Tensor,
     labels: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     log_p: Tensor,
     *,
     temperature: float,
@@ -193,8 +246,12 @@ def position_loss(
     skew: float,
     label_weight: float,
 ) -> Tensor:
-    """Give the loss of each position [N] from logits [N, V], labels [N], and the teacher's buckets at `temperature`."""
-    log_q = bucket_log_probs(logits / temperature, ids)
+    """Give the loss of each position [N] from logits [N, V], labels [N], and what the teacher says at `temperature`.
+
+    That is log-probabilities of the tokens `ids` and of all others, [N, K + 1], or without `ids` of all tokens, [N, V].
+    """
+    logits_q = logits / temperature
+    log_q = logits_q.log_softmax(1) if ids is None else bucket_log_probs(logits_q, ids)
     # A gradient at a temperature is smaller by its square (arXiv:1503.02531, section 2).
     taught = temperature**2 * divergence(log_p, log_q, reverse=reverse, skew=skew)
     if not label_weight:
@@ -209,8 +266,6 @@ def hidden_loss(projected: Tensor, states: Tensor) -> Tensor:
 
 
 def _stored_dtype(student: Artifact) -> torch.dtype:
-    from edgetune.compress.checkpoint import read_config
-
     return getattr(torch, read_config(student.path).get("dtype") or "bfloat16")  # type: ignore[no-any-return]
 
 

@@ -1,32 +1,79 @@
-"""One quantized block on disk, so that a walk that was killed goes on after it."""
+"""Finished blocks on disk: a walk that was killed goes on after them, and none needs to be in memory."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from edgetune.compress.architectures import SHARED_INPUTS
+from edgetune.compress.correction import Pair, corrected_weight
+from edgetune.compress.masks import Sparse
 from edgetune.compress.scheme import Quantized
+
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Quantized, Sparse)}  # what a solver may make
+Made = TypeVar("Made", Quantized, Sparse)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One quantized layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration."""
+class LayerResult(Generic[Made]):
+    """One finished layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration.
 
-    quantized: Quantized
+    `pair` is what was fitted to E, if anything was, and E what is left. `tuned` is the relative error of the block's
+    output before and after its scales were learned, which `relative_error` precedes.
+    """
+
+    quantized: Made
     relative_error: float
     fallbacks: tuple[str, ...]
+    pair: Pair | None = None
+    tuned: tuple[float, float] | None = None
+
+    def weight(self) -> Tensor:
+        """Give the weight [R, C] that the layer stands for, float32."""
+        return corrected_weight(self.quantized.dequantize(), self.pair)
 
 
-def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
+class Lazily(Mapping[str, T]):
+    """Values by name, each got anew whenever it is looked at, and kept by nobody."""
+
+    def __init__(self, names: Iterable[str], get: Callable[[str], T]) -> None:
+        self._names, self._get = dict.fromkeys(names), get
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_block(file: Path, key: str, done: dict[str, LayerResult[Made]]) -> None:
     """Keep one finished block, whole or not at all."""
     tensors = {f"{n}.{part}": t.contiguous() for n, r in done.items() for part, t in vars(r.quantized).items()}
-    layers = {n: {"relative_error": r.relative_error, "fallbacks": list(r.fallbacks)} for n, r in done.items()}
+    for n, r in done.items():
+        tensors |= {f"{n}.{part}": t.contiguous() for part, t in zip("AB", r.pair or (), strict=False)}
+    layers = {
+        n: {
+            "kind": type(r.quantized).__name__,
+            "relative_error": r.relative_error,
+            "fallbacks": list(r.fallbacks),
+            "tuned": r.tuned,
+        }
+        for n, r in done.items()
+    }
     beside = file.with_suffix(".part")
     save_file(tensors, beside, metadata={"edgetune": json.dumps({"key": key, "layers": layers})})
     with beside.open("rb") as stream:
@@ -34,22 +81,31 @@ def write_block(file: Path, key: str, done: dict[str, LayerResult]) -> None:
     beside.replace(file)
 
 
-def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult] | None:
+def read_block(file: Path, key: str, prefix: str) -> dict[str, LayerResult[Any]] | None:
     """Give a finished block again, or None where there is none of this walk."""
     try:
         with safe_open(file, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get("edgetune", "{}"))
             if about.get("key") != key:
                 return None
-            found = {
-                name: LayerResult(
-                    Quantized(*(stored.get_tensor(f"{name}.{part}") for part in Quantized.__dataclass_fields__)),
-                    float(entry["relative_error"]),
-                    tuple(entry["fallbacks"]),
-                )
-                for name, entry in about["layers"].items()
-            }
+            found = {name: _layer(stored, name, about) for name in about["layers"]}
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # cut by a kill, or never written: the block is done again and gives the same bytes
     expected = {f"{prefix}.{name}" for group in SHARED_INPUTS for name in group}
     return found if set(found) == expected else None
+
+
+def read_layer(file: Path, name: str) -> LayerResult[Any]:
+    """Give one layer of a finished block; its codes are mapped."""
+    with safe_open(file, framework="pt") as stored:
+        return _layer(stored, name, json.loads(stored.metadata()["edgetune"]))
+
+
+def _layer(stored: Any, name: str, about: dict[str, Any]) -> LayerResult[Any]:
+    entry = about["layers"][name]
+    kind = KINDS[entry["kind"]]
+    made = kind(*(stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__))
+    paired = f"{name}.A" in stored.keys()  # noqa: SIM118
+    pair = (stored.get_tensor(f"{name}.A"), stored.get_tensor(f"{name}.B")) if paired else None
+    tuned = (entry["tuned"][0], entry["tuned"][1]) if entry["tuned"] else None
+    return LayerResult(made, float(entry["relative_error"]), tuple(entry["fallbacks"]), pair, tuned)

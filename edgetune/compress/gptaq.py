@@ -9,13 +9,16 @@ Shapes: N inputs seen, R out-features, C in-features.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def corrected(weight: Tensor, cross: Tensor, upper: Tensor, share: float) -> Tensor:
     """Give the weight [R, C] whose output on the quantized model's inputs is nearest to the float model's.
 
-    cross [C, C] is D above; upper [C, C] is U with (H + damp)^-1 = U^T U. `share` of the shift is made: all of it fits
+    cross [C, C] is D above; upper [C, C] is M with H + damp = M M^T. `share` of the shift is made: all of it fits
     the calibration rows, noise included.
     """
-    return weight + (share * (weight @ cross)) @ upper.T @ upper
+    half = torch.linalg.solve_triangular(upper.T, share * (weight @ cross), upper=False, left=False)
+    shift: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    return weight + shift

@@ -1,5 +1,8 @@
 """GPTQ (arXiv:2210.17323), section 3: round column by column, and let the columns that follow make up for it.
 
+The paper walks along a factor of the inverse Hessian. With H = M M^T, M upper triangular, the loss of errors E is
+|E M|^2, whose column j has the errors up to j alone: rounding w_j + sum_(i<j) E_i M_ij / M_jj is the same rule
+(arXiv:2507.18553), and nothing need be inverted.
 Shapes: R out-features, C in-features, G groups. Inside, weights lie transposed, W [C, R], so that a column of
 the paper is contiguous memory.
 """
@@ -13,8 +16,11 @@ import torch
 from torch import Tensor
 
 from edgetune.compress.gptaq import corrected
-from edgetune.compress.hessian import inverse_factor
-from edgetune.compress.scheme import Quantized, Scheme, check_group, encode, find_grid
+from edgetune.compress.hessian import damped_factor
+from edgetune.compress.scheme import Quantized, Scheme, check_group, find_grid
+
+# column i, as it then is -> its scales and their inverses [R], its least and its greatest code
+At = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,13 @@ def gptq_quantize(
     plain = torch.arange(C, device=W.device)
     order = diagonal.argsort(descending=True, stable=True) if desc_act else plain
     g_idx = plain // n
-    factor = inverse_factor(hessian[order][:, order], damp_percent)
-    Hinv = factor.upper.to(dtype)
+    factor = damped_factor(hessian, damp_percent, order)
+    M, fallbacks = factor.upper.to(dtype), factor.fallbacks
     if cross is not None:
-        target = corrected(W[:, order], cross[order][:, order].to(dtype), Hinv, correction)
+        target = corrected(W[:, order], cross[order][:, order].to(dtype), M, correction)
         W = torch.empty_like(W).index_copy_(1, order, target)
+    d = M.diagonal().clone()
+    N = M.div_(d)
     importance = diagonal.to(dtype) if weighted else None
     if static_groups:
         shaped = None if importance is None else importance.reshape(C // n, n)
@@ -74,23 +82,30 @@ def gptq_quantize(
         scales, zeros = W.new_ones(C // n, R), W.new_zeros(C // n, R)
         group_of = g_idx.tolist()
         g_idx = torch.empty_like(g_idx).scatter_(0, order, g_idx)
-    W = W.T[order].contiguous()  # [C, R], a copy
+    W = W.index_select(1, order).T.contiguous()  # [C, R], a copy
+    before = None if static_groups else W.clone()
+    inverse, low = scales.reciprocal(), -zeros  # codes count from the zero point until all are found
+    high = low + scheme.max_code
 
     block = -(-block_size // n) * n if n < C else block_size  # a group never straddles two blocks
 
-    def at(i: int) -> tuple[Tensor, Tensor]:
+    def at(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         g = group_of[i]
-        if not static_groups and i % n == 0:
+        if before is not None and i % n == 0:
             group = slice(i, i + n)
             shaped = None if importance is None else importance[order[group]]
-            scales[g], zeros[g] = find_grid(W[group].T, scheme, search=search, importance=shaped)
-        q = encode(W[i], scales[g], zeros[g], scheme.max_code)
-        return q, (q - zeros[g]).mul_(scales[g])
+            # W[i] makes up for earlier errors alone; together the columns of its group would do so by these.
+            owed = W[group] - before[group]
+            whole = before[group] + torch.linalg.solve_triangular(N[group, group].T, owed, upper=False)
+            scales[g], zeros[g] = find_grid(whole.T, scheme, search=search, importance=shaped)
+            inverse[g], low[g], high[g] = scales[g].reciprocal(), -zeros[g], scheme.max_code - zeros[g]
+        return scales[g], inverse[g], low[g], high[g]
 
-    Q, loss = descend(W, Hinv, at, block)
-    codes = torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous()
+    Q, loss = nearest_plane(W, N, d, at, block)
+    codes = Q.add_(zeros[group_of]).to(torch.uint8)
+    codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
     quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
-    return GptqResult(quantized, loss, factor.fallbacks)
+    return GptqResult(quantized, loss, fallbacks)
 
 
 def gptq_codes(
@@ -114,16 +129,40 @@ def gptq_codes(
     group = (order // (C // scale.shape[1])).tolist()
     scales, minima = scale.T.to(dtype).contiguous(), minimum.T.to(dtype).contiguous()  # [G, R]
     inverse = torch.where(scales == 0, 0, 1 / scales)
-    factor = inverse_factor(hessian[order][:, order], damp_percent)
-    W = weight.detach().to(dtype).T[order].contiguous()  # [C, R], a copy
+    factor = damped_factor(hessian, damp_percent, order)
+    W = weight.detach().to(dtype).index_select(1, order).T + minima[group]  # [C, R], ~ scale * code
 
-    def at(i: int) -> tuple[Tensor, Tensor]:
-        g = group[i]
-        q = (W[i] + minima[g]).mul_(inverse[g]).round_().clamp_(0, max_code)
-        return q, (q * scales[g]).sub_(minima[g])
+    low, high = scales.new_tensor(0), scales.new_tensor(max_code)
 
-    Q, _ = descend(W, factor.upper.to(dtype), at, block_size)
-    return torch.empty_like(Q).index_copy_(0, order, Q).T.to(torch.uint8).contiguous(), factor.fallbacks
+    def at(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return scales[group[i]], inverse[group[i]], low, high
+
+    M = factor.upper.to(dtype)
+    d = M.diagonal().clone()
+    codes = nearest_plane(W.contiguous(), M.div_(d), d, at, block_size)[0].to(torch.uint8)
+    return torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous(), factor.fallbacks
+
+
+def nearest_plane(W: Tensor, N: Tensor, d: Tensor, at: At, block_size: int) -> tuple[Tensor, float]:
+    """Round the rows of W [C, R] one after the other, each error made up for by the rows that follow; W is used up.
+
+    N [C, C] is the upper factor M of the Hessian with its columns over its diagonal d [C]. Returns codes [C, R] and the
+    loss.
+    """
+    E, Q, loss = W.clone(), torch.empty_like(W), 0.0
+    now, errors, codes = W.unbind(), E.unbind(), Q.unbind()
+    for i1 in range(0, len(W), block_size):
+        i2 = min(i1 + block_size, len(W))
+        for i in range(i1, i2):
+            scale, inverse, low, high = at(i)
+            q = torch.mul(now[i], inverse, out=codes[i]).round_().clamp_(low, high)
+            e = errors[i].addcmul_(q, scale, value=-1)
+            now[i].addcmul_(q, scale, value=-1)
+            W[i + 1 : i2].addr_(N[i, i + 1 : i2], e)
+        W[i2:].addmm_(N[i1:i2, i2:].T, E[i1:i2])
+        Err = W[i1:i2].mul_(d[i1:i2, None])
+        loss += float(Err.square().sum(dtype=torch.float64))  # (W - Q) M = Err, so |Err|^2 is the loss
+    return Q, loss
 
 
 def descend(

@@ -7,9 +7,8 @@ one Hessian and are solved stacked. Shapes: N rows, T tokens, B rows of a batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,57 @@ from torch import Tensor, nn
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
-from edgetune.compress.finished import LayerResult, read_block, write_block
+from edgetune.compress.correction import Pair, corrected_weight
+from edgetune.compress.finished import LayerResult, Lazily, Made, read_block, read_layer, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
-from edgetune.compress.scheme import Quantized
+from edgetune.compress.shortcuts import LAST, shortcuts
+from edgetune.compress.spill import Shelf, Spill
+from edgetune.compress.streamed import present
+from edgetune.compress.tune import Outputs, call_with
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError, DataError, EdgetuneError, StageError, UnsupportedError
 from edgetune.progress import Report, silent
 
 BATCH_TOKENS = 2048  # tokens in one forward
 TRIM_BLOCKS = 6  # so often what the solver freed goes back to the system, which costs new pages
-HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound the logits
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
-Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Quantized, tuple[str, ...]]]
+Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Made, tuple[str, ...]]]
+
+# E [R, C] and H [C, C] of one layer -> what is kept beside its integers; a block's layers, what it gives with other
+# weights, the number of batches, and the device -> its layers with other scales
+Correct = Callable[[Tensor, Tensor], Pair]
+Tune = Callable[[Mapping[str, LayerResult[Any]], Outputs, int, str], dict[str, LayerResult[Any]]]
 
 
-LAST = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the layer that gives a module's output
-NORM = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}  # what is read by that module alone
-
-
-@dataclass
 class _Batch:
     """A batch of rows between two blocks, and what each block is called with beside it."""
 
-    first_row: int
-    hidden: Tensor  # [B, T, C]
-    block_kwargs: list[dict[str, Any]]
-    unquantized: Tensor | None = None  # [B, T, C], the float model's, where both are followed
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # what the float block shows each group of layers
-    seen: dict[str, Tensor] = field(default_factory=dict)  # what the quantized one shows it
+    def __init__(self, first_row: int, hidden: Tensor, block_kwargs: list[dict[str, Any]], spill: Spill) -> None:
+        self.first_row, self.block_kwargs = first_row, block_kwargs
+        self._streams = Shelf(spill, f"{first_row}.stream")
+        self.inputs = Shelf(spill, f"{first_row}.float")  # what the float block shows each group of layers
+        self.seen = Shelf(spill, f"{first_row}.seen")  # what the quantized one shows it
+        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """The quantized model's stream [B, T, C]."""
+        return self._streams["quantized"]
+
+    @hidden.setter
+    def hidden(self, found: Tensor) -> None:
+        self._streams["quantized"] = found
+
+    @property
+    def unquantized(self) -> Tensor | None:
+        """The float model's stream [B, T, C], where both are followed."""
+        return self._streams.get("float")
+
+    @unquantized.setter
+    def unquantized(self, found: Tensor | None) -> None:
+        if found is not None:
+            self._streams["float"] = found
 
 
 class _CapturedError(Exception):
@@ -89,7 +110,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 def quantize_blocks(
     model: Any,
     rows: NDArray[np.int64] | None,
-    solve: Solve,
+    solve: Solve[Made],
     *,
     work: Path,
     key: str,
@@ -97,56 +118,69 @@ def quantize_blocks(
     progress: Report = silent,
     both: bool = False,
     fast: bool = False,
-) -> dict[str, LayerResult]:
+    correct: Correct | None = None,
+    tune: Tune | None = None,
+) -> Mapping[str, LayerResult[Made]]:
     """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
+    The model is whole, or a skeleton of `open_model`, whose blocks are read when it is their turn.
     rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
-    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`. Each
-    finished block is kept in `work` under `key`, and its codes are read from there when they are looked at; a walk that
-    is begun again puts those back and ends in the same bytes.
+    is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`.
+    `correct` gives each layer a pair beside its integers, `tune` each block other scales. Each finished block is kept
+    in `work` under `key`, and its codes are read from there when they are looked at; a walk that is begun again puts
+    those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
     """
-    blocks, dtype = decoder_blocks(model), compute_dtype(device)
-    batches = None if rows is None else _enter(model, rows, device, dtype)
+    blocks, dtype, spill = decoder_blocks(model), compute_dtype(device), Spill(work)
+    batches = None if rows is None else enter(model, rows, device, dtype, spill)
     for batch in batches or []:
-        batch.unquantized = batch.hidden if both else None
-    results: dict[str, LayerResult] = {}
+        batch.unquantized = batch.hidden if both or tune else None
+    files: dict[str, Path] = {}
     for index, block in enumerate(blocks):
         prefix = f"model.layers.{index}"
-        original = dict(block.state_dict())
-        block.to(device=device, dtype=dtype)
         file = work / f"{prefix}.safetensors"
-        done = read_block(file, key, prefix)
-        if batches is not None and both:
-            _follow(block, index, batches)
-        if done is None:
-            done = _quantize_block(block, index, original, batches, solve, device, fast and dtype == torch.bfloat16)
-            write_block(file, key, done)
-        weights = {name.removeprefix(f"{prefix}."): result.quantized.dequantize() for name, result in done.items()}
-        for name, weight in weights.items():
-            _put(block, name, weight)
-        for batch in batches or []:
-            if index + 1 < len(blocks):
-                with _shortcuts(block, batch):
-                    batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
-                _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
-            batch.seen.clear()
-            batch.inputs.clear()
-        block.to("meta")
+        with present(model, prefix):
+            original = dict(block.state_dict())
+            block.to(device=device, dtype=dtype)
+            done = read_block(file, key, prefix)
+            if batches is not None and (both or tune):
+                _follow(block, index, batches, keep=both)
+            if done is None:
+                fast_here = fast and dtype == torch.bfloat16
+                done = _quantize_block(block, index, original, batches, solve, correct, device, fast_here)
+                if tune is not None and batches is not None:
+                    done = tune(done, partial(_outputs, block, index, batches), len(batches), device)
+                    for batch in batches:
+                        batch.seen.clear()  # by scales that are no more
+                write_block(file, key, done)
+            original.clear()
+            for name, result in done.items():
+                _put(block, name.removeprefix(f"{prefix}."), result.weight())
+            files |= dict.fromkeys(done, file)
+            for batch in batches or []:
+                if index + 1 < len(blocks):
+                    with shortcuts(block, batch.seen):
+                        batch.hidden = block(batch.hidden, **batch.block_kwargs[index])
+                    _check_finite(batch.hidden, batch.first_row, f"the output of {prefix}")
+                batch.seen.clear()
+                batch.inputs.clear()
+            block.to("meta")
+        del done
         if (index + 1) % TRIM_BLOCKS == 0:
             give_back()
-        results |= read_block(file, key, prefix) or done
         progress(index + 1, len(blocks), prefix)
-    return results
+    spill.close()
+    return Lazily(files, lambda name: read_layer(files[name], name))
 
 
 @torch.no_grad()
 def second_moments(
-    model: Any, rows: NDArray[np.int64], *, device: str = "cpu", progress: Report = silent
+    model: Any, rows: NDArray[np.int64], *, work: Path | None = None, device: str = "cpu", progress: Report = silent
 ) -> dict[str, Tensor]:
     """Give the mean of the squared inputs, float32 [C], of every linear layer, from one pass of the float model.
 
-    rows [N, T] are token ids. llama.cpp calls this an importance matrix (in_sum2 / counts).
+    rows [N, T] are token ids; model and `work` as in `observe`.
+    llama.cpp calls this an importance matrix (in_sum2 / counts).
     """
     sums: dict[str, Tensor] = {}
 
@@ -155,7 +189,7 @@ def second_moments(
         key = f"{index}.{name}"
         sums[key] = sums[key] + squares if key in sums else squares
 
-    observe(model, rows, see, device=device, progress=progress)
+    observe(model, rows, see, work=work, device=device, progress=progress)
     moments: dict[str, Tensor] = {}
     for index in range(len(model.model.layers)):
         for group in SHARED_INPUTS:
@@ -171,63 +205,34 @@ def observe(
     see: Callable[[int, str, Tensor], None],
     see_block: Callable[[int, Tensor, Tensor], None] | None = None,
     *,
+    work: Path | None = None,
     device: str = "cpu",
     progress: Report = silent,
 ) -> None:
     """Run the float model once, block by block, and show what passes; the model is left as it was.
 
+    The model is whole or a skeleton of `open_model`. With `work` activations that are too many for memory go there.
     `see(block, name, X)` gets the inputs [B, T, C] of the first layer of each group in SHARED_INPUTS, and
     `see_block(block, before, after)` the residual stream. Raises StageError naming the row that is not finite.
     """
-    blocks, dtype = decoder_blocks(model), compute_dtype(device)
-    batches = _enter(model, rows, device, dtype)
+    blocks, dtype, spill = decoder_blocks(model), compute_dtype(device), Spill(work)
+    batches = enter(model, rows, device, dtype, spill)
     for index, block in enumerate(blocks):
-        original = dict(block.state_dict())
-        block.to(device=device, dtype=dtype)
-        for batch in batches:
-            with _watch(block, index, batch, partial(see, index)):
-                after = block(batch.hidden, **batch.block_kwargs[index])
-            if see_block is not None:
-                see_block(index, batch.hidden, after)
-            batch.hidden = after
-        block.to("cpu")
-        block.load_state_dict(original, assign=True)
+        with present(model, f"model.layers.{index}"):
+            original = dict(block.state_dict())
+            block.to(device=device, dtype=dtype)
+            for batch in batches:
+                with _watch(block, index, batch, partial(see, index)):
+                    after = block(batch.hidden, **batch.block_kwargs[index])
+                if see_block is not None:
+                    see_block(index, batch.hidden, after)
+                batch.hidden = after
+            block.to("cpu")
+            block.load_state_dict(original, assign=True)
         progress(index + 1, len(blocks), f"model.layers.{index}")
 
 
-class Blocks:
-    """The float model in pieces that can be left out: embedded rows, single blocks, and the logits at the end.
-
-    The model is moved to `device` and its compute dtype, and stays there.
-    """
-
-    def __init__(self, model: Any, rows: NDArray[np.int64], *, device: str = "cpu") -> None:
-        dtype = compute_dtype(device)
-        self._blocks = decoder_blocks(model)
-        self._batches = _enter(model, rows, device, dtype)
-        self._model = model.to(device=device, dtype=dtype)
-
-    @property
-    def embedded(self) -> list[Tensor]:
-        """Hidden states [B, T, C] of each batch before the first block."""
-        return [batch.hidden for batch in self._batches]
-
-    @torch.no_grad()
-    def run(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Send the hidden states of all batches through one block."""
-        block = self._blocks[index]
-        return [block(x, **batch.block_kwargs[index]) for x, batch in zip(hidden, self._batches, strict=True)]
-
-    @torch.no_grad()
-    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Give float32 logits [N, V] of all positions, HEAD_POSITIONS at a time."""
-        head = self._model.get_output_embeddings()
-        for x in hidden:
-            for part in self._model.model.norm(x).flatten(0, 1).split(HEAD_POSITIONS):
-                yield head(part).float()
-
-
-def _enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype) -> list[_Batch]:
+def enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype, spill: Spill) -> list[_Batch]:
     """Run everything before the first block: embeddings, positions and masks, with recorders in place of blocks."""
     vocabulary = int(model.config.vocab_size)
     if rows.ndim != 2 or not rows.size or rows.min() < 0 or rows.max() >= vocabulary:
@@ -237,14 +242,15 @@ def _enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype)
     n_rows, batches = max(1, BATCH_TOKENS // rows.shape[1]), []
     inner.layers = nn.ModuleList(recorders)
     try:
-        inner.to(device)
-        for first in range(0, len(rows), n_rows):
-            ids = torch.from_numpy(rows[first : first + n_rows]).to(device)
-            hidden = inner.embed_tokens(ids).to(dtype)
-            inner(inputs_embeds=hidden, use_cache=False)
-            batches.append(_Batch(first, hidden, [recorder.kwargs for recorder in recorders]))
+        with present(model, "model.embed_tokens", "model.norm"):
+            inner.to(device)
+            for first in range(0, len(rows), n_rows):
+                ids = torch.from_numpy(rows[first : first + n_rows]).to(device)
+                hidden = inner.embed_tokens(ids).to(dtype)
+                inner(inputs_embeds=hidden, use_cache=False)
+                batches.append(_Batch(first, hidden, [recorder.kwargs for recorder in recorders], spill))
+            inner.to("cpu")
     finally:
-        inner.to("cpu")
         inner.layers = blocks
     return batches
 
@@ -264,34 +270,43 @@ def _quantize_block(
     index: int,
     original: dict[str, Tensor],
     batches: list[_Batch] | None,
-    solve: Solve,
+    solve: Solve[Made],
+    correct: Correct | None,
     device: str,
     fast: bool,
-) -> dict[str, LayerResult]:
-    done: dict[str, LayerResult] = {}
+) -> dict[str, LayerResult[Made]]:
+    done: dict[str, LayerResult[Made]] = {}
     for group in SHARED_INPUTS:
         names = [f"model.layers.{index}.{name}" for name in group]
-        weights = [original[f"{name}.weight"].to(device=device, dtype=torch.float32) for name in group]
+        weights = [original.pop(f"{name}.weight").to(device=device, dtype=torch.float32) for name in group]
         for name, weight in zip(names, weights, strict=True):
             if not all_finite(weight):
                 raise StageError(f"{name} has a weight that is not finite; make the model again")
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weights = list(torch.split(whole, [len(weight) for weight in weights]))  # what was stacked is let go
         H, cross = None, None
         if batches is not None:
             H, cross = _collect(block, index, group[0], batches, weights[0].shape[1], device, fast)
         try:
-            stacked, fallbacks = solve(names, torch.cat(weights), H, cross)
+            stacked, fallbacks = solve(names, whole, H, cross)
         except EdgetuneError as error:
             raise type(error)(f"{' + '.join(names)}: {error}") from error
         start = 0
         for name, short, weight in zip(names, group, weights, strict=True):
             quantized = stacked.rows(start, start + len(weight))
             start += len(weight)
-            made = quantized.dequantize()
+            try:
+                pair = correct(weight - quantized.dequantize(), H) if correct is not None and H is not None else None
+            except EdgetuneError as error:
+                raise type(error)(f"{name}: {error}") from error
+            made = corrected_weight(quantized.dequantize(), pair)
             E = weight - made
-            loss, whole = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
+            loss, most = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
                 output_loss(E, H, fast=fast), output_loss(weight, H, fast=fast)
             )  # fmt: skip
-            done[name] = LayerResult(quantized.cpu(), float(f"{loss / whole if whole else 0.0:.3g}"), fallbacks)
+            share = float(f"{loss / most if most else 0.0:.3g}")
+            pair = pair and (pair[0].cpu(), pair[1].cpu())
+            done[name] = LayerResult(quantized.cpu(), share, fallbacks, pair)
             _put(block, short, made)
     return done
 
@@ -314,7 +329,7 @@ def _collect(
                 batch.seen[name] = X
             raise _CapturedError
 
-        with _watch(block, index, batch, see), _shortcuts(block, batch):
+        with _watch(block, index, batch, see), shortcuts(block, batch.seen):
             try:
                 block(batch.hidden, **batch.block_kwargs[index])
             except _CapturedError:
@@ -322,39 +337,22 @@ def _collect(
     return hessian.H, cross.H if cross.n_inputs else None
 
 
-def _follow(block: nn.Module, index: int, batches: list[_Batch]) -> None:
-    """Send the float model's hidden states through the block, which still is float, and keep what its layers read."""
+def _outputs(
+    block: nn.Module, index: int, batches: list[_Batch], weights: Mapping[str, Tensor], i: int
+) -> tuple[Tensor, Tensor]:
+    """Give a block's output [B, T, C] for a batch, its layers having other weights, and the float model's."""
+    batch = batches[i]
+    assert batch.unquantized is not None
+    made = call_with(block, f"model.layers.{index}.", weights, batch.hidden, **batch.block_kwargs[index])
+    return made, batch.unquantized
+
+
+def _follow(block: nn.Module, index: int, batches: list[_Batch], *, keep: bool) -> None:
+    """Send the float model's hidden states through the block, which still is float; `keep` what its layers read."""
     for batch in batches:
         assert batch.unquantized is not None
-        with _watch(block, index, batch, batch.inputs.__setitem__):
+        with _watch(block, index, batch, batch.inputs.__setitem__ if keep else lambda *_: None):
             batch.unquantized = block(batch.unquantized, **batch.block_kwargs[index])
-
-
-@contextmanager
-def _shortcuts(block: nn.Module, batch: _Batch) -> Iterator[None]:
-    """Spare what need not be computed again: a module whose last layer's input was seen is that layer alone."""
-    known = [name for name, last in LAST.items() if last in batch.seen]
-    kept = {name: block.get_submodule(name) for module in known for name in (module, NORM[module])}
-    for name in known:
-        setattr(block, name, _Shortcut(block.get_submodule(LAST[name]), batch.seen[LAST[name]], name == "self_attn"))
-        setattr(block, NORM[name], nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in kept.items():
-            setattr(block, name, module)
-
-
-class _Shortcut(nn.Module):
-    """Stands in for attention, which gives its weights as well, or for the feed-forward part."""
-
-    def __init__(self, last: nn.Module, inputs: Tensor, attends: bool) -> None:
-        super().__init__()
-        self.last, self.inputs, self.attends = last, inputs, attends
-
-    def forward(self, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
-        made: Tensor = self.last(self.inputs)
-        return (made, None) if self.attends else made
 
 
 @contextmanager

@@ -25,11 +25,12 @@ def run(
     source: Artifact, out: Path, *, calibration: CalibrationSet, device: str = "cpu", progress: Report = silent
 ) -> Artifact:
     """Write `moments.npz`: module name -> mean squared input [C], float32, over the calibration rows."""
-    from edgetune.compress.layerwise import load_model, second_moments
+    from edgetune.compress.layerwise import second_moments
+    from edgetune.compress.streamed import open_model
 
     sources = {"calibration": calibration.digest}
     with draft(out, kind="evidence", stage=STAGE, config={}, parents=[source], sources=sources) as pending:
-        found = second_moments(load_model(source), calibration.ids, device=device, progress=progress)
+        found = second_moments(open_model(source), calibration.ids, work=pending.work, device=device, progress=progress)
         arrays = {name: tensor.numpy() for name, tensor in sorted(found.items())}
         np.savez(pending.path / FILE, **arrays)  # type: ignore[arg-type]
         pending.calibration = calibration.digest

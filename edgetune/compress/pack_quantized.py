@@ -3,8 +3,8 @@
     NAME.weight_packed int32 [R, C * bits / 32]    NAME.weight_scale float16 [R, G]
     NAME.weight_shape  int64 [2]                   NAME.weight_zero_point int32 [R * bits / 32, G], asymmetric only
 
-Codes and zero points are packed as AutoGPTQ packs them (`packing`), but codes along C. Shapes: R out-features, C
-in-features, G groups of neighbouring columns.
+Codes and zero points are packed as AutoGPTQ packs them (`packing`), but codes along C, and a last word may be filled in
+part. 2 to 8 bits. Shapes: R out-features, C in-features, G groups of neighbouring columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.compress.packing import pack, unpack
+from edgetune.compress.packing import pack, unpack, values_in_unit
 from edgetune.compress.scheme import Quantized, Scheme
 from edgetune.errors import UnsupportedError
 
@@ -42,11 +42,11 @@ def packed(name: str, layer: Quantized, bits: int, *, sym: bool) -> dict[str, Te
     if not torch.equal(layer.g_idx, torch.arange(C, dtype=layer.g_idx.dtype) // (C // G)):
         raise UnsupportedError(f"{name}: compressed-tensors keeps columns in their groups; set static_groups: true")
     parts = {
-        "weight_packed": pack(layer.q.T, bits).T.contiguous(),
+        "weight_packed": _pack(layer.q.T, bits).T.contiguous(),
         "weight_scale": layer.scales.contiguous(),
         "weight_shape": torch.tensor(layer.q.shape),
     }
-    return parts if sym else parts | {"weight_zero_point": pack(layer.zero_point, bits).contiguous()}
+    return parts if sym else parts | {"weight_zero_point": _pack(layer.zero_point, bits)}
 
 
 def read_bits(config: dict[str, Any], folder: str) -> int:
@@ -55,10 +55,10 @@ def read_bits(config: dict[str, Any], folder: str) -> int:
     weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
     integers = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
     plain = integers and not groups[0].get("input_activations") and not weights.get("actorder")
-    if config.get("format") != FORMAT or not plain or weights.get("num_bits") not in (2, 3, 4, 8):
+    if config.get("format") != FORMAT or not plain or weights.get("num_bits") not in (2, 3, 4, 5, 6, 8):
         raise UnsupportedError(
-            f"{folder}: of compressed-tensors, {FORMAT} with one group of layers can be read: integers of 2, 3, 4 or 8 "
-            "bits, activations as they are, no actorder"
+            f"{folder}: of compressed-tensors, {FORMAT} with one group of layers can be read: integers of 2, 3, 4, "
+            "5, 6 or 8 bits, activations as they are, no actorder"
         )
     return int(weights["num_bits"])
 
@@ -66,11 +66,24 @@ def read_bits(config: dict[str, Any], folder: str) -> int:
 def unpacked(parts: dict[str, Tensor], bits: int) -> Quantized:
     """Undo `packed`. Raises KeyError, RuntimeError or ValueError where tensors are missing or do not fit."""
     R, C = (int(size) for size in parts["weight_shape"].tolist())
-    q = unpack(parts["weight_packed"].T.contiguous(), bits).T[:, :C].contiguous().to(torch.uint8)
+    q = _unpack(parts["weight_packed"].T, bits).T[:, :C].contiguous().to(torch.uint8)
     scales = parts["weight_scale"].contiguous()
     G = scales.shape[1]
     if "weight_zero_point" in parts:
-        zero_point = unpack(parts["weight_zero_point"], bits)[:R].contiguous()
+        zero_point = _unpack(parts["weight_zero_point"], bits)[:R].contiguous()
     else:
         zero_point = torch.full((R, G), 2 ** (bits - 1), dtype=torch.int32)
     return Quantized(q, scales, zero_point, torch.arange(C, dtype=torch.int32) // (C // G))
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """Pack values [K, n] along K into ceil(K * bits / 32) words."""
+    K = len(values)
+    filled = torch.nn.functional.pad(values, (0, 0, 0, -K % values_in_unit(bits)))
+    return pack(filled, bits)[: -(-K * bits // 32)].contiguous()
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """Undo `_pack`; what stands beyond K are zeros."""
+    in_unit = values_in_unit(bits) * bits // 32
+    return unpack(torch.nn.functional.pad(words, (0, 0, 0, -len(words) % in_unit)), bits)

@@ -1,6 +1,7 @@
 """How AutoGPTQ packs codes into int32 words: a stream of bits, lowest first, over 32 / gcd(bits, 32) values.
 
-For 2, 4 and 8 bits that is 32 / bits values in a word; for 3 bits, 32 values in three words.
+For 2, 4 and 8 bits that is 32 / bits values in a word; for 3 bits, 32 values in three words; compressed-tensors does
+the same at 5 and 6 bits, of which AutoGPTQ has none.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     for k in range(unit):
         word, offset = divmod(k * bits, 32)
         words[:, word] |= (units[:, k] << offset) & 0xFFFFFFFF
-        words[:, word + 1] |= units[:, k] >> (32 - offset)  # what spills over; nothing but at 3 bits
+        words[:, word + 1] |= units[:, k] >> (32 - offset)  # what spills over; nothing but at 3, 5, 6 bits
     return _signed(words[:, :-1]).reshape(K * bits // 32, n)
 
 

@@ -23,12 +23,15 @@ from edgetune.recipe import Gptq, Rtn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgetune.compress.layerwise import Solve
+    from edgetune.compress.correction import Pair
+    from edgetune.compress.finished import LayerResult
+    from edgetune.compress.layerwise import Correct, Solve, Tune
     from edgetune.compress.scheme import Quantized
+    from edgetune.compress.tune import Outputs
     from edgetune.data.calibration import CalibrationSet
 
-RTN_STAGE = "compress.rtn/2"
-GPTQ_STAGE = "compress.gptq/2"
+RTN_STAGE = "compress.rtn/4"
+GPTQ_STAGE = "compress.gptq/4"
 
 
 def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
@@ -38,10 +41,17 @@ def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
     ordered = isinstance(config, Gptq) and config.desc_act and not config.static_groups
     if ordered and config.checkpoint == "compressed-tensors":
         raise UnsupportedError("compressed-tensors keeps columns in their groups; set static_groups: true")
+    rank = config.recover.rank if config.recover else 0
     for name, (out_features, in_features) in linear_shapes(model_config).items():
+        if rank >= min(out_features, in_features):
+            raise UnsupportedError(
+                f"recover.rank={rank} is no less than the {min(out_features, in_features)} features of {name}; "
+                "use a lower rank"
+            )
         check_group(name, in_features, config.group_size)
-        for bits in config.widths:
-            check_pack(name, out_features, in_features, bits)
+        if config.checkpoint == "gptq":
+            for bits in config.widths:
+                check_pack(name, out_features, in_features, bits)
     if config.allocate is not None:
         check_budget(config.allocate, config.group_size, model_config)
 
@@ -72,13 +82,16 @@ def run(
     Raises UnsupportedError before any work, StageError naming the layer.
     """
     from edgetune.compress.checkpoint import read_config, write_checkpoint
-    from edgetune.compress.layerwise import load_model, quantize_blocks
+    from edgetune.compress.finished import Lazily
+    from edgetune.compress.layerwise import quantize_blocks
+    from edgetune.compress.streamed import open_model
 
     model_config = read_config(source.path)
     check(config, model_config)
-    wants_rows = isinstance(config, Gptq)
+    wants_rows = config.calibration is not None
     if wants_rows and calibration is None:
-        raise UnsupportedError("gptq needs calibration rows and got none; give data in the recipe, or use rtn")
+        what = "gptq" if isinstance(config, Gptq) else "recover"
+        raise UnsupportedError(f"{what} needs calibration rows and got none; give data in the recipe, or use plain rtn")
     rows = calibration.ids if wants_rows and calibration is not None else None
     digest = calibration.digest if wants_rows and calibration is not None else None
     require_space(out.parent, source.size_bytes)
@@ -89,15 +102,15 @@ def run(
         out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=parents,
         sources=_sources(config, digest), versions=_versions(),
     ) as pending:  # fmt: skip
-        model = load_model(source)
         key = planned_identity(config, source.identity, digest, sensitivity.identity if sensitivity else None)
         results = quantize_blocks(
-            model, rows, solver(config, bits), work=pending.work, key=key, device=device, progress=progress,
+            open_model(source), rows, solver(config, bits), work=pending.work, key=key, device=device,
+            progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
-            fast=isinstance(config, Gptq) and config.hessian == "bfloat16",
+            fast=isinstance(config, Gptq) and config.hessian == "bfloat16", correct=_corrector(config),
+            tune=_tuner(config),
         )  # fmt: skip
-        del model
-        layers = {name: result.quantized for name, result in results.items()}
+        layers = Lazily(results, lambda name: results[name].quantized)
         how: dict[str, Any] = {"method": "rtn"}
         if isinstance(config, Gptq):
             how = {
@@ -105,13 +118,19 @@ def run(
                 "damp_percent": config.damp_percent,
             }  # fmt: skip
         write_checkpoint(pending.path, source, layers, scheme, bits=bits, form=config.checkpoint, **how)
+        if pairs := {name: result.pair for name, result in results.items() if result.pair is not None}:
+            from edgetune.compress.correction import write_correction
+
+            write_correction(pending.path, pairs)
         hold(pending.path)
         errors = {name: result.relative_error for name, result in results.items()}
         pending.seed, pending.calibration = seed, digest
         pending.scheme = {
             "bits": scheme.bits, "group_size": config.group_size, "sym": config.sym,
             "desc_act": isinstance(config, Gptq) and config.desc_act,
-            "bits_per_weight": _bits_per_weight(scheme, model_config, bits),
+            "bits_per_weight": _bits_per_weight(
+                scheme, model_config, bits, config.recover.rank if config.recover else 0
+            ),
         }  # fmt: skip
         if config.allocate is not None:
             pending.scheme["bits_of"] = bits
@@ -120,6 +139,8 @@ def run(
             "relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6),
             "vllm": broken_rules(config.checkpoint, scheme, linear_shapes(model_config), sorted(set(bits.values()))),
         }  # fmt: skip
+        if tuned := {n.partition(".self_attn")[0]: r.tuned for n, r in results.items() if r.tuned and ".q_proj" in n}:
+            pending.notes["tuned"] = tuned
     return pending.artifact
 
 
@@ -131,7 +152,7 @@ def _bits(config: Rtn | Gptq, model_config: dict[str, Any], sensitivity: Artifac
     return layer_bits(config.allocate, config.group_size, model_config, read(sensitivity))
 
 
-def solver(config: Rtn | Gptq, bits: Mapping[str, int]) -> Solve:
+def solver(config: Rtn | Gptq, bits: Mapping[str, int]) -> Solve[Quantized]:
     """Give what quantizes the layers of a group, with the bits of the first of them."""
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
@@ -153,11 +174,49 @@ def solver(config: Rtn | Gptq, bits: Mapping[str, int]) -> Solve:
     return solve
 
 
-def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any], bits: Mapping[str, int]) -> float:
-    """Bits for each quantized weight, scales and zero points counted, over all layers."""
-    sizes = [(R * C, replace(scheme, bits=bits[name]).bits_per_weight(C)) for name, (R, C) in
-             linear_shapes(model_config).items()]  # fmt: skip
-    return round(sum(n * each for n, each in sizes) / sum(n for n, _ in sizes), 4)
+def _corrector(config: Rtn | Gptq) -> Correct | None:
+    if (recover := config.recover) is None:
+        return None
+    from edgetune.compress.correction import low_rank
+
+    def correct(error: Tensor, hessian: Tensor) -> Pair:
+        A, B = low_rank(error, hessian, recover.rank, recover.method)
+        return A.half(), B.half()  # as they are stored
+
+    return correct
+
+
+def _tuner(config: Rtn | Gptq) -> Tune | None:
+    if not isinstance(config, Gptq) or (asked := config.tune) is None:
+        return None
+    from edgetune.compress.correction import corrected_weight
+    from edgetune.compress.tune import tune_scales
+
+    def tune(
+        done: Mapping[str, LayerResult[Any]], outputs: Outputs, n_batches: int, device: str
+    ) -> dict[str, LayerResult[Any]]:
+        def corrected(weights: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
+            return outputs({name: corrected_weight(W, done[name].pair) for name, W in weights.items()}, i)
+
+        layers = {name: result.quantized.to(device) for name, result in done.items()}
+        tuned = tune_scales(layers, corrected, n_batches, steps=asked.steps, learning_rate=asked.learning_rate)
+        errors = (float(f"{tuned.before:.3g}"), float(f"{tuned.after:.3g}"))
+        return {
+            name: replace(result, quantized=replace(result.quantized, scales=tuned.scales[name].cpu()), tuned=errors)
+            for name, result in done.items()
+        }
+
+    return tune
+
+
+def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any], bits: Mapping[str, int], rank: int) -> float:
+    """Bits for each quantized weight, over all layers; scales, zero points and corrections of `rank` counted."""
+    shapes = linear_shapes(model_config)
+    stored = sum(
+        R * C * replace(scheme, bits=bits[name]).bits_per_weight(C) + 16 * rank * (R + C)
+        for name, (R, C) in shapes.items()
+    )
+    return round(stored / sum(R * C for R, C in shapes.values()), 4)
 
 
 def _stage(config: Rtn | Gptq) -> str:
@@ -165,7 +224,7 @@ def _stage(config: Rtn | Gptq) -> str:
 
 
 def _sources(config: Rtn | Gptq, calibration_digest: str | None) -> dict[str, str]:
-    return {"calibration": calibration_digest} if isinstance(config, Gptq) and calibration_digest else {}
+    return {"calibration": calibration_digest} if config.calibration is not None and calibration_digest else {}
 
 
 def _versions() -> dict[str, str]:

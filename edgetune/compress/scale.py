@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgetune.compress.hessian import Hessian
     from edgetune.data.calibration import CalibrationSet
 
-STAGE = "compress.awq/1"
+STAGE = "compress.awq/2"
 # What makes the input of each group of layers.
 MAKES = {
     "self_attn.q_proj": "input_layernorm",

@@ -66,8 +66,11 @@ class Quantized:
         part = slice(start, stop)
         return Quantized(self.q[part], self.scales[part], self.zero_point[part], self.g_idx.clone())
 
+    def to(self, device: torch.device | str) -> Quantized:
+        return Quantized(*(part.to(device) for part in (self.q, self.scales, self.zero_point, self.g_idx)))
+
     def cpu(self) -> Quantized:
-        return Quantized(self.q.cpu(), self.scales.cpu(), self.zero_point.cpu(), self.g_idx.cpu())
+        return self.to("cpu")
 
 
 def check_group(name: str, in_features: int, group_size: int) -> None:

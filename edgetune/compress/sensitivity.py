@@ -1,8 +1,8 @@
 """What each number of bits costs each group of layers: KL(float model || the same with this group alone quantized).
 
 Measured, not estimated: a group is quantized as its step will do it, on what the float model shows it, and the blocks
-from there on are run again; those before it keep their outputs. Shapes: B rows of a batch, T tokens, C in-features,
-N positions.
+from there on are run again; those before it keep their outputs. Scales that are learned afterwards and corrections
+beside the integers are left out. Shapes: B rows of a batch, T tokens, C in-features, N positions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from edgetune.recipe import Gptq, Rtn
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from edgetune.compress.layerwise import Blocks, Solve
+    from edgetune.compress.layerwise import Solve
+    from edgetune.compress.pieces import Blocks
+    from edgetune.compress.scheme import Quantized
     from edgetune.data.calibration import CalibrationSet
 
 STAGE = "compress.sensitivity/1"
@@ -93,7 +95,7 @@ def read(evidence: Artifact) -> Losses:
 def measure(
     model: Any,
     rows: NDArray[np.int64],
-    solvers: Mapping[int, Solve],
+    solvers: Mapping[int, Solve[Quantized]],
     *,
     shown: NDArray[np.int64] | None = None,
     done: Losses | None = None,
@@ -109,7 +111,7 @@ def measure(
     import torch
 
     from edgetune.compress.divergence import bucket_log_probs, summed_kl, top_tokens
-    from edgetune.compress.layerwise import Blocks
+    from edgetune.compress.pieces import Blocks
 
     blocks, found = Blocks(model, rows, device=device), dict(done or {})
     calibrating = None if shown is None else Blocks(model, shown, device=device)
@@ -187,7 +189,7 @@ def _losses(file: Path) -> Losses:
 
 
 def _config(config: Rtn | Gptq) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"allocate": {"budget"}})
+    return config.model_dump(mode="json", exclude={"allocate": {"budget"}, "recover": True, "tune": True})
 
 
 def _sources(calibration_digest: str | None, measured_digest: str) -> dict[str, str]:

@@ -70,16 +70,21 @@ class PackBuilder:
         self._tail: list[NDArray[np.float32]] = []
         self._n_vocab = 0
 
-    def add(self, logits: Logits, k: int) -> None:
-        """Add the next row's logits, [N, V]."""
-        self._n_vocab = logits.shape[1]
+    def add(self, logits: Logits, k: int, named: NDArray[np.int64] | None = None) -> None:
+        """Add the next row's logits, [N, V].
+
+        Where `named` are given, ids in ascending order, only they are kept, each by its place among them; the mass of
+        all others is in the tail.
+        """
+        told = logits if named is None else logits[:, named]
+        self._n_vocab = told.shape[1]
         k = min(k, self._n_vocab)
-        near = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)  # ascending ids, so that ties keep order
-        order = np.argsort(-np.take_along_axis(logits, near, axis=1), axis=1, kind="stable")
+        near = np.sort(np.argpartition(-told, k - 1, axis=1)[:, :k], axis=1)  # ascending ids, so that ties keep order
+        order = np.argsort(-np.take_along_axis(told, near, axis=1), axis=1, kind="stable")
         ids = np.take_along_axis(near, order, axis=1)
-        top = logits.argmax(1)  # a tie at the cut may have left the lowest id out
+        top = told.argmax(1)  # a tie at the cut may have left the lowest id out
         ids[:, 0] = np.where((ids == top[:, None]).any(1), ids[:, 0], top)
-        log_probs, tail = _buckets(logits, ids)
+        log_probs, tail = _buckets(logits, ids if named is None else named[ids])
         self._ids.append(ids.astype(np.uint32))
         self._log_probs.append(log_probs.astype(np.float32))
         self._tail.append(tail.astype(np.float32))

@@ -92,13 +92,25 @@ def make_golden(
 
 def trained_golden(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], stop_ids: Sequence[int]) -> Golden:
     """Render training rows, with the ids and the label mask that training gives each."""
-    made = []
-    for row in rows:
-        seen = render(row, tokenizer, stop_ids)
-        talk = conversation_of(tokenizer, row.as_dicts, list(row.tools))
-        learned = {"muted": sorted(row.muted), "trained_ids": list(seen.ids), "labels": seen.mask}
-        made.append(talk.model_copy(update=learned))
+    return _golden(tokenizer, [_trained(tokenizer, row, stop_ids) for row in rows], stop_ids)
+
+
+def rendered_again(golden: Golden, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Golden:
+    """Render the same conversations and texts with a tokenizer of other ids."""
+    made = [
+        conversation_of(tokenizer, talk.messages, talk.tools)
+        if talk.trained_ids is None
+        else _trained(tokenizer, talk.row, stop_ids)
+        for talk in golden.conversations
+    ]
     return _golden(tokenizer, made, stop_ids)
+
+
+def _trained(tokenizer: PreTrainedTokenizerBase, row: Row, stop_ids: Sequence[int]) -> Conversation:
+    seen = render(row, tokenizer, stop_ids)
+    talk = conversation_of(tokenizer, row.as_dicts, list(row.tools))
+    learned = {"muted": sorted(row.muted), "trained_ids": list(seen.ids), "labels": seen.mask}
+    return talk.model_copy(update=learned)
 
 
 def conversation_of(

@@ -33,6 +33,11 @@ class Rendered:
         return sum(self.labels)
 
     @property
+    def asks(self) -> bool:
+        """Whether the last answer is learned and there is a prompt before it: a plain text asks nothing."""
+        return self.start > 1 and any(self.labels[self.start :])
+
+    @property
     def mask(self) -> str:
         """The labels as text: "1" where a token is learned, else "0"."""
         return "".join(str(int(learned)) for learned in self.labels)

@@ -76,6 +76,7 @@ def test_other_verbs_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"ACCELERATE_USE_FSDP": "true"}, r"^FSDP shards weights, which are not gathered here; leave it out"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"^DeepSpeed shards weights"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, r"^accelerate's mixed_precision is fp16, but training computes"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, r"^accelerate launch .* and started one, as it"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPTQConfig
 
 from edgetune.artifact import Artifact
 from edgetune.compress.checkpoint import load_dequantized, read_layers
@@ -45,7 +46,7 @@ def test_words_by_hand() -> None:
     assert pack(three, 3).tolist() == [[0b01 << 30], [0b1], [(0b11) | (0b011 << 29)]]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_packing_round_trip(bits: int) -> None:
     values = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(bits), dtype=torch.int32)
     words = pack(values, bits)
@@ -81,6 +82,7 @@ def test_settings_are_said_twice_and_the_tokenizer_comes_along(rounded: Artifact
     wanted = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "lm_head": False}
     assert config["quantization_config"].items() >= (wanted | {"checkpoint_format": "gptq"}).items()
     assert config["dtype"] == "float16"
+    GPTQConfig.from_dict(config["quantization_config"])  # what transformers checks before it loads
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "golden.json"):
         assert (rounded.path / name).read_bytes() == (tiny_model.path / name).read_bytes()
 

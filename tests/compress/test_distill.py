@@ -8,41 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM
 
-from edgetune.adapt.trainer import LabelledHead, Rows, pack, pad
+from edgetune.adapt.trainer import Rows, pack, pad
 from edgetune.artifact import Artifact
 from edgetune.compress import distill, teacher
-from edgetune.compress.distill import Coach, hidden_loss, position_loss, taught
+from edgetune.compress.coach import Coach
+from edgetune.compress.distill import hidden_loss, position_loss, taught
 from edgetune.compress.divergence import EMPTY, bucket_log_probs, divergence, top_tokens
-from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
-from edgetune.data.render import Rendered, render, rows_digest
+from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError, UnsupportedError
-from edgetune.recipe import Distill
+from edgetune.recipe_distill import Distill
 from edgetune.runtime.engines.torch_engine import TorchEngine
+from tests.compress.conftest import kill_distilling, make_trainer
 from tests.conftest import make_tiny_model
 from tests.oracles import students_float64 as oracle
 
 CONFIG = Distill(
     batch_size=4, max_steps=6, eval_steps=2, eval_rows=4, learning_rate=5e-3, top_k=16, temperature=2.0, report_to=[]
 )
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_model: Artifact) -> list[Rendered]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
-    made = []
-    for n in range(20):
-        turns = [("user", f"set the light to {n} percent"), ("assistant", f'{{"level":{n}}}')]
-        turns += [("user", "what"), ("assistant", f"{n}")] if n % 3 == 0 else []  # labels in two places
-        made.append(render(Row(tuple(turns), None, n + 1), tokenizer, [2]))
-    return made
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_tiny_model(tmp_path_factory.mktemp("student") / "model", seed=5, layers=1, hidden=32)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +76,12 @@ def test_the_loss_is_the_stated_mixture() -> None:
         wanted = 0.75 * 9 * oracle.divergence(p, q, reverse=True, skew=0.1)
         wanted += 0.25 * -np.log(oracle.softmax(logits[n].numpy())[n])
         assert float(found[n]) == pytest.approx(wanted, abs=1e-9)
+    whole = position_loss(
+        logits, labels, None, (other / 3).log_softmax(1), temperature=3.0, reverse=False, skew=0.0, label_weight=0.0
+    )
+    for n in range(5):
+        p, q = oracle.softmax(other[n].numpy() / 3), oracle.softmax(logits[n].numpy() / 3)
+        assert float(whole[n]) == pytest.approx(9 * oracle.divergence(p, q, reverse=False, skew=0.0), abs=1e-9)
     a, b = torch.randn(3, 4), torch.randn(3, 4)
     assert torch.allclose(hidden_loss(a, b), ((a - b) ** 2).mean(1) / (b**2).mean())
     assert float(hidden_loss(b, b).sum()) == 0
@@ -145,7 +136,7 @@ def test_a_batch_meets_what_was_said_of_its_own_rows(
 ) -> None:
     """The teacher itself, in the student's place, has no divergence from what it said, in any order of rows."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model.path, dtype=torch.float32)
-    trainer = make(CONFIG.model_copy(update={"label_weight": 0.0}), model, rows, said)
+    trainer = make_trainer(CONFIG.model_copy(update={"label_weight": 0.0}), model, rows, said)
     batch = collate([Rows(rows)[place] for place in (7, 3, 12)])
     with torch.no_grad():
         own = float(trainer.compute_loss(model, batch))
@@ -153,18 +144,8 @@ def test_a_batch_meets_what_was_said_of_its_own_rows(
     assert abs(own) < others / 10
 
 
-def make(config: Distill, model: Any, rows: list[Rendered], said: Artifact, coach: Coach | None = None) -> Any:
-    from edgetune.adapt.trainer import Split, make_trainer
-
-    return make_trainer(
-        distill.DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), Split.of(config, rows, 0),
-        torch.optim.AdamW(model.parameters()), work=Path("unused"), device="cpu", seed=0, progress=lambda *_: None,
-        log_folder=None, distill=config, said=teacher.read(said), coach=coach,
-    )  # fmt: skip
-
-
 def test_hidden_states_of_a_batch_are_the_teachers(tiny_model: Artifact, rows: list[Rendered]) -> None:
-    coach = Coach.load(tiny_model.path, "cpu")
+    coach = Coach.load(tiny_model.path, "cpu", [1])
     model = AutoModelForCausalLM.from_pretrained(tiny_model.path, dtype=torch.float64)
     chosen = [7, 3, 12]
     with torch.no_grad():
@@ -174,16 +155,11 @@ def test_hidden_states_of_a_batch_are_the_teachers(tiny_model: Artifact, rows: l
             wanted.append(states[[t - 1 for t, label in enumerate(rows[place].labels) if label]])
     for collate in (pack, pad):
         batch = collate([Rows(rows)[place] for place in chosen])
-        found = coach.states(batch, batch["labels"][:, 1:] != -100)
+        coach.read(batch)
+        (found,) = coach.taps.states(batch["labels"][:, 1:] != -100)
         torch.testing.assert_close(found.double(), torch.cat(wanted), rtol=0.1, atol=0.1)  # bfloat16 on some CPUs
     assert torch.equal(coach.projection(64).weight, torch.eye(64))
     assert coach.projection(32).weight.shape == (64, 32)
-
-
-class Dies(TrainerCallback):  # type: ignore[misc]
-    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.global_step == 5:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
@@ -202,15 +178,8 @@ def test_a_student_learns_and_goes_on_after_a_kill_to_the_same_bytes(
     assert whole.identity == distill.planned_identity(
         config, student.identity, tiny_model.identity, said.identity, rows_digest(rows), 0
     )
-    make_trainer = distill.make_trainer
     with monkeypatch.context() as patch:
-
-        def dying(*args: object, **kwargs: object) -> object:
-            trainer = make_trainer(*args, **kwargs)  # type: ignore[arg-type]
-            trainer.add_callback(Dies())
-            return trainer
-
-        patch.setattr(distill, "make_trainer", dying)
+        kill_distilling(patch, step=5)
         with pytest.raises(KeyboardInterrupt):
             run("cut")
     steps: list[int] = []

@@ -17,7 +17,7 @@ from edgetune.compress.architectures import SHARED_INPUTS
 from edgetune.compress.checkpoint import read_layers
 from edgetune.compress.gptaq import corrected
 from edgetune.compress.gptq import gptq_quantize
-from edgetune.compress.hessian import Hessian, inverse_factor, output_loss
+from edgetune.compress.hessian import Hessian, damped_factor, output_loss
 from edgetune.compress.layerwise import load_model, quantize_blocks
 from edgetune.compress.quantize import planned_identity, run
 from edgetune.compress.rtn import rtn_quantize
@@ -84,7 +84,7 @@ def test_the_corrected_weight_is_that_of_least_squares(share: float) -> None:
     H, cross = moments(floats, seen)
     damp = 0.01 * float(H.diagonal().mean())
     expected = gptq_float64.gptaq_target(W.numpy(), floats.numpy(), seen.numpy(), damp, share)
-    found = corrected(W, cross, inverse_factor(H, 0.01).upper, share)
+    found = corrected(W, cross, damped_factor(H, 0.01).upper, share)
     assert np.allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
 
 

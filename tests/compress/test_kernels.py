@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgetune.compress.gptq import gptq_codes, gptq_quantize
-from edgetune.compress.hessian import Hessian, inverse_factor, output_loss
+from edgetune.compress.hessian import Hessian, damped_factor, inverse_factor, output_loss
 from edgetune.compress.rtn import rtn_quantize
 from edgetune.compress.scheme import Scheme, check_group, find_grid
 from edgetune.errors import StageError, UnsupportedError
@@ -33,7 +33,7 @@ def problem(seed: int, R: int = 12, C: int = 64, n_inputs: int = 256) -> tuple[T
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "sym", "desc_act", "static_groups"),
-    list(itertools.product((3, 4), (16, -1), (True, False), (True, False), (True, False))),
+    list(itertools.product((3, 4, 6), (16, -1), (True, False), (True, False), (True, False))),
 )
 def test_gptq_gives_the_codes_of_the_oracle(
     bits: int, group_size: int, sym: bool, desc_act: bool, static_groups: bool
@@ -78,7 +78,7 @@ def test_float32_agrees_with_float64_but_for_ties() -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 2**31), bits=st.sampled_from((2, 3, 4, 8)), group_size=st.sampled_from((16, 32, -1)),
+    seed=st.integers(0, 2**31), bits=st.sampled_from((2, 3, 4, 5, 6, 8)), group_size=st.sampled_from((16, 32, -1)),
     sym=st.booleans(), desc_act=st.booleans(), search=st.booleans(),
 )  # fmt: skip
 def test_gptq_never_loses_to_rounding(
@@ -130,7 +130,7 @@ def test_rounding_is_nearest_on_its_grid() -> None:
         assert (made.zero_point == 8).all() or not sym
 
 
-@given(low=st.floats(-4, 4), width=st.floats(0, 4), bits=st.sampled_from((2, 3, 4, 8)), sym=st.booleans())
+@given(low=st.floats(-4, 4), width=st.floats(0, 4), bits=st.sampled_from((2, 3, 4, 5, 6, 8)), sym=st.booleans())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_zero_points_never_reach_the_code_that_v1_cannot_store(low: float, width: float, bits: int, sym: bool) -> None:
     W = torch.linspace(low, low + width, 8, dtype=torch.float64).reshape(1, 8)
@@ -166,10 +166,25 @@ def test_hessian_is_the_same_in_any_batches() -> None:
     assert torch.allclose(whole.H, parts.H, atol=1e-6)
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
+@pytest.mark.parametrize("C", [8, 192, 200, 1600])
+def test_products_by_panels_are_those_of_the_whole(C: int) -> None:
+    rng = torch.Generator().manual_seed(C)
+    X, E = (torch.randn(n, C, generator=rng, dtype=torch.float64) for n in (40, 5))
+    hessian = Hessian(C, dtype=torch.float64)
+    for part in X.split(25):
+        hessian.add(part)
+    H = 2 / 40 * X.T @ X
+    assert torch.allclose(hessian.H, H, rtol=1e-12, atol=1e-12)
+    assert output_loss(E, H) == pytest.approx(float(torch.trace(E @ H @ E.T)), rel=1e-10)
+
+
+def test_the_factor_is_that_of_the_damped_hessian() -> None:
     _, H = problem(6)
-    U = inverse_factor(H, 0.01).upper
+    M = damped_factor(H, 0.01).upper
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    assert torch.equal(M, M.triu())
+    assert torch.allclose(M @ M.T, damped, rtol=1e-12, atol=1e-12)
+    U = inverse_factor(H, 0.01).upper
     assert torch.equal(U, U.triu())
     assert torch.allclose(U.T @ U, torch.linalg.inv(damped), rtol=1e-8, atol=1e-12)
 
@@ -177,15 +192,15 @@ def test_the_factor_is_that_of_the_inverse() -> None:
 def test_more_damping_is_a_fallback_that_is_said() -> None:
     H = torch.eye(8, dtype=torch.float64)
     H[0, 1] = H[1, 0] = 1.05  # not positive definite until some 5 percent are added
-    factor = inverse_factor(H, 0.01)
+    factor = damped_factor(H, 0.01)
     assert factor.damp_percent == pytest.approx(0.1)
     assert factor.fallbacks == ("the Hessian needed damp_percent=0.1, 0.01 was asked",)
     H[0, 1] = H[1, 0] = 5.0
     with pytest.raises(StageError, match=r"not positive definite, even with damp_percent=1; give more"):
-        inverse_factor(H, 0.01)
+        damped_factor(H, 0.01)
     H[2, 2] = torch.nan
     with pytest.raises(StageError, match="not finite"):
-        inverse_factor(H, 0.01)
+        damped_factor(H, 0.01)
 
 
 def test_a_group_that_does_not_fit_names_layer_and_way_out() -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,10 @@ from edgetune.artifact import Artifact
 from edgetune.compress import pack_quantized
 from edgetune.compress.checkpoint import load_dequantized, read_layers
 from edgetune.compress.quantize import check, run
+from edgetune.compress.rtn import rtn_quantize
 from edgetune.compress.scheme import Scheme
 from edgetune.compress.vllm_rules import broken_rules
+from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import UnsupportedError
 from edgetune.found import find
 from edgetune.recipe import Gptq, Rtn
@@ -27,6 +30,8 @@ SCHEMES: list[dict[str, Any]] = [
     {"bits": 8, "group_size": 64, "sym": True},
     {"bits": 4, "group_size": -1, "sym": True},
     {"bits": 3, "group_size": 32, "sym": False},
+    {"bits": 5, "group_size": 16, "sym": True},
+    {"bits": 6, "group_size": 16, "sym": False},
 ]
 
 
@@ -34,7 +39,7 @@ def made(source: Artifact, out: Path, scheme: dict[str, Any], form: Any = "compr
     return run(Rtn(checkpoint=form, **scheme), source, out)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme["bits"] not in (5, 6)])
 def test_it_holds_what_autogptqs_format_holds(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
     ours, plain = (read_layers(made(tiny_model, tmp_path / form, scheme, form).path)
                    for form in ("compressed-tensors", "gptq"))  # fmt: skip
@@ -64,15 +69,73 @@ def test_its_own_library_unpacks_the_same_weights(tiny_model: Artifact, tmp_path
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme["sym"]])
 def test_transformers_reads_it(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
     """Symmetric ones: with zero points, version 0.20 prepares places for them that are not packed, and refuses."""
+    compare(made(tiny_model, tmp_path / "out", scheme).path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_dequantizes_it(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    """With zero points too, which the packed way refuses."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import CompressedTensorsConfig
+
+    asked = CompressedTensorsConfig(dequantize=True)
+    compare(made(tiny_model, tmp_path / "out", scheme).path, quantization_config=asked)
+
+
+def compare(folder: Path, **settings: Any) -> None:
+    """Hold transformers' logits against those of our own dequantization."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
-    folder = made(tiny_model, tmp_path / "out", scheme).path
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         found, wanted = theirs(ids).logits, load_dequantized(folder)(ids).logits
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_rows_that_fill_words_in_part_are_packed_as_its_library_packs_them(bits: int) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    weight = torch.randn(11, 72, generator=torch.Generator().manual_seed(bits))
+    layer = rtn_quantize(weight, Scheme(bits, 8, sym=False))
+    parts = pack_quantized.packed("layer", layer, bits, sym=False)
+    signed = (layer.q.int() - 2 ** (bits - 1)).to(torch.int8)
+    zeros = (layer.zero_point - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(parts["weight_packed"], pack_to_int32(signed, bits))
+    assert torch.equal(parts["weight_zero_point"], pack_to_int32(zeros, bits, packed_dim=0))
+    back = pack_quantized.unpacked(parts, bits)
+    for part in ("q", "scales", "zero_point", "g_idx"):
+        assert torch.equal(getattr(back, part), getattr(layer, part)), part
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_five_and_six_bits_from_gptq_to_an_engine(tiny_model: Artifact, tmp_path: Path, bits: Any) -> None:
+    rows = CalibrationSet(np.random.default_rng(0).integers(0, 512, (8, 16)))
+    config = Gptq(bits=bits, group_size=16, sym=False, checkpoint="compressed-tensors")
+    done = run(config, tiny_model, tmp_path / "out", calibration=rows)
+    coarse = run(Gptq(bits=4, group_size=16, sym=False), tiny_model, tmp_path / "coarse", calibration=rows)
+    errors = [one.manifest.notes["mean_relative_error"] for one in (done, coarse)]
+    assert errors[0] < 0.6 * errors[1]
+    assert max(int(layer.q.max()) for layer in read_layers(done.path).values()) == 2**bits - 1
+    assert bits < done.manifest.scheme["bits_per_weight"] < bits + 2
+    assert done.manifest.notes["vllm"]["reads"] == [f"compressed-tensors of {bits} bits; vLLM reads 4, 8"]
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_exports_without_those_bits_refuse_before_any_work(tiny_model: Artifact, bits: Any) -> None:
+    from edgetune.compress.checkpoint import read_config
+    from edgetune.export import onnx, tensorrt
+    from edgetune.recipe_export import OnnxExport, TensorrtExport
+
+    made, config = Rtn(bits=bits, group_size=16, checkpoint="compressed-tensors"), read_config(tiny_model.path)
+    for precision in ("int4", "int8"):
+        with pytest.raises(UnsupportedError, match=f"onnx precision {precision} cannot hold bits={bits}; use bits"):
+            onnx.check(OnnxExport(builder="own", precision=precision), config, made)
+    with pytest.raises(UnsupportedError, match="bits: 4"):
+        tensorrt.check(TensorrtExport(precision="int4"), config, made)
 
 
 def test_engines_run_it_as_any_checkpoint(tiny_model: Artifact, tmp_path: Path) -> None:
@@ -120,8 +183,6 @@ def test_columns_that_left_their_groups_are_refused(tiny_model: Artifact) -> Non
 
 
 def read_layers_of(source: Artifact) -> Any:
-    from edgetune.compress.rtn import rtn_quantize
-
     return {"layer": rtn_quantize(torch.randn(64, 64), Scheme(4, 32, sym=True))}
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from edgetune.adapt import sft
 from edgetune.artifact import Artifact, draft
-from edgetune.compress import distill, quantize, scale, teacher
+from edgetune.compress import distill, quantize, scale, sparsify, teacher
 from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.checks import apart, refuse_untaught
@@ -23,7 +23,9 @@ from edgetune.data.golden import Golden, trained_golden
 from edgetune.data.records import Record
 from edgetune.data.render import Rendered, render
 from edgetune.errors import ContractError, DataError
-from edgetune.recipe import Adapt, Awq, Distill, Prune, Rtn
+from edgetune.recipe import Adapt, Awq, Prune, Rtn
+from edgetune.recipe_distill import Distill
+from edgetune.recipe_sparsify import Sparsify
 from tests.data.test_formats import ANSWERED, ASKED, TOOL, WITH_TOOLS
 
 # As the tiny model's, and with tools, calls and their results.
@@ -88,7 +90,7 @@ def wrong(folder: Path, tmp_path: Path) -> Artifact:
     return pending.artifact
 
 
-@pytest.mark.parametrize("stage", ["full", "prune", "awq", "distill"])
+@pytest.mark.parametrize("stage", ["full", "prune", "awq", "sparsify", "distill"])
 def test_no_stage_passes_on_what_would_render_otherwise(wrong: Artifact, tmp_path: Path, stage: str) -> None:
     tokenizer, out = AutoTokenizer.from_pretrained(wrong.path), tmp_path / "made"
     rows = [render(row(prompt=f"set the light to {n}", completion="on"), tokenizer, [2]) for n in range(10)]
@@ -102,6 +104,8 @@ def test_no_stage_passes_on_what_would_render_otherwise(wrong: Artifact, tmp_pat
             pruning.run(Prune(layers=1), wrong, out, calibration=calibration)
         elif stage == "awq":
             scale.run(Awq(group_size=32), wrong, out, calibration=calibration)
+        elif stage == "sparsify":
+            sparsify.run(Sparsify(), wrong, out, calibration=calibration)
         else:
             config = Distill(student="base", **short)
             said = teacher.run(config, wrong, tmp_path / "said", rows=rows)

@@ -192,9 +192,9 @@ def test_a_killed_child_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(StageError, match=r"^dies on x\.gguf: killed by SIGABRT; GGML_ASSERT failed$"):
         run_child("dies", {"file": "x.gguf"}, tmp_path / "job.json")
-    job = {"file": str(tmp_path / "no.gguf"), "out": str(tmp_path / "o"), "ftype": "Q8_0", "threads": 1}
-    with pytest.raises(StageError, match=r"llama_model_quantize gave 1: .*no\.gguf") as caught:
-        run_child("edgetune.export.gguf_quantize", job | {"types": {}, "moments": None}, tmp_path / "job.json")
+    job = {"source": str(tmp_path / "no"), "file": str(tmp_path / "x.gguf")}
+    with pytest.raises(StageError, match=r"gguf_convert on .*x\.gguf: exit code 1; .*no is not an artifact") as caught:
+        run_child("edgetune.export.gguf_convert", job, tmp_path / "job.json")
     assert "\n" not in str(caught.value)
 
 

@@ -47,7 +47,7 @@ def test_llama_cpp_with_it_is_peft_with_it(tiny_model: Artifact, tmp_path: Path,
     adapter = make_adapter(tiny_model, tmp_path / "adapter", **settings)
     made = run(adapter, tiny_model, tmp_path / "out")
     assert made.manifest.kind == "gguf-adapter"
-    assert made.manifest.notes["parity"]["max_abs"] < 1e-4
+    assert made.manifest.notes["parity"]["max_abs"] < 1e-3
     assert made.manifest.notes["matrices"] == 2 * len(settings.get("target_modules", LINEAR))
     assert made.identity == planned_identity(adapter.identity, tiny_model.identity)
     assert f"--lora {tmp_path / 'out' / 'adapter.gguf'}" in run_commands(made, tmp_path / "out")[0]

@@ -116,7 +116,7 @@ def test_what_gptq_cannot_do_is_refused(tiny_model: Artifact, tmp_path: Path) ->
     from edgetune.recipe import Rtn
 
     config = read_config(tiny_model.path)
-    with pytest.raises(UnsupportedError, match="gguf type Q8_0 leaves GPTQ nothing to choose"):
+    with pytest.raises(UnsupportedError, match="gptq: true chooses codes of Q4, Q5 and Q6 types, Q8_0 is none"):
         gguf.check(GgufExport(type="Q8_0", gptq=True), config)
     with pytest.raises(UnsupportedError, match="intermediate_size gives rows of 80"):
         gguf.check(GgufExport(gptq=True), config | {"intermediate_size": 80})

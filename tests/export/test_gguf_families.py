@@ -111,7 +111,7 @@ def test_plan_takes_what_run_takes(call: Call, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(json.dumps(raw))
     code, said, err = call("plan", str(tmp_path / "r.yaml"), "--store", str(tmp_path / "store"))
     assert (code, err) == (0, "")
-    assert said.count("unknown") == 2 * 9
+    assert said.count("unknown") == 2 * 11
     assert "time and memory are not known for this architecture" in said
     raw["adapt"] = {"memory_gb": 4}
     (tmp_path / "r.yaml").write_text(json.dumps(raw))

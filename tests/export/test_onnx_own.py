@@ -10,12 +10,14 @@ import pytest
 
 from edgetune.artifact import Artifact, identity
 from edgetune.compress import quantize
+from edgetune.data.calibration import CalibrationSet
 from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export import onnx as onnx_export
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import OnnxExport
+from edgetune.recipe_quantize import Recover
 from edgetune.runtime.engine import TokenRow, greedy
 from tests.conftest import make_tiny_model
 
@@ -151,6 +153,7 @@ def test_a_breach_is_refused_and_leaves_nothing(
         (own("int8"), NARROW, Rtn(bits=4), "use bits: 8"),
         (own("fp16"), NARROW, Rtn(), "fp16 holds no quantized weights"),
         (own("int4", head_bits=4), NARROW, Gptq(), "head_bits=4 was asked for"),
+        (OnnxExport(), NARROW | {"hidden_size": 128}, Gptq(recover=Recover()), "writes no correction beside integers"),
         (own("int4"), NARROW | {"hidden_size": 80}, Gptq(), "hidden_size=80 is no multiple of 32"),
     ],
 )
@@ -159,3 +162,15 @@ def test_check_refuses_before_any_work(
 ) -> None:
     with pytest.raises(UnsupportedError, match=says):
         onnx_export.check(config, model_config, quantized)
+
+
+def test_a_correction_beside_integers_is_in_the_graph(tiny_model: Artifact, tmp_path: Path) -> None:
+    scheme = Rtn(group_size=32, recover=Recover(rank=4))
+    rows = CalibrationSet(np.random.default_rng(2).integers(0, 512, (8, 16)))
+    source = quantize.run(scheme, tiny_model, tmp_path / "checkpoint", calibration=rows)
+    made = onnx_export.run(own("int4"), source, tmp_path / "out")  # holds the logits to the corrected weights'
+    assert made.manifest.notes["parity"]["float_activations"]["max_abs"] < 1e-4
+    assert made.manifest.notes["integers"] == {"layers": 14, "differences": 0}
+    assert made.manifest.notes["graph"]["operators"]["MatMul"] == 2 * 14
+    with pytest.raises(UnsupportedError, match="genai builder writes no correction"):
+        onnx_export.run(OnnxExport(precision="int4"), source, tmp_path / "genai")

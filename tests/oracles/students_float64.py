@@ -116,3 +116,26 @@ def divergence(p: Doubles, q: Doubles, *, reverse: bool, skew: float) -> float:
     first, second = (q, p) if reverse else (p, q)
     mixed = skew * first + (1 - skew) * second
     return float(sum(a * np.log(a / b) for a, b in zip(first, mixed, strict=True) if a > 0))
+
+
+def relation_kl(ours: Doubles, theirs: Doubles, n_heads: int, token: int) -> float:
+    """KL between two models' relations [T, W] of one token to itself and those before (arXiv:2012.15828, 3.1)."""
+    total = 0.0
+    for head in range(n_heads):
+        rows = []
+        for x in (theirs, ours):
+            size = x.shape[1] // n_heads
+            part = x[:, head * size : (head + 1) * size]
+            rows.append(softmax(np.array([part[token] @ part[other] / np.sqrt(size) for other in range(token + 1)])))
+        total += divergence(rows[0], rows[1], reverse=False, skew=0.0)
+    return total / n_heads
+
+
+def drawn(p: Doubles, number: float) -> int:
+    """The token whose share of [0, 1) holds a number."""
+    total = 0.0
+    for token, share in enumerate(p):
+        total += share
+        if number < total:
+            return token
+    return len(p) - 1

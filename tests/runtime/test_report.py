@@ -13,8 +13,8 @@ import pytest
 
 from edgetune.errors import ArtifactError
 from edgetune.runtime.evidence import Report, RowText
-from edgetune.runtime.report import measures, plots
-from edgetune.runtime.report.columns import COLUMNS, DASH, number, seconds
+from edgetune.runtime.report import measures
+from edgetune.runtime.report.columns import COLUMNS, DASH, number
 from edgetune.runtime.report.html import render_html, shown
 from edgetune.runtime.report.markdown import ICONS, STYLES, console_table, render_markdown
 from edgetune.runtime.report.view import VERDICTS, View, build_view
@@ -353,36 +353,6 @@ def test_console_table(report: Report) -> None:
     assert "do not ship" in text
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "signed", "text"),
-    [(-0.004, 2, True, "0.00"), (1234.5, 1, False, "1,234.5"), (-3.2, 1, True, "−3.2"), (None, 1, False, "–"),
-     (float("nan"), 1, False, "–"), (0.26, 1, True, "+0.3")],
-)  # fmt: skip
-def test_numbers(value: float | None, digits: int, signed: bool, text: str) -> None:
-    assert number(value, digits, signed=signed) == text
-
-
-def test_durations() -> None:
-    assert [seconds(x) for x in (4.2, 725, 3780)] == ["4.2 s", "12 min 05 s", "1 h 03 min"]
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert plots.ticks(-1.2, 11, 6) == [0, 2, 4, 6, 8, 10]
-    assert plots.ticks(0, 0.031, 3) == pytest.approx([0, 0.01, 0.02, 0.03])
-    assert plots.ticks(3, 3, 5) == [3]
-
-
-def test_no_name_lies_over_the_budget_s() -> None:
-    points = [plots.Point("reference", "", 270, 0, 0, 0), plots.Point("here", "ship", 268, 2.0, 1.2, 2.8)]
-    drawn = plots.scatter(points, title="Size", unit="MB", x_limit=None, y_limit=2)
-    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" (?:text-anchor="(\w+)")?[^>]*>(here|loss budget)<', drawn)
-    assert len(found) == 4  # wide and narrow
-    for budget, here in (found[:2], found[2:]):
-        assert (budget[3], here[3]) == ("loss budget", "here")
-        apart = abs(float(budget[1]) - float(here[1])) > 10
-        assert apart or (here[2] == "end" and float(here[0]) < float(budget[0]) - 66)
-
-
 def test_what_holds_of_several_is_noted_once(report: Report) -> None:
     busy = report.latency[1].load.model_copy(update={"busy": True, "others_during": 0.4})
     timed = [one.model_copy(update={"load": busy}) for one in report.latency]
@@ -390,15 +360,3 @@ def test_what_holds_of_several_is_noted_once(report: Report) -> None:
     said = "the machine was busy during latency: other processes held 40 % of it"
     assert [subject for subject, text in notes if text == said] == ["reference, q4-gguf, q4-onnx, student-q4"]
     assert [text for subject, text in notes if not subject] == ["a", "b"]
-
-
-def test_pareto_front_holds_what_nothing_beats() -> None:
-    points = [
-        plots.Point(str(i), "ship", x, y, y, y) for i, (x, y) in enumerate([(1, 5), (2, 3), (2, 4), (3, 3), (4, 1)])
-    ]
-    assert [p.name for p in plots.front(points)] == ["0", "1", "4"]
-
-
-def test_bits_per_weight_comes_from_the_scheme() -> None:
-    assert measures.bits_per_weight({"scheme": {"bits_per_weight": 4.5}}) == 4.5
-    assert measures.bits_per_weight({"scheme": None, "notes": {}}) is None

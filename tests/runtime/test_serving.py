@@ -240,7 +240,7 @@ def test_a_server_is_asked_the_prompts_of_bench_remembered_and_merged(
     for digest, name in ((mine.artifact_digest, mine.name), (None, "m")):
         same = served.model_copy(update={"artifact_digest": digest})
         raw.write_text(timings(7.0).model_copy(update={"results": [], "served": [same]}).model_dump_json())
-        said = [line for subject, line in beside.lines(past.merge_timings(report, raw)) if subject == name]
+        said = [line.text for line in beside.lines(past.merge_timings(report, raw)) if line.subject == name]
         assert f"as {endpoint.url} serves it, asked from A, 2 cores: 1 at once: TTFT p50" in said[-2]
         assert "50 requests a second: TTFT p50" in said[-1]
 

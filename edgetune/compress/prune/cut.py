@@ -26,16 +26,16 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "mlp.down_proj": ("hidden", "neuron"),
     "input_layernorm": ("hidden",),
     "post_attention_layernorm": ("hidden",),
-    "model.embed_tokens": (None, "hidden"),
+    "model.embed_tokens": ("token", "hidden"),
     "model.norm": ("hidden",),
-    "lm_head": (None, "hidden"),
+    "lm_head": ("token", "hidden"),
 }
 NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays: blocks, and within each of them neurons and key/value groups; channels of the residual stream.
+    """What stays: blocks, and within each neurons and key/value groups; channels of the residual stream; tokens.
 
     None for a width that is not cut.
     """
@@ -44,6 +44,7 @@ class Keep:
     neurons: Mapping[int, Tensor] | None  # block -> places
     groups: Mapping[int, Tensor] | None
     hidden: Tensor | None
+    tokens: Tensor | None = None
 
 
 def cut(state: Mapping[str, Tensor], keep: Keep, *, head_size: int, queries_per_group: int) -> dict[str, Tensor]:
@@ -79,6 +80,8 @@ def _places(counts: str | None, index: int | None, keep: Keep, head_size: int, q
     """Places that stay along an axis, None where all do."""
     if counts == "hidden":
         return keep.hidden
+    if counts == "token":
+        return keep.tokens
     if counts is None or index is None:
         return None
     if counts == "neuron":

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgetune.compress.architectures import linear_shapes
 from edgetune.errors import UnsupportedError
-from edgetune.recipe import Prune
+from edgetune.recipe_prune import Prune
 
 
 def check(config: Prune, model_config: dict[str, Any]) -> None:
@@ -19,6 +19,7 @@ def check(config: Prune, model_config: dict[str, Any]) -> None:
     found = {
         "layers": int(model_config["num_hidden_layers"]), "intermediate_size": int(model_config["intermediate_size"]),
         "kv_heads": n_kv, "hidden_size": int(model_config["hidden_size"]),
+        "vocabulary": int(model_config["vocab_size"]),
     }  # fmt: skip
     for key, size in found.items():
         asked = getattr(config, key)
@@ -60,6 +61,8 @@ def pruned_config(
         made["hidden_size"] = config.hidden_size
         wider = int(model_config["hidden_size"]) / config.hidden_size
         made["rms_norm_eps"] = float(model_config.get("rms_norm_eps", 1e-6)) * wider
+    if config.vocabulary is not None:
+        made["vocab_size"] = config.vocabulary
     if config.kv_heads is not None or config.hidden_size is not None:
         made["head_dim"] = head_size(model_config)
     return made

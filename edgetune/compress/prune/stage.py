@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.artifact import Artifact, draft, identity, require_space, write_text
+from edgetune.artifact import Artifact, draft, identity, json_digest, require_space, write_text
+from edgetune.compress.prune import tokenizer_files
 from edgetune.compress.prune.shapes import check, head_size, heads, pruned_config
 from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.progress import Report, silent
-from edgetune.recipe import Prune
+from edgetune.recipe_prune import Prune
 from edgetune.sources import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ STAGE = "compress.prune/1"
 SEARCH_TOP_K = 64  # buckets in which the search compares distributions
 
 
-def planned_identity(config: Prune, source_identity: str, calibration_digest: str) -> str:
+def planned_identity(
+    config: Prune, source_identity: str, calibration_digest: str, kept_tokens: Sequence[int] | None = None
+) -> str:
     """Give the identity of the model that `run` would make."""
-    return identity(STAGE, _config(config), [source_identity], {"calibration": calibration_digest})
+    return identity(STAGE, _config(config), [source_identity], _sources(calibration_digest, kept_tokens))
 
 
 def run(
@@ -40,6 +43,7 @@ def run(
     out: Path,
     *,
     calibration: CalibrationSet,
+    kept_tokens: Sequence[int] | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
@@ -47,23 +51,29 @@ def run(
     """Prune a `model` artifact into a smaller one, in shapes that stock Transformers loads.
 
     Blocks are chosen first, widths then within those that stay, all from one pass over the calibration rows. A search
-    that was killed goes on after the last block that it took out. Raises UnsupportedError before any work.
+    that was killed goes on after the last block that it took out. `kept_tokens` are the ids that stay, ascending,
+    where `config.vocabulary` says how many. Raises UnsupportedError before any work.
     """
     from edgetune.compress.checkpoint import read_config
     from edgetune.compress.layerwise import load_model
 
     model_config = read_config(source.path)
     check(config, model_config)
+    if kept_tokens is not None:
+        tokenizer_files.check_folder(source.path)
+        model_config = tokenizer_files.renumbered(model_config, kept_tokens)
     require_space(out.parent, source.size_bytes)
     with draft(
         out, kind="model", stage=STAGE, config=_config(config), parents=[source],
-        sources={"calibration": calibration.digest}, versions=_versions(),
+        sources=_sources(calibration.digest, kept_tokens), versions=_versions(),
     ) as pending:  # fmt: skip
         model = load_model(source)
         before = sum(p.numel() for p in model.parameters())
         state = dict(model.state_dict())  # as stored, whatever the walk casts
-        stats = measure(model, calibration.ids, model_config, device=device, progress=progress)
-        pending.notes["block_influence"] = [float(f"{value:.4g}") for value in stats.influence]
+        stats = Statistics(int(model_config["num_hidden_layers"]))
+        if config.cuts_blocks:
+            stats = measure(model, calibration.ids, model_config, device=device, progress=progress)
+            pending.notes["block_influence"] = [float(f"{value:.4g}") for value in stats.influence]
         kept = list(range(len(stats.influence)))
         if config.layers is not None and config.search == "kl":
             removed = _search(config, model, calibration.ids, pending.work / "search.json", device, progress)
@@ -73,11 +83,14 @@ def run(
             from edgetune.compress.prune.depth import most_influential
 
             kept = most_influential(stats.influence, config.layers)
-        keep = choose(config, stats, kept, model_config)
+        keep = choose(config, stats, kept, model_config, kept_tokens)
         made = build(config, state, keep, model_config, model)
         made.save_pretrained(pending.path)
-        copy_tokenizer(source.path, pending.path)
-        Golden.read(source.path).write(pending.path)
+        if kept_tokens is None:
+            copy_tokenizer(source.path, pending.path)
+            Golden.read(source.path).write(pending.path)
+        else:
+            tokenizer_files.write(source.path, pending.path, kept_tokens)
         hold(pending.path)
         pending.seed, pending.calibration = seed, calibration.digest
         pending.notes |= {
@@ -123,8 +136,16 @@ def measure(
     return stats
 
 
-def choose(config: Prune, stats: Statistics, kept: list[int], model_config: dict[str, Any]) -> Keep:
+def choose(
+    config: Prune,
+    stats: Statistics,
+    kept: list[int],
+    model_config: dict[str, Any],
+    kept_tokens: Sequence[int] | None = None,
+) -> Keep:
     """Name what stays of the blocks that stay."""
+    import torch
+
     from edgetune.compress.prune.cut import Keep
     from edgetune.compress.prune.width import channel_energy, group_energy, most_important
 
@@ -137,7 +158,8 @@ def choose(config: Prune, stats: Statistics, kept: list[int], model_config: dict
     if config.hidden_size is not None:
         seen = [energy for (index, _), energy in stats.inputs.items() if index in kept]
         hidden = most_important(channel_energy(seen), config.hidden_size)
-    return Keep(kept, neurons, groups, hidden)
+    tokens = None if kept_tokens is None else torch.tensor(kept_tokens)
+    return Keep(kept, neurons, groups, hidden, tokens)
 
 
 def build(config: Prune, state: dict[str, Tensor], keep: Keep, model_config: dict[str, Any], model: Any) -> Any:
@@ -160,7 +182,7 @@ def _search(
 ) -> list[tuple[int, float]]:
     """Take out blocks one by one, each removal kept in `file`: (block, mean KL to the whole model)."""
     from edgetune.compress.divergence import bucket_log_probs, summed_kl, top_tokens
-    from edgetune.compress.layerwise import Blocks
+    from edgetune.compress.pieces import Blocks
     from edgetune.compress.prune.depth import greedy
 
     assert config.layers is not None, "a search is for blocks"
@@ -197,6 +219,11 @@ def _search(
 def _read(file: Path) -> Iterator[tuple[int, float]]:
     if file.is_file():
         yield from json.loads(file.read_bytes())
+
+
+def _sources(calibration_digest: str, kept_tokens: Sequence[int] | None) -> dict[str, str]:
+    tokens = {} if kept_tokens is None else {"tokens": json_digest(list(kept_tokens))}
+    return {"calibration": calibration_digest, **tokens}
 
 
 def _config(config: Prune) -> dict[str, Any]:

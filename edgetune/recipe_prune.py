@@ -1,0 +1,43 @@
+"""What a pruned model keeps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from edgetune.closed import Closed, Count
+from edgetune.recipe_export import Calibration
+
+
+class Prune(Closed):
+    """Fewer blocks (ShortGPT, arXiv:2403.03853) and narrower ones (Minitron, arXiv:2407.14679), in plain shapes."""
+
+    layers: Count | None = Field(None, description="decoder blocks that stay")
+    intermediate_size: Count | None = Field(None, description="feed-forward neurons of each block that stay")
+    kv_heads: Count | None = Field(None, description="key/value heads of each block that stay, with their query heads")
+    hidden_size: Count | None = Field(None, description="channels of the residual stream that stay")
+    vocabulary: Count | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="tokens that stay: special ones, bytes, and those that training rows and general text use most",
+    )  # fmt: skip
+    search: Literal["influence", "kl"] = Field(
+        "influence", description="which blocks go: those that turn their input least, or one by one what costs least KL"
+    )
+    search_samples: Count = Field(8, description="kl: calibration samples that it is measured on")
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _something(self) -> Prune:
+        if not self.cuts_blocks and self.vocabulary is None:
+            raise ValueError(
+                "prune removes nothing; give layers, intermediate_size, kv_heads, hidden_size or vocabulary"
+            )
+        if self.search == "kl" and self.layers is None:
+            raise ValueError("search: kl chooses among blocks; give layers, or leave search out")
+        return self
+
+    @property
+    def cuts_blocks(self) -> bool:
+        """Whether something goes that is chosen by activations."""
+        return any(size is not None for size in (self.layers, self.intermediate_size, self.kv_heads, self.hidden_size))
