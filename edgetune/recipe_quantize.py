@@ -51,7 +51,9 @@ class CheckpointOptions(Closed):
 class Allocate(Closed):
     """Bits where they matter: each group of layers gets what its measured divergence is worth."""
 
-    budget: Positive = Field(description="bits a weight, the mean over all layers, scales and zero points counted")
+    budget: Positive = Field(
+        description="bits a weight, the mean over all layers, scales and zero points counted, what recover adds not"
+    )
     choices: Annotated[list[GptqBits], Field(min_length=2)] = Field(
         [2, 3, 4, 8], description="bits that a group may get; layers that read the same input are one group"
     )

@@ -81,6 +81,22 @@ def test_a_student_of_fewer_tokens_is_taught_and_quantized(tmp_path: Path, tiny_
     assert torch.equal(found, wanted)
 
 
+def test_bits_are_chosen_in_the_tokens_that_are_left(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    allocate = {"budget": 6, "choices": [4, 8], "rows": {"n_samples": 2, "n_tokens": 16}}
+    steps = [{"prune": PRUNE}, {"gptq": GPTQ | {"allocate": allocate}}]
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates={"a": {"compress": steps}})
+    line = prepared(recipe, tmp_path)
+    candidate = recipe.candidates["a"]
+    made = Steps(recipe, line.stages, line.graph, line.base, line.adapt()).run("a", candidate)
+    assert not line.stages.failures, line.stages.failures
+    assert made is not None
+    assert [one.identity for one in made] == line.graph.steps(candidate)
+    rows = line.graph.measured(candidate.compress[1], N)
+    assert rows is not None
+    assert rows.ids.max() < N
+    assert set(made[1].manifest.scheme["bits_of"].values()) == {4, 8}  # type: ignore[index]
+
+
 @pytest.mark.slow
 def test_what_is_scored_is_compared_row_by_row_and_by_no_probability(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     task = {"name": "levels", "kind": "generation", "metrics": ["exact_match"], "max_new_tokens": 4}

@@ -17,6 +17,7 @@ from edgetune.compress import sensitivity
 from edgetune.compress.allocate import allocate, check_budget, layer_bits, linear_groups, stored_bits
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.compress.checkpoint import load_dequantized, read_config, read_layers
+from edgetune.compress.correction import corrected_weight, read_correction
 from edgetune.compress.dynamic import dynamic_bits, read_bits
 from edgetune.compress.layerwise import load_model
 from edgetune.compress.quantize import check, planned_identity, run, solver
@@ -24,9 +25,10 @@ from edgetune.compress.rtn import rtn_quantize
 from edgetune.compress.scheme import Quantized, Scheme
 from edgetune.data.calibration import CalibrationSet, make_apart, make_calibration
 from edgetune.errors import ArtifactError, DataError, RecipeError, StageError, UnsupportedError
+from edgetune.export.decoder_source import open_source, quantizer_of
 from edgetune.recipe import Candidate, Gptq, Rtn, parse_as
 from edgetune.recipe_export import Calibration
-from edgetune.recipe_quantize import Allocate
+from edgetune.recipe_quantize import Allocate, Recover, Tune
 from tests.conftest import make_tiny_model
 
 RNG = np.random.default_rng(0)
@@ -160,6 +162,28 @@ def test_a_checkpoint_of_several_widths_is_read_back(config: Rtn | Gptq, tiny_mo
         weight: Any = load_model(tiny_model).get_submodule("model.layers.1.mlp.down_proj").weight
         rounded = rtn_quantize(weight, Scheme(chosen["model.layers.1.mlp.down_proj"], 32))
         assert torch.equal(layers["model.layers.1.mlp.down_proj"].q, rounded.q)
+
+
+def test_a_correction_stands_beside_layers_of_other_bits(tiny_model: Artifact, tmp_path: Path) -> None:
+    config = GPTQ.model_copy(update={"recover": Recover(rank=4), "tune": Tune(steps=2)})
+    measured = sensitivity.run(config, tiny_model, tmp_path / "measured", measured=ROWS, calibration=SHOWN)
+    plain = sensitivity.planned_identity(GPTQ, tiny_model.identity, SHOWN.digest, ROWS.digest)
+    assert measured.identity == plain  # neither is measured
+    made = run(config, tiny_model, tmp_path / "made", calibration=SHOWN, sensitivity=measured)
+    shapes = linear_shapes(read_config(tiny_model.path))
+    beside = sum(16 * 4 * (R + C) for R, C in shapes.values()) / sum(R * C for R, C in shapes.values())
+    scheme: Any = made.manifest.scheme
+    assert beside < scheme["bits_per_weight"] <= CHOICES.budget + beside
+    assert read_correction(made.path).keys() == shapes.keys()
+    source = open_source(made)
+    assert source.bits == scheme["bits_of"]
+    found = quantizer_of(made)
+    assert found.recover == config.recover
+    assert set(found.widths) == set(scheme["bits_of"].values())
+    layers, loaded = read_layers(made.path), load_dequantized(made.path)
+    for name, pair in source.corrections.items():
+        whole = corrected_weight(layers[name].dequantize(), pair)
+        assert torch.equal(loaded.get_submodule(name).weight, whole), name
 
 
 def test_patterns_match_one_group_each_and_its_fused_name(tmp_path: Path) -> None:

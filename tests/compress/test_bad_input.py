@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from edgetune.artifact import Artifact
 from edgetune.compress import layerwise, quantize, scale
-from edgetune.compress.checkpoint import load_dequantized, read_layers
+from edgetune.compress.architectures import linear_shapes
+from edgetune.compress.checkpoint import load_dequantized, read_config, read_layers
 from edgetune.compress.layerwise import load_model, quantize_blocks
 from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import StageError, UnsupportedError
@@ -33,7 +34,7 @@ GPTQ = Gptq(bits=8, group_size=32, sym=False)
 def test_a_hessian_beyond_float32_names_its_layers(tiny_model: Artifact, tmp_path: Path) -> None:
     model: Any = load_model(tiny_model)
     model.model.layers[1].input_layernorm.weight.data.fill_(1e25)  # activations are finite, their squares are not
-    solve = quantize._solver(GPTQ, quantize.Scheme(8, 32, sym=False))
+    solve = quantize.solver(GPTQ, dict.fromkeys(linear_shapes(read_config(tiny_model.path)), 8))
     names = r"model\.layers\.1\.self_attn\.q_proj \+ .*v_proj: the Hessian is not finite: an activation overflowed"
     with pytest.raises(StageError, match=names):
         quantize_blocks(model, ROWS.ids, solve, work=tmp_path, key="k")
