@@ -371,6 +371,3 @@ def test_importing_the_recipe_loads_nothing_heavy() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
-
-
-TASK = {"name": "moods", "kind": "classification", "rows": "moods.jsonl"}

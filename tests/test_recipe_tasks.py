@@ -10,6 +10,8 @@ from edgetune.errors import RecipeError
 from edgetune.recipe import parse_recipe
 from tests.test_recipe import raw
 
+TASK = {"name": "moods", "kind": "classification", "rows": "moods.jsonl"}
+
 
 @pytest.mark.parametrize(
     ("changes", "says"),
