@@ -159,7 +159,7 @@ class Insides:
     def taps(self, student: nn.Module) -> Taps:
         return Taps(student, [block for block, _ in self.blocks], relations=bool(self.n_heads))
 
-    def coach(self, teacher: Artifact, device: str, kept_tokens: Sequence[int] | None) -> Coach:
+    def coach(self, teacher: Artifact, device: str, kept_tokens: Sequence[int] | None = None) -> Coach:
         blocks = [block for _, block in self.blocks]
         return Coach.load(teacher.path, device, blocks, relations=bool(self.n_heads), kept_tokens=kept_tokens)
 

@@ -184,7 +184,7 @@ def test_the_teacher_writes_what_the_student_learns(
     assert written.manifest.fallbacks[0].startswith(f"{kept + 1} of {len(given)} rows keep their own answer")
 
     said = teacher.run(config, tiny_model, tmp_path / "said", rows=given, answers=written)
-    assert said.identity == teacher.planned_identity(config, tiny_model.identity, digest, written.identity)
+    assert said.identity == teacher.planned_identity(config, tiny_model.identity, digest, answers=written.identity)
     assert teacher.read(said).starts[-1] == sum(row.n_labels for row in found)
     made = distill.run(config, student, tiny_model, said, tmp_path / "made", rows=given, answers=written)
     assert made.identity == distill.planned_identity(
