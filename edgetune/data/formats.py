@@ -101,7 +101,7 @@ def parse_row(record: Record, form: Format) -> Row:
         return _conversation(row.get("messages"), "messages", record, kind)
     if kind == "completion":
         prompt, completion = (parse_turns(row, key, role, where) for key, role in (("prompt", "user"), ANSWER))
-        return _conversation([*prompt, *completion], "prompt and completion", record, kind)
+        return _conversation([*prompt, *completion], "prompt and completion", record, kind, n_shown=len(prompt))
     if kind == "alpaca":
         return Row(_alpaca(row, where), None, record.line, form=kind)
     if kind == "text":
@@ -165,14 +165,16 @@ def _alpaca(row: dict[str, Any], where: str) -> tuple[Turn, ...]:
     return (*system, ("user", given), ("assistant", output))
 
 
-def _conversation(value: Any, key: str, record: Record, form: Format) -> Row:
+def _conversation(value: Any, key: str, record: Record, form: Format, n_shown: int = 0) -> Row:
+    """Make a row of turns; assistant turns among the first `n_shown` and those of weight 0 are not learned."""
     where = record.where
     if not isinstance(value, list) or len(value) < 2:
         raise DataError(f"{where}: {key!r} must be a list of at least two turns")
     turns, extras = check_turns(value, key, where)
     if turns[-1][0] != "assistant" or turns[-2][0] not in ("user", "tool"):
         raise DataError(f"{where}: the last two turns must be user and assistant, found {turns[-2][0]}, {turns[-1][0]}")
-    muted = frozenset(i for i, turn in enumerate(value) if turns[i][0] == "assistant" and turn.get("weight") == 0)
+    answers = (i for i, turn in enumerate(turns) if turn[0] == "assistant")
+    muted = frozenset(i for i in answers if i < n_shown or value[i].get("weight") == 0)
     return Row(turns, None, record.line, parse_tools(record.values, where), extras, muted, form)
 
 

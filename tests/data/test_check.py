@@ -88,6 +88,12 @@ def test_each_fault_is_found_where_it_is(inputs: list[Input], template: Template
     assert report.extremes[2].rows[0].row.endswith(":10")
 
 
+def test_a_long_text_is_not_too_long(tmp_path: Path, template: Template) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "turn the light in the kitchen " * 40}) + "\n" + json.dumps({"text": "a b c"}))
+    assert lines(examine([Input(path)], DataCheck(), 100, template), "too_long") == []
+
+
 def test_limits_are_the_recipes(inputs: list[Input]) -> None:
     loose = DataCheck(refused=0.5, overlap=None, duplicates=0.1, near_duplicates=0.2, similarity=0.5)
     report = examine(inputs, loose, 100, None)

@@ -47,6 +47,14 @@ def test_conversations(tmp_path: Path, row: dict[str, Any], messages: tuple[tupl
     assert read_rows(write(tmp_path, row)) == [Row(messages, None, 1)]
 
 
+def test_answers_within_a_prompt_are_shown_and_not_learned(tmp_path: Path) -> None:
+    asked = [ASKED, ANSWERED, ASKED]
+    (row,) = read_rows(write(tmp_path, {"prompt": asked, "completion": [ANSWERED]}))
+    (chat,) = read_rows(write(tmp_path, {"messages": [*asked, ANSWERED]}))
+    assert (row.messages, row.muted) == (chat.messages, frozenset({1}))
+    assert chat.muted == frozenset()
+
+
 def test_plain_text_and_blank_lines_and_crlf(tmp_path: Path) -> None:
     path = write(tmp_path, b"", {"text": " one\n two "}, b"   \r", b'{"text": "\xc3\xbc"}\r')
     assert read_rows(path) == [Row((), " one\n two ", 2), Row((), "ü", 4)]

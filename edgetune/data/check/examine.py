@@ -101,7 +101,9 @@ def examine(inputs: Sequence[Input], config: DataCheck, max_length: int, templat
     judge.add("refused", "Rows that training cannot read", rows.refused, n_rows)
     if rendered is not None:
         longest = [max(len(one.ids) for one in pair) for pair in rendered]
-        too_long = [item for item, n in zip(rows.train, longest, strict=False) if n > max_length]
+        too_long = [
+            item for item, n in zip(rows.train, longest, strict=False) if n > max_length and item.row.text is None
+        ]  # a text is cut into windows
         judge.add("too_long", f"Training rows longer than {max_length} tokens", _places(too_long), len(rows.train))
         mute = [item for item, pair in zip(rows.train, rendered, strict=False) if not pair[0].n_labels]
         judge.add("without_loss", "Training rows whose mask carries no loss", _places(mute), len(rows.train))
