@@ -22,7 +22,11 @@ Measured = TypeVar("Measured", Accuracy, Latency)
 def history(place: Path, console: Console, *, artifact: str, machine: str, add: Path | None) -> None:
     """Print the trend of everything that was timed, by machine and artifact; `add` takes a report or `--json` in."""
     if add is not None:
-        console.print(f"{past.record(place, read_timings(add))} figures added to {place}", highlight=False)
+        timings = read_timings(add)
+        if past.holds(place, timings):
+            console.print(f"{place} holds this already; nothing added", highlight=False)
+        else:
+            console.print(f"{past.record(place, timings)} figures added to {place}", highlight=False)
     trends = past.trends(place, artifact=artifact, machine=machine)
     if not trends:
         raise UsageError(f"{place} holds nothing of that kind; edgetune bench fills it")
@@ -48,6 +52,8 @@ def change(trend: past.Trend) -> str:
     if len(trend.points) == 1:
         return "first run"
     share, floor = trend.change("itl_ms")
+    if share is None:
+        return "no quiet run before it"
     if trend.points[-1].busy:
         return f"{share:+.1%}, but the machine was busy"
     if floor is None:

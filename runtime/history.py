@@ -6,6 +6,7 @@ beyond what repeated runs of the same artifact on the same machine differ by (`s
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import statistics
@@ -77,14 +78,15 @@ class Trend:
     new_tokens: int
     points: tuple[Point, ...]
 
-    def change(self, figure: str) -> tuple[float, float | None]:
+    def change(self, figure: str) -> tuple[float | None, float | None]:
         """Give the last run's median over the median of the quiet ones before it, less one, and the noise floor.
 
-        The floor is None before there are two quiet runs to take it from; without it no change is called real.
+        Both are None without a quiet run before it, the floor before there are two; without a floor no change is
+        called real.
         """
         before = [float(getattr(point, figure)) for point in self.points[:-1] if not point.busy]
         if not before:
-            return 0.0, None
+            return None, None
         last = float(getattr(self.points[-1], figure))
         floor = repeatability(before) if len(before) > 1 else None
         return last / statistics.median(before) - 1, floor
@@ -113,6 +115,16 @@ def record(path: Path, found: Timings) -> int:
         )
         base.executemany(f"INSERT INTO figure VALUES ({', '.join('?' * 13)})", [(made.lastrowid, *row) for row in rows])
     return len(rows)
+
+
+def holds(path: Path, found: Timings) -> bool:
+    """Whether the same samples were recorded before, whatever time they are said to be of."""
+    if not path.is_file():
+        return False
+    with _open(path) as base:
+        rows = base.execute("SELECT evidence FROM run WHERE machine = ?", (machine_id(found.machine),)).fetchall()
+    samples = json.loads(found.model_dump_json(exclude={"time"}))
+    return any(json.loads(zlib.decompress(packed)) | {"time": None} == samples | {"time": None} for (packed,) in rows)
 
 
 def trends(path: Path, *, artifact: str = "", machine: str = "") -> list[Trend]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import sqlite3
 import zlib
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from edgetune import past
 from edgetune.errors import ArtifactError
 from edgetune.runtime import history
 from edgetune.runtime.evidence import (
@@ -73,6 +76,24 @@ def test_a_busy_run_gives_no_floor_and_no_baseline(tmp_path: Path) -> None:
         history.record(place, timings(itl, day=day, busy=busy))
     (trend,) = history.trends(place)
     assert trend.change("itl_ms") == (pytest.approx(0.1), None)
+
+
+def test_without_a_quiet_run_before_it_no_change_is_told(tmp_path: Path) -> None:
+    place = tmp_path / "history.sqlite"
+    for day, busy in enumerate((True, True, False), start=1):
+        history.record(place, timings(10.0 * day, day=day, busy=busy))
+    (trend,) = history.trends(place)
+    assert trend.change("itl_ms") == (None, None)
+    assert past.change(trend) == "no quiet run before it"
+
+
+def test_the_same_samples_are_added_once(tmp_path: Path) -> None:
+    place, console = tmp_path / "history.sqlite", Console(file=io.StringIO(), width=200)
+    for name, found in (("a", timings(10.0)), ("b", timings(10.0, day=2)), ("c", timings(11.0, day=2))):
+        (tmp_path / name).write_text(found.model_dump_json())
+        past.history(place, console, artifact="", machine="", add=tmp_path / name)
+    assert [point.itl_ms for point in history.trends(place)[0].points] == [10.0, 11.0]
+    assert "nothing added" in console.file.getvalue()
 
 
 def add(place: Path, day: int) -> None:
