@@ -62,13 +62,13 @@ def write_rows(path: Path, rows: Iterable[ScoredRow | TokenRow]) -> None:
 
 
 def read_rows(path: Path) -> list[ScoredRow]:
-    """Read a workload. Raises DataError with the line that is wrong."""
+    """Read a workload; `target_text` is wanted for slots only. Raises DataError with the line that is wrong."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             raw = json.loads(line)
-            row = ScoredRow(tuple(raw["ids"]), raw["start"], raw["target_text"])
-        except (ValueError, KeyError, TypeError) as error:
+            row = ScoredRow(tuple(raw["ids"]), raw["start"], raw.get("target_text", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} line {number}: not a workload row ({type(error).__name__}: {error})") from error
         if not 0 < row.start < len(row.ids):
             raise DataError(f"{path} line {number}: start={row.start} leaves nothing to score in {len(row.ids)} ids")

@@ -348,7 +348,9 @@ def test_a_workload_file_says_which_line_is_wrong(tmp_path: Path) -> None:
     assert read_rows(file) == rows
     assert json.loads(file.read_text().splitlines()[0]).keys() == {"ids", "start", "target_text"}
     good = file.read_text()
-    for bad in ("{", '{"ids": [1, 2]}', '{"ids": [1, 2], "start": 2, "target_text": ""}'):
+    file.write_text('{"ids": [1, 2, 3], "start": 1}\n')
+    assert read_rows(file) == [ScoredRow((1, 2, 3), 1, "")]  # as `score --rows` takes them
+    for bad in ("{", "[1]", '{"ids": [1, 2]}', '{"ids": [1, 2], "start": 2, "target_text": ""}'):
         file.write_text(good + bad + "\n")
         with pytest.raises(DataError, match="line 3"):
             read_rows(file)
