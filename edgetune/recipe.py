@@ -153,7 +153,9 @@ class Candidate(Closed):
         cut = [step.prune.vocabulary for step in self.compress if step.prune is not None and step.prune.vocabulary]
         if len(cut) > 1:
             raise ValueError(f"prune.vocabulary is given {len(cut)} times; cut it once, to {min(cut)}")
-        if cut and any(step.answers == "teacher" for step in self.distilled):
+        cuts = [bool(step.prune is not None and step.prune.vocabulary) for step in self.compress]
+        taught = [step.distill is not None and step.distill.answers == "teacher" for step in self.compress]
+        if cut and any(taught[cuts.index(True) :]):
             raise ValueError("distill.answers: teacher writes tokens that prune.vocabulary may not keep; leave one out")
         return self
 

@@ -67,6 +67,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(budgets={"accuracy": {"maxloss": 0.1}}),
         r"unknown key 'budgets\.accuracy\.maxloss'; did you mean 'max_loss'\?$",
     ),
+    "teacher's answers in a cut vocabulary": (
+        raw(candidates={"a": {"compress": [{"prune": {"vocabulary": 900}}, {"distill": {"answers": "teacher"}}]}}),
+        r"candidates\.a: distill\.answers: teacher writes tokens that prune\.vocabulary may not keep; leave one out$",
+    ),
     "missing key": ({k: v for k, v in raw().items() if k != "base"}, r"^recipe: key 'base' is missing$"),
     "missing key below": (raw(data={"heldout": "h"}), r"key 'data\.train' is missing$"),
     "wrong type": (raw(seed="many"), r"seed: Input should be a valid integer.* \(found 'many'\)$"),
@@ -362,6 +366,11 @@ def test_a_base_may_be_the_student_of_what_preference_training_made_of_it() -> N
     added = {"hidden_layers", "relation_weight", "relation_heads", "on_policy", "sample_temperature", "answers",
              "max_new_tokens", "best_by"}  # fmt: skip
     assert not added & distill.model_dump().keys()
+
+
+def test_the_teacher_may_answer_before_a_vocabulary_is_cut() -> None:
+    steps = [{"prune": {"layers": 1}}, {"distill": {"answers": "teacher"}}, {"prune": {"vocabulary": 900}}]
+    assert len(parse_recipe(raw(candidates={"a": {"compress": steps}})).candidates["a"].compress) == 3
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:
