@@ -87,7 +87,7 @@ def check_named(config: Mapping[str, Any], known: Iterable[str]) -> None:
     named = (config.get("architectures") or [None])[0]
     if named not in (known := list(known)):
         instead = "; gguf takes it" if named in FAMILIES else ""
-        raise UnsupportedError(f"{named or 'a model without architectures'} is not exported to ONNX; "
+        raise UnsupportedError(f"{named or 'a model without architectures'} is not written as a graph; "
                                f"supported: {', '.join(known)}{instead}")  # fmt: skip
 
 
@@ -95,11 +95,11 @@ def check_decoder(config: Mapping[str, Any]) -> Sizes:
     """Read a config.json. Raises UnsupportedError for a decoder that our graph cannot stand for."""
     check_named(config, SUPPORTED.values())
     if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"hidden_act={config['hidden_act']!r} is not exported to ONNX; silu is")
+        raise UnsupportedError(f"hidden_act={config['hidden_act']!r} is not written as a graph; silu is")
     rotation = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rotation.get("rope_type", rotation.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise UnsupportedError(f"rope type {kind!r} is not exported to ONNX; supported: {', '.join(ROPE_TYPES)}")
+        raise UnsupportedError(f"rope type {kind!r} is not written as a graph; supported: {', '.join(ROPE_TYPES)}")
     hidden, n_heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     n_layers = int(config["num_hidden_layers"])
     return Sizes(

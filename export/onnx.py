@@ -229,7 +229,7 @@ def _check_source(config: OnnxExport, source: Artifact) -> None:
         if stored.get("desc_act"):
             raise UnsupportedError(f"{source.path}: columns have left their groups; quantize with static_groups: true")
         if stored.get("checkpoint_format", "gptq") != "gptq":
-            raise UnsupportedError(f"{source.path} is {stored['checkpoint_format']}; the builder reads gptq v1")
+            raise UnsupportedError(f"{source.path} is {stored['checkpoint_format']}; onnx is written from gptq (v1)")
         method = quantizer_of(source)
     check(config, model_config, method)
 

@@ -21,7 +21,7 @@ ADVICE = {
     "int4": "int4 needs compute capability 8.0 or later; use precision fp16, or leave the older capability out",
     "block size": "use group_size 32",
     "No importer registered": "this TensorRT does not know the operator; install the version that constraints.txt pins",
-    "out of memory": "lower max_length or max_batch",
+    "out of memory": "lower max_length",
 }
 
 

@@ -77,8 +77,8 @@ def run(
 ) -> Artifact:
     """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the format that the recipe names.
 
-    GPTQ needs `calibration`; rounding does not read it. `allocate` needs `sensitivity`. A run that was killed goes on
-    after its last finished block and ends in the same bytes.
+    GPTQ and `recover` need `calibration`; plain rounding does not read it. `allocate` needs `sensitivity`. A run that
+    was killed goes on after its last finished block and ends in the same bytes.
     Raises UnsupportedError before any work, StageError naming the layer.
     """
     from edgetune.compress.checkpoint import read_config, write_checkpoint
