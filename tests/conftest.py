@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import io
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from edgetune.artifact import Artifact, draft
+from edgetune.artifact import Artifact, Store, draft
+from edgetune.counts import Speeds
 from edgetune.data.golden import make_golden
+from edgetune.runtime.machine import LoadMeter
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
@@ -18,6 +24,20 @@ CHAT_TEMPLATE = (
 )
 Call = Callable[..., tuple[int, str, str]]
 WORDS = ["turn", "the", "light", "in", "kitchen", "set", "to", "percent", "at", "what", "temperature", "of", "boiler"]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what is imported by now out of the garbage collections, each of which would walk over torch and trl."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_look_at_others() -> Iterator[None]:
+    """Look only 0.02 s at how busy the machine is before each measurement, which no test reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadMeter.__init__, "__defaults__", (0.02,))
+        yield
 
 
 def tiny_tokenizer(folder: Path) -> None:
@@ -94,9 +114,52 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_wide(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A tiny random Llama with heads of 16, which every exporter takes; shared, so never written to."""
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "wide", hidden=64)
+def tiny_model_wide(tiny_model: Artifact) -> Artifact:
+    """The tiny Llama for exporters, all of which take its heads of 16; shared, so never written to."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny Llama as a GGUF file of 32 bits; shared, so never written to."""
+    pytest.importorskip("llama_cpp")
+    from edgetune.export import gguf
+    from edgetune.recipe_export import GgufExport
+
+    out = tmp_path_factory.mktemp("tiny-gguf") / "model"
+    return gguf.run(GgufExport(type="F32"), tiny_model, out, moments=None, calibration_digest=None)
+
+
+@pytest.fixture
+def known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans take the machine's speeds as known, which they would else measure for seconds each."""
+    from edgetune.adapt import step_time
+
+    monkeypatch.setattr(Speeds, "measure", lambda device: Speeds(float32=100.0, training=100.0))
+    monkeypatch.setattr(step_time, "measure", lambda *_: step_time.StepTime(pass_s=0.1, update_s=0.01))
+
+
+@pytest.fixture(scope="session")
+def scored_base(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that holds the base of `test_pipeline.make_recipe` without `adapt`, and its score as the reference."""
+    from edgetune import pipeline, plan
+    from edgetune.stages import Stages
+    from tests.test_pipeline import make_recipe
+
+    folder = tmp_path_factory.mktemp("scored")
+    recipe = make_recipe(folder, tiny_model.path, adapt=None, candidates={"plain": {}})
+    stages = Stages(Store(folder / "store"), folder / "run", Console(file=io.StringIO()))
+    line = pipeline.Pipeline(recipe, plan.preflight(recipe), stages)
+    line.prepare()
+    model = line.adapt()
+    line.score(line._job("reference", model), [model], generate=True, reference=None)
+    return folder / "store"
+
+
+@pytest.fixture
+def scored_store(scored_base: Path, tmp_path: Path) -> None:
+    """Let a run of such a recipe find its base and reference in `tmp_path / "store"`."""
+    shutil.copytree(scored_base, tmp_path / "store")
 
 
 @pytest.fixture

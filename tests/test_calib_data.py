@@ -65,7 +65,8 @@ def test_manifest_names_every_file_with_its_digest():
             assert entry["rows"] == len(data.splitlines()), path
 
 
-def test_generator_check_passes_and_can_fail(maker, tmp_path, capsys):
+def test_generator_check_passes_and_can_fail(maker, made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(maker, "build", lambda: made)
     assert maker.main(["--check"]) == 0
     assert maker.main(["--root", str(tmp_path)]) == 0
     assert maker.main(["--check", "--root", str(tmp_path)]) == 0

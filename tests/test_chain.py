@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edgetune.steps import Steps
 from tests.test_estimate import SMOLLM2
 from tests.test_pipeline import make_recipe, run
 
+pytestmark = pytest.mark.usefixtures("known_speeds")
 CALIBRATION = {"n_samples": 4, "n_tokens": 32}
 PRUNE = {"layers": 1, "intermediate_size": 96, "kv_heads": 1, "calibration": CALIBRATION}
 DISTILL = {"batch_size": 8, "max_steps": 2, "eval_steps": 2, "eval_rows": 4}
@@ -127,11 +129,10 @@ def test_llama_cpp_loads_no_qwen2_whose_queries_are_narrower_than_its_hidden_siz
         plan.check_candidate(Candidate.model_validate(apart), config)
 
 
-def test_steps_are_made_once_and_a_student_may_be_another_model(
-    tmp_path: Path, tiny_model_wide: Artifact, tiny_model: Artifact
-) -> None:
+def test_steps_are_made_once_and_a_student_may_be_another_model(tmp_path: Path, tiny_model: Artifact) -> None:
     sharing = {"compress": STUDENT["compress"][:2]}
-    other = {"compress": [{"distill": {**DISTILL, "student": str(tiny_model.path)}}]}
+    another = shutil.copytree(tiny_model.path, tmp_path / "another")  # another base, by its name
+    other = {"compress": [{"distill": {**DISTILL, "student": str(another)}}]}
     grid = {"group_size": 32, "sym": False}
     scaled = {"compress": [{"awq": {**grid, "calibration": CALIBRATION}}, {"rtn": grid}]}
     rows = {"choices": [4, 8], "rows": {"n_samples": 2, "n_tokens": 16}}
@@ -142,7 +143,7 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(
         "student": {"compress": STUDENT["compress"]}, "sharing": sharing, "other": other, "scaled": scaled,
         "few": few, "more": more,
     }  # fmt: skip
-    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    recipe = make_recipe(tmp_path, tiny_model.path, adapt=None, candidates=candidates)
     store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
     line = pipeline.Pipeline(recipe, plan.preflight(recipe), Stages(store, tmp_path / "run", said))
     base = line.prepare()

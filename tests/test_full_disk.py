@@ -198,6 +198,7 @@ def test_a_full_disk_in_the_scoring_child(
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("scored_store")
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_full_disk_in_a_candidate_ends_the_run(
     tiny_model_wide: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool

@@ -20,17 +20,19 @@ from edgetune.data.golden import FILE as GOLDEN
 from edgetune.data.golden import Golden
 from edgetune.data.records import read_records
 from edgetune.errors import EdgetuneError
-from edgetune.export import gguf, onnx
+from edgetune.export import gguf
 from edgetune.export.gguf_vocab import read_vocabulary
 from edgetune.export.lora_pairs import WEIGHTS, read_lora
+from edgetune.export.onnx import GRAPH
 from edgetune.gguf_header import read_header
 from edgetune.past import read_timings
 from edgetune.recipe import Rtn, load_recipe
-from edgetune.recipe_export import GgufExport, OnnxExport
+from edgetune.recipe_export import GgufExport
 from edgetune.runtime.engines.onnx_folder import check_graph, read_genai_config
 from edgetune.runtime.reference import PackBuilder, ReferencePack
 from edgetune.runtime.report.write import dump_report, read_report
 from tests.export.test_gguf_adapter import make_adapter
+from tests.export.test_onnx import exported
 from tests.report_sample import sample_report
 
 ROWS = b'{"instruction": "a", "input": "b", "output": "c"}\n' * 3
@@ -54,10 +56,9 @@ def in_folder(read: Reader) -> Reader:
 @pytest.fixture(scope="module")
 def places(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Reader]]:
     """Whole files, and who reads each; readers of a folder get the file's folder."""
-    pytest.importorskip("onnxruntime_genai")
     work = tmp_path_factory.mktemp("fuzz")
     file = gguf.run(GgufExport(type="F32", imatrix=False), tiny_model, work / "gguf", moments=None)
-    graph = onnx.run(OnnxExport(precision="fp32"), tiny_model, work / "onnx")
+    graph = Path(shutil.copytree(exported("fp32", tiny_model, tmp_path_factory).path, work / "onnx"))
     rounded = quantize(Rtn(group_size=32), tiny_model, work / "rtn")
     adapter = make_adapter(tiny_model, work / "adapter")
     for name, text in (("rows.jsonl", ROWS), ("rows.json", b"[" + ROWS.strip().replace(b"\n", b",") + b"]"),
@@ -73,8 +74,8 @@ def places(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> di
 
     return rows | {
         "gguf": (file.path / gguf.FILE, read_header),
-        "graph": (graph.path / onnx.GRAPH, check_graph),
-        "genai_config": (graph.path / "genai_config.json", in_folder(read_genai_config)),
+        "graph": (graph / GRAPH, check_graph),
+        "genai_config": (graph / "genai_config.json", in_folder(read_genai_config)),
         "manifest": (model / "manifest.json", in_folder(opened)),
         "golden": (model / GOLDEN, in_folder(Golden.read)),
         "tokenizer": (model / "tokenizer.json", in_folder(lambda folder: read_vocabulary(folder, 512))),
@@ -89,6 +90,14 @@ def places(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> di
         "pack": (work / "pack.npz", ReferencePack.read),
         "recipe": (work / "recipe.yaml", load_recipe),
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wholes(places: dict[str, tuple[Path, Reader]]) -> dict[str, bytes]:
+    """What each file holds, which its reader takes as it is."""
+    for path, read in places.values():
+        read(path)
+    return {name: path.read_bytes() for name, (path, _) in places.items()}
 
 
 @st.composite
@@ -123,11 +132,9 @@ NAMES = (
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused_in_one_line(
-    places: dict[str, tuple[Path, Reader]], name: str, data: st.DataObject
+    places: dict[str, tuple[Path, Reader]], wholes: dict[str, bytes], name: str, data: st.DataObject
 ) -> None:
-    path, read = places[name]
-    whole = path.read_bytes()
-    read(path)
+    (path, read), whole = places[name], wholes[name]
     path.write_bytes(data.draw(damaged(whole)))
     said = ""
     try:

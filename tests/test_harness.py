@@ -10,8 +10,6 @@ from types import ModuleType
 import pytest
 
 from edgetune.artifact import Artifact
-from edgetune.export import gguf
-from edgetune.recipe_export import GgufExport
 from edgetune.runtime.worker import Job, Worker
 
 pytest.importorskip("llama_cpp")
@@ -39,13 +37,12 @@ def test_a_gap_is_the_worse_of_prefill_and_decode_by_ratios_within_a_round(harne
 
 
 def test_both_sides_are_timed_and_our_loop_is_small(
-    harness: ModuleType, tiny_model: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    harness: ModuleType, tiny_model: Artifact, tiny_gguf: Artifact, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    made = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "gguf", moments=None, calibration_digest=None)
     ids = [3 + n % 300 for n in range(harness.N_PROMPT)]
-    overhead = harness.loop_overhead(made.path / "model.gguf", ids, 1, 2)
+    overhead = harness.loop_overhead(tiny_gguf.path / "model.gguf", ids, 1, 2)
     assert all(0 < loop < whole for loop, whole in zip(overhead["loop_ms"], overhead["whole_ms"], strict=True))
-    with Worker(Job.of("x", made, n_threads=1)) as worker:
+    with Worker(Job.of("x", tiny_gguf, n_threads=1)) as worker:
         worker.load(n_ctx=harness.N_PROMPT + harness.N_NEW + 1, timeout_s=60)
         assert min(harness.ours(worker, ids)()) > 10
     folder = exported("fp32", tiny_model, tmp_path_factory).path

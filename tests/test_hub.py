@@ -100,6 +100,7 @@ def served(tiny_model_wide: Artifact, tmp_path: Path, monkeypatch: pytest.Monkey
     fake.server.server_close()
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_plan_leaves_the_weights_where_they_are(served: FakeHub, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, Path("unused")).model_copy(update={"base": "org/model"})
     store = Store(tmp_path / "store")

@@ -144,6 +144,7 @@ def write_tasks(folder: Path) -> list[dict[str, Any]]:
     return [{"name": name, "kind": kind, "rows": str(folder / f"{name}.jsonl")} for name, kind in kinds.items()]
 
 
+@pytest.mark.usefixtures("known_speeds", "scored_store")
 def test_tasks_are_scored_in_each_runtime_and_judged(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     chosen = {"type": "Q4_0", "gptq": True, "calibration": {"n_samples": 8, "n_tokens": 32}}
     changes: dict[str, Any] = {"adapt": None, "candidates": {"q4": {"export": {"gguf": chosen}}}}
@@ -173,6 +174,7 @@ def test_tasks_are_scored_in_each_runtime_and_judged(tmp_path: Path, tiny_model_
     assert "q4: tasks" not in stages
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_a_general_probe_of_ones_own_is_checked_first_and_null_asks_nothing(
     tmp_path: Path, tiny_model_wide: Artifact
 ) -> None:
@@ -224,8 +226,9 @@ def test_the_plan_of_rows_counts_candidates_and_knows_which_metrics_flip(
         assert "0.95 confidence of 3 candidates together" in found
 
 
-def test_a_failing_candidate_is_a_row_and_the_others_go_on(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("known_speeds", "scored_store")
+def test_a_failing_candidate_is_a_row_and_zeros_go_on_to_the_report(
+    tmp_path: Path, tiny_model_wide: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgetune.export import onnx
 
@@ -233,10 +236,28 @@ def test_a_failing_candidate_is_a_row_and_the_others_go_on(
         raise ValueError("the builder\nbroke")
 
     monkeypatch.setattr(onnx, "run", fail)
+    sparse = {"sparsify": {"pattern": "2:4", "calibration": {"n_samples": 4, "n_tokens": 32}}}
+    candidates = {
+        "q8": {"export": {"gguf": {"type": "Q8_0"}}},
+        "int4": {"compress": [{"rtn": {"group_size": 32, "sym": False}}], "export": {"onnx": {}}},
+        "joint": {"compress": [sparse, {"rtn": {"group_size": 32}}]},
+    }
+    bench = {"prompt_tokens": [8], "new_tokens": 2, "repeats": 1, "runs": 1, "warmup": 1, "threads": 1}
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates, bench=bench)
     report, _ = run(recipe, tmp_path)
     assert [v.verdict for v in report.verdicts if v.candidate == "int4"] == ["failed"]
     assert [(f.subject, f.reason) for f in report.failures] == [("int4", "ValueError: the builder broke")]
-    assert {found.subject.name for found in report.latency} == {"reference", "q8", "checkpoint"}
+    assert {found.subject.name for found in report.latency} == {"reference", "q8", "joint"}
+    assert [seam.hop for seam in report.seams] == [
+        "base", "q8: gguf Q8_0", "joint: sparsify sparsegpt 2:4", "joint: rtn int4 g32 sym",
+    ]  # fmt: skip
+    said = "joint: the zeros of sparsify save neither time nor bytes"
+    assert [line for line in report.warnings if line.startswith(said) and "need not keep them" in line]
+    assert said in (tmp_path / "run" / "report.md").read_text()
+    planned = [stage for stage in plan.plan(recipe, Store(tmp_path / "store")) if not stage.name.startswith("int4: ")]
+    assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages} - {"int4: rtn int4 g32"}
+    assert all(stage.done is not False for stage in planned)
+    assert all(stage.cost is not None and stage.cost.seconds > 0 for stage in planned)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +309,7 @@ def test_what_only_token_ids_tell_is_refused_before_training(
     assert len([*(tmp_path / "store").glob("*/manifest.json")]) == 1  # the base
 
 
+@pytest.mark.usefixtures("known_speeds", "scored_store")
 def test_an_engine_for_another_machine_is_built_and_not_judged(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     pytest.importorskip("tensorrt_rtx")
     from edgetune.runtime.engine import why_not_run

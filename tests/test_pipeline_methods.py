@@ -18,6 +18,7 @@ from edgetune.recipe import Recipe
 from edgetune.stages import Stages
 from tests.test_pipeline import make_recipe, run
 
+pytestmark = pytest.mark.usefixtures("known_speeds")
 ADAPT = {"batch_size": 8, "max_steps": 4, "eval_steps": 2, "eval_rows": 4}
 DPO = {"method": "dpo", "r": 4, "batch_size": 4, "max_steps": 2, "learning_rate": 1e-2}
 GRPO = {

@@ -14,7 +14,6 @@ import pytest
 from edgetune import measure
 from edgetune.artifact import Artifact
 from edgetune.export import gguf
-from edgetune.recipe_export import GgufExport
 from edgetune.runtime.accuracy import ScoredRow, write_rows
 from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.evidence import Timings
@@ -60,13 +59,12 @@ def test_a_packs_rows_take_a_third_of_their_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "gptq", "fp32", "gguf"])
 def test_each_kind_is_scored_without_the_reference(
-    kind: str, pack: Path, call: Call, tiny_model: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+    kind: str, pack: Path, call: Call, tiny_model: Artifact, tiny_gguf: Artifact, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
     engine = {"gguf": "llama.cpp", "fp32": "onnxruntime"}.get(kind, "torch")
     if kind == "gguf":
-        config = GgufExport(type="F32")
-        out = gguf.run(config, tiny_model, tmp_path / "made", moments=None, calibration_digest=None).path
-        file = (out / "model.gguf").rename(tmp_path / "gguf")
+        file = Path(shutil.copy(tiny_gguf.path / gguf.FILE, tmp_path / "gguf"))
     else:
         artifact = tiny_model if kind == "model" else exported(kind, tiny_model, tmp_path_factory)
         file = bare(artifact, tmp_path / kind)
@@ -89,14 +87,14 @@ def test_each_kind_is_scored_without_the_reference(
     assert (parted == 0) == (kind != "gptq")
 
 
-def test_rows_that_lie_elsewhere_are_given(pack: Path, call: Call, tiny_model: Artifact, tmp_path: Path) -> None:
+def test_rows_that_lie_elsewhere_are_given(pack: Path, call: Call, tiny_gguf: Artifact, tmp_path: Path) -> None:
     alone = shutil.copy(pack / "reference.npz", tmp_path / "pack.npz")
-    code, _, err = call("score", str(tiny_model.path), "--reference", str(alone))
+    code, _, err = call("score", str(tiny_gguf.path), "--reference", str(alone))
     assert code != 0
     assert "rows.npz is not there; copy it from where the pack was made, or give --rows" in err
     write_rows(tmp_path / "rows.jsonl", ROWS)
     given = ["--reference", str(alone), "--rows", str(tmp_path / "rows.jsonl"), "--threads", "1"]
-    code, said, _ = call("score", str(tiny_model.path), *given)
+    code, said, _ = call("score", str(tiny_gguf.path), *given)
     assert code == 0
     assert "100.00% of the answer tokens" in said
     assert "of general text" not in said
@@ -131,11 +129,11 @@ def no_pack(folder: Path) -> list[str]:
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
-    spoil: Spoil, said: str, pack: Path, call: Call, tiny_model: Artifact, tmp_path: Path
+    spoil: Spoil, said: str, pack: Path, call: Call, tiny_gguf: Artifact, tmp_path: Path
 ) -> None:
     shutil.copytree(pack, tmp_path / "pack")
     code, out, err = call(
-        "score", str(tiny_model.path), "--reference", str(tmp_path / "pack"), *spoil(tmp_path / "pack")
+        "score", str(tiny_gguf.path), "--reference", str(tmp_path / "pack"), *spoil(tmp_path / "pack")
     )
     assert code != 0
     assert out == ""

@@ -11,8 +11,6 @@ from types import ModuleType
 import pytest
 
 from edgetune.artifact import Artifact
-from edgetune.export import gguf
-from edgetune.recipe_export import GgufExport
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("onnxruntime_genai")
@@ -44,12 +42,12 @@ def test_rows_have_one_length_and_share_what_is_asked(scoring: ModuleType) -> No
 
 
 def test_both_sides_of_every_engine_are_timed(
-    scoring: ModuleType, tiny_model: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    made = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "gguf", moments=None, calibration_digest=None)
+    scoring: ModuleType, tiny_model: Artifact, tiny_gguf: Artifact, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
     folder = exported("fp32", tiny_model, tmp_path_factory).path
     given = argparse.Namespace(quick=False, rows=12, threads=1, seed=0, engine=None, out=tmp_path / "out.json")
-    scoring.benchmark(made.path / "model.gguf", folder, given)
+    scoring.benchmark(tiny_gguf.path / "model.gguf", folder, given)
     found = json.loads(given.out.read_text())
     assert found["totals"].keys() == {f"{e}_{r}" for e in scoring.ENGINES for r in ("ratio", "shared_ratio")}
     for engine, sets in found["samples"].items():

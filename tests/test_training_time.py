@@ -75,6 +75,7 @@ def test_a_gpu_that_is_not_here_is_not_the_cpu(tmp_path: Path, call: Call) -> No
     assert out.splitlines()[1].endswith((" min", " h"))
 
 
+@pytest.mark.alone
 def test_a_step_is_measured_on_a_few_blocks(tiny_model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "SECONDS", 0.1)
     config, lengths = Adapt(batch_size=4, micro_batch_size=2), Lengths.of([(40, 10)] * 16, shared=4)
@@ -100,6 +101,7 @@ def test_many_long_rows_are_measured_by_fewer() -> None:
     assert step_time._n_rows(16, LLAMA["7B"] | {"hidden_size": 576, "intermediate_size": 1536}, ROWS) == 16
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_step_of_smollm2_takes_what_is_predicted_within_15_percent(tmp_path: Path) -> None:
     """CPU-seconds of one thread; the machine drifts, so the prediction is the mean of one before and one after."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,15 @@ def train(source: Artifact, out: Path, rows: list[Rendered], config: Adapt, **kw
     return sft.run(config, source, out, rows=rows, golden=Golden.read(source.path), **kwargs)
 
 
+@pytest.fixture(scope="module")
+def trained(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Artifact]:
+    """Train one of CONFIGS, once in a test's own settings; what it gives is never written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    return cache(lambda name: train(tiny_model, folder / name, rows, CONFIGS[name]))
+
+
 def make_plain(config: Adapt, model: nn.Module, head: LabelledHead, rows: list[Rendered]) -> CompletionTrainer:
     return make_trainer(
         CompletionTrainer, config, model, head, Split.of(config, rows, 0), methods.make_optimizer(config, model),
@@ -78,10 +89,10 @@ class Dies(TrainerCallback):  # type: ignore[misc]
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_method_learns_and_a_killed_run_goes_on_to_the_same_bytes(
-    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    config = CONFIGS[name]
-    whole = train(tiny_model, tmp_path / "whole", rows, config)
+    tiny_model: Artifact, rows: list[Rendered], trained: Callable[[str], Artifact], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:  # fmt: skip
+    config, whole = CONFIGS[name], trained(name)
     losses = [loss for _, loss in whole.manifest.notes["heldout_loss"]]
     assert losses[-1] < losses[0]
     assert whole.manifest.kind == ("model" if config.method == "full" else "adapter")
@@ -104,9 +115,9 @@ def test_a_method_learns_and_a_killed_run_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["dora", "rslora", "ia3"])
 def test_what_is_merged_gives_the_logits_of_the_adapter_on_its_base(
-    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, name: str
+    tiny_model: Artifact, rows: list[Rendered], trained: Callable[[str], Artifact], tmp_path: Path, name: str
 ) -> None:
-    adapter = train(tiny_model, tmp_path / "adapter", rows, CONFIGS[name])
+    adapter = trained(name)
     merged = merge.run(tiny_model, adapter, tmp_path / "merged")
     ids = list(rows[0].ids)
     apart = TorchEngine.load(tiny_model.path, n_ctx=64, n_threads=1, adapter=str(adapter.path)).score(ids)
@@ -176,10 +187,12 @@ def test_loss_is_cross_entropy_of_the_labelled_positions_whatever_is_trained(
     torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
 
 
-def test_a_prefix_runs_apart_in_the_torch_engine(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+def test_a_prefix_runs_apart_in_the_torch_engine(
+    tiny_model: Artifact, rows: list[Rendered], trained: Callable[[str], Artifact]
+) -> None:
     from peft import PeftModel
 
-    adapter = train(tiny_model, tmp_path / "adapter", rows, CONFIGS["prefix"])
+    adapter = trained("prefix")
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model.path, dtype=torch.float32), str(adapter.path)
     ).eval()

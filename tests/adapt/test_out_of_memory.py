@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,14 @@ def train(source: Artifact, out: Path, rows: list[Rendered], config: Adapt = CON
     return sft.run(config, source, out, rows=rows, golden=Golden.read(source.path), **kwargs)
 
 
+@pytest.fixture(scope="module")
+def whole(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Artifact]:
+    """Train with enough memory, once in a test's own settings; what it gives is never written to."""
+    return cache(lambda: train(tiny_model, tmp_path_factory.mktemp("whole") / "adapter", rows))
+
+
 def run_out(patch: pytest.MonkeyPatch, error: BaseException, *, most: int, after: int) -> list[tuple[int, int]]:
     """Let steps with more than `most` rows at once fail from step `after` on; gives (step, rows) of those that ran."""
     step, ran = CompletionTrainer.training_step, list[tuple[int, int]]()
@@ -58,9 +68,10 @@ def run_out(patch: pytest.MonkeyPatch, error: BaseException, *, most: int, after
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
 def test_it_goes_on_with_half_the_rows_from_the_last_step(
-    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    whole = train(tiny_model, tmp_path / "whole", rows)
+    tiny_model: Artifact, rows: list[Rendered], whole: Callable[[], Artifact], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, error: BaseException,
+) -> None:  # fmt: skip
+    expected = whole()
     said: list[str] = []
     with monkeypatch.context() as patch:
         ran = run_out(patch, error, most=2, after=3)
@@ -69,18 +80,19 @@ def test_it_goes_on_with_half_the_rows_from_the_last_step(
     note = "out of memory with 4 rows at once after step 3: went on with 2 at once and 2 accumulated, still 4 a step"
     assert made.manifest.fallbacks == [note]
     assert made.manifest.notes["memory"] == note
-    assert "memory" not in whole.manifest.notes
+    assert "memory" not in expected.manifest.notes
     assert [label.endswith("2 rows at once since memory ran out") for label in said] == [False] * 3 + [True] * 3
-    assert made.identity == whole.identity
-    weights = [load_file(one.path / "adapter_model.safetensors") for one in (whole, made)]
+    assert made.identity == expected.identity
+    weights = [load_file(one.path / "adapter_model.safetensors") for one in (expected, made)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_what_the_optimizer_began_is_not_gone_on_from(
-    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(tiny_model, tmp_path / "whole", rows)
+    tiny_model: Artifact, rows: list[Rendered], whole: Callable[[], Artifact], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected = whole()
     make, left = sft.methods.make_optimizer, [3]
 
     def failing(*args: Any) -> torch.optim.Optimizer:
@@ -102,7 +114,7 @@ def test_what_the_optimizer_began_is_not_gone_on_from(
         made = train(tiny_model, tmp_path / "halved", rows)
     (note,) = made.manifest.fallbacks
     assert note.startswith("out of memory with 4 rows at once after step 2: went on with 2 at once")
-    weights = [load_file(one.path / "adapter_model.safetensors") for one in (whole, made)]
+    weights = [load_file(one.path / "adapter_model.safetensors") for one in (expected, made)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 

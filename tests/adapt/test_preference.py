@@ -49,7 +49,7 @@ def configured(method: str, files: dict[str, str], **changes: Any) -> Prefer:
     return Prefer.model_validate({"method": method, "train": rows} | SMALL | changes)
 
 
-def margin(folder: Path, config: Prefer, files: dict[str, str]) -> float:
+def margin(folder: Path, files: dict[str, str]) -> float:
     """Mean log-probability of chosen answers less that of rejected ones, in a model's folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -64,10 +64,21 @@ def margin(folder: Path, config: Prefer, files: dict[str, str]) -> float:
     return total / 16
 
 
-@pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "orpo"])
-@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.fixture(scope="module")
+def margin_before(tiny_model: Artifact, files: dict[str, str]) -> float:
+    return margin(tiny_model.path, files)
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter"),
+    [
+        *((method, "lora") for method in ("dpo", "ipo", "kto", "orpo")),
+        *((method, "qlora") for method in ("dpo", "orpo")),
+        *(pytest.param(method, "qlora", marks=pytest.mark.slow) for method in ("ipo", "kto")),
+    ],
+)
 def test_chosen_answers_gain_on_rejected_ones(
-    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, method: str, adapter: str
+    tiny_model: Artifact, files: dict[str, str], margin_before: float, tmp_path: Path, method: str, adapter: str
 ) -> None:
     config = configured(method, files, adapter=adapter)
     examples = preference.read(config)
@@ -76,7 +87,7 @@ def test_chosen_answers_gain_on_rejected_ones(
     losses = [loss for _, loss in made.manifest.notes["loss"]]
     assert losses[-1] < losses[0]
     merged = merge.run(tiny_model, made, tmp_path / "merged")
-    assert margin(merged.path, config, files) > margin(tiny_model.path, config, files) + 1
+    assert margin(merged.path, files) > margin_before + 1
     assert str(tmp_path) not in (made.path / "adapter_config.json").read_text()
 
 
@@ -88,7 +99,7 @@ def test_the_first_loss_of_dpo_is_that_of_a_model_which_is_its_own_reference(
     assert made.manifest.notes["loss"][0][1] == pytest.approx(0.693147, abs=1e-4)  # log 2: no margin yet
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "grpo"])
+@pytest.mark.parametrize("method", ["dpo", "grpo", *(pytest.param(m, marks=pytest.mark.slow) for m in ("kto", "orpo"))])
 def test_gradient_checkpointing_changes_no_loss(
     tiny_model: Artifact, files: dict[str, str], tmp_path: Path, method: str
 ) -> None:
@@ -125,7 +136,14 @@ WATCHED = {"eval_rows": 3, "eval_steps": 2}
 
 @pytest.mark.parametrize(
     ("method", "changes"),
-    [("dpo", {}), ("dpo", WATCHED), ("ipo", {}), ("kto", {}), ("orpo", {}), ("grpo", REWARDED | WATCHED)],
+    [
+        pytest.param("dpo", {}, marks=pytest.mark.slow),
+        ("dpo", WATCHED),
+        pytest.param("ipo", {}, marks=pytest.mark.slow),
+        ("kto", {}),
+        ("orpo", {}),
+        ("grpo", REWARDED | WATCHED),
+    ],
     ids=["dpo", "dpo watched", "ipo", "kto", "orpo", "grpo watched"],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(

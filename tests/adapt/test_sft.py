@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,23 @@ def train(source: Artifact, out: Path, rows: list[Rendered], config: Adapt = CON
     return sft.run(config, source, out, rows=rows, golden=golden, **kwargs)  # type: ignore[arg-type]
 
 
-def test_loss_falls_and_the_adapter_names_no_path(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
-    made = train(tiny_model, tmp_path / "adapter", rows)
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_model: Artifact, rows: list[Rendered], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Artifact]:
+    """Train to the end, once in a test's own settings; what it gives is never written to."""
+    return cache(lambda: train(tiny_model, tmp_path_factory.mktemp("whole") / "adapter", rows))
+
+
+def test_loss_falls_and_the_adapter_names_no_path(
+    tiny_model: Artifact, rows: list[Rendered], uninterrupted: Callable[[], Artifact]
+) -> None:
+    made = uninterrupted()
     losses = [loss for _, loss in made.manifest.notes["heldout_loss"]]
     assert losses[-1] < losses[0]
     assert made.identity == sft.planned_identity(CONFIG, tiny_model.identity, rows, 0)
     text = (made.path / "adapter_config.json").read_text()
-    assert str(tmp_path) not in text
+    assert str(made.path.parent) not in text
     assert str(tiny_model.path) not in text
     assert tiny_model.identity in text
 
@@ -162,9 +173,10 @@ class Dies(TrainerCallback):  # type: ignore[misc]
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(tiny_model, tmp_path / "whole", rows)
+    tiny_model: Artifact, rows: list[Rendered], uninterrupted: Callable[[], Artifact], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole = uninterrupted()
     make = sft.make_trainer
     with monkeypatch.context() as patch:
 
@@ -189,10 +201,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 10.0, "patience": 1, "max_steps": 8}], ids=["end", "early"])
 def test_a_run_killed_after_its_last_step_takes_no_other(
-    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
+    tiny_model: Artifact, rows: list[Rendered], uninterrupted: Callable[[], Artifact], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
+) -> None:  # fmt: skip
     config = CONFIG.model_copy(update=changes)
-    whole = train(tiny_model, tmp_path / "whole", rows, config)
+    whole = train(tiny_model, tmp_path / "whole", rows, config) if changes else uninterrupted()
     assert (whole.manifest.notes["steps"] < config.max_steps) == bool(changes)
     with monkeypatch.context() as patch:
         patch.setattr(methods, "save_adapter", Mock(side_effect=KeyboardInterrupt))

@@ -14,8 +14,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from edgetune import plan
-from edgetune.artifact import Artifact, Store
+from edgetune.artifact import Artifact
 from edgetune.compress import chain
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.hessian import Hessian, output_loss
@@ -30,8 +29,6 @@ from tests.compress.test_kernels import problem
 from tests.compress.test_layerwise import brute_force
 from tests.conftest import make_tiny_model
 from tests.oracles import sparsegpt_float64
-from tests.test_pipeline import make_recipe
-from tests.test_pipeline import run as run_recipe
 
 ROWS = CalibrationSet(np.random.default_rng(0).integers(0, 512, (12, 16)))
 ANYWHERE, TWO_OF_FOUR, FOUR_OF_EIGHT = Pattern(0.5), Pattern(0.5, 4), Pattern(0.5, 8)
@@ -283,22 +280,3 @@ def test_planning_loads_no_torch(tiny_model: Artifact) -> None:
         "check(Sparsify(), json.load(open(sys.argv[1]))); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tiny_model.path / "config.json")], check=True)
-
-
-def test_a_recipe_from_zeros_to_report(tmp_path: Path, tiny_model_wide: Artifact) -> None:
-    sparse = {"sparsify": {"pattern": "2:4", "calibration": {"n_samples": 4, "n_tokens": 32}}}
-    candidates = {"joint": {"compress": [sparse, {"rtn": {"group_size": 32}}]}}
-    bench = {"prompt_tokens": [8], "new_tokens": 2, "repeats": 1, "runs": 1, "warmup": 1, "threads": 1}
-    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates, bench=bench)
-    report, _ = run_recipe(recipe, tmp_path)
-    assert not report.failures, report.failures
-    assert [seam.hop for seam in report.seams] == [
-        "base", "joint: sparsify sparsegpt 2:4", "joint: rtn int4 g32 sym",
-    ]  # fmt: skip
-    said = "joint: the zeros of sparsify save neither time nor bytes"
-    assert [line for line in report.warnings if line.startswith(said) and "need not keep them" in line]
-    assert said in (tmp_path / "run" / "report.md").read_text()
-    planned = plan.plan(recipe, Store(tmp_path / "store"))
-    assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
-    assert all(stage.done is not False for stage in planned)
-    assert all(stage.cost is not None and stage.cost.seconds > 0 for stage in planned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from edgetune.found import find
 from edgetune.recipe import Gptq, Rtn
 from edgetune.runtime.engine import load_engine
 
+Made = Callable[..., Artifact]
 SCHEMES: list[dict[str, Any]] = [
     {"bits": 4, "group_size": 32, "sym": True},
     {"bits": 4, "group_size": 32, "sym": False},
@@ -35,14 +37,23 @@ SCHEMES: list[dict[str, Any]] = [
 ]
 
 
-def made(source: Artifact, out: Path, scheme: dict[str, Any], form: Any = "compressed-tensors") -> Artifact:
-    return run(Rtn(checkpoint=form, **scheme), source, out)
+@pytest.fixture(scope="module")
+def made(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Round the tiny model by a scheme, once for each format of the checkpoint, which is never written to."""
+    kept: dict[str, Artifact] = {}
+
+    def make(scheme: dict[str, Any], form: Any = "compressed-tensors") -> Artifact:
+        key = f"{form} {scheme}"
+        if key not in kept:
+            kept[key] = run(Rtn(checkpoint=form, **scheme), tiny_model, tmp_path_factory.mktemp("made") / "out")
+        return kept[key]
+
+    return make
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme["bits"] not in (5, 6)])
-def test_it_holds_what_autogptqs_format_holds(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
-    ours, plain = (read_layers(made(tiny_model, tmp_path / form, scheme, form).path)
-                   for form in ("compressed-tensors", "gptq"))  # fmt: skip
+def test_it_holds_what_autogptqs_format_holds(made: Made, scheme: dict[str, Any]) -> None:
+    ours, plain = (read_layers(made(scheme, form).path) for form in ("compressed-tensors", "gptq"))
     assert ours.keys() == plain.keys()
     for name, layer in ours.items():
         for part in ("q", "scales", "zero_point", "g_idx"):
@@ -50,13 +61,13 @@ def test_it_holds_what_autogptqs_format_holds(tiny_model: Artifact, tmp_path: Pa
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_its_own_library_unpacks_the_same_weights(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
+def test_its_own_library_unpacks_the_same_weights(made: Made, scheme: dict[str, Any]) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from safetensors.torch import load_file
 
-    folder = made(tiny_model, tmp_path / "out", scheme).path
+    folder = made(scheme).path
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     theirs = QuantizationScheme(**config["config_groups"]["group_0"])
     tensors = load_file(folder / "model.safetensors")
@@ -67,19 +78,21 @@ def test_its_own_library_unpacks_the_same_weights(tiny_model: Artifact, tmp_path
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme["sym"]])
-def test_transformers_reads_it(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
+def test_transformers_reads_it(made: Made, scheme: dict[str, Any]) -> None:
     """Symmetric ones: with zero points, version 0.20 prepares places for them that are not packed, and refuses."""
-    compare(made(tiny_model, tmp_path / "out", scheme).path)
+    compare(made(scheme).path)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_transformers_dequantizes_it(tiny_model: Artifact, tmp_path: Path, scheme: dict[str, Any]) -> None:
-    """With zero points too, which the packed way refuses."""
+@pytest.mark.parametrize(
+    "scheme", [pytest.param(scheme, marks=[pytest.mark.slow] if scheme["sym"] else []) for scheme in SCHEMES]
+)
+def test_transformers_dequantizes_it(made: Made, scheme: dict[str, Any]) -> None:
+    """With zero points too, which the packed way refuses; symmetric ones, which it reads, where slow tests run."""
     pytest.importorskip("compressed_tensors")
     from transformers import CompressedTensorsConfig
 
     asked = CompressedTensorsConfig(dequantize=True)
-    compare(made(tiny_model, tmp_path / "out", scheme).path, quantization_config=asked)
+    compare(made(scheme).path, quantization_config=asked)
 
 
 def compare(folder: Path, **settings: Any) -> None:
@@ -138,8 +151,8 @@ def test_exports_without_those_bits_refuse_before_any_work(tiny_model: Artifact,
         tensorrt.check(TensorrtExport(precision="int4"), config, made)
 
 
-def test_engines_run_it_as_any_checkpoint(tiny_model: Artifact, tmp_path: Path) -> None:
-    folder = made(tiny_model, tmp_path / "out", SCHEMES[0]).path
+def test_engines_run_it_as_any_checkpoint(made: Made, tmp_path: Path) -> None:
+    folder = made(SCHEMES[0]).path
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "manifest.json").unlink()  # as someone else's
     found = find(copy)
@@ -161,8 +174,8 @@ def test_engines_run_it_as_any_checkpoint(tiny_model: Artifact, tmp_path: Path) 
                                  "input_activations": {"num_bits": 8}}}},
     ],
 )  # fmt: skip
-def test_another_kind_is_one_line(tiny_model: Artifact, tmp_path: Path, change: dict[str, Any]) -> None:
-    folder = made(tiny_model, tmp_path / "out", SCHEMES[0]).path
+def test_another_kind_is_one_line(made: Made, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(made(SCHEMES[0]).path, tmp_path / "changed"))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= change
     (folder / "config.json").write_text(json.dumps(config))

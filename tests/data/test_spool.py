@@ -77,10 +77,10 @@ def test_rows_that_are_too_long_are_counted(tiny_model: Artifact, tmp_path: Path
 
 
 def test_memory_does_not_hold_the_text(tiny_model: Artifact, tmp_path: Path) -> None:
-    """2.4 MB of text, some 490,000 tokens, on disk: as lists of numbers they took 39 MB."""
+    """0.8 MB of text, some 163,000 tokens, on disk: as lists of numbers they took 13 MB."""
     path = tmp_path / "long.jsonl"
     with path.open("w") as file:
-        for i in range(3000):
+        for i in range(1000):
             file.write(json.dumps({"prompt": f"turn {i}", "completion": "the light in the kitchen " * 32}) + "\n")
     few = save(tmp_path, "few", rows("a", 3))
     workload.load(make(tmp_path, few, general=few), tiny_model)  # what is imported and cached
@@ -91,7 +91,7 @@ def test_memory_does_not_hold_the_text(tiny_model: Artifact, tmp_path: Path) -> 
     left, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     n_tokens = sum(len(row.ids) for row in work.train)
-    assert n_tokens > 400_000
-    assert len(held) == 3000
+    assert n_tokens > 130_000
+    assert len(held) == 1000
     assert left < 3e6, f"{left / 1e6:.1f} MB"
     assert peak < 6e6, f"{peak / 1e6:.1f} MB"

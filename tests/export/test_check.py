@@ -10,17 +10,19 @@ import pytest
 from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.errors import SourceError
-from edgetune.export import gguf, onnx
+from edgetune.export import gguf, gguf_child
 from edgetune.export.check import check
-from edgetune.recipe_export import GgufExport, OnnxExport
+from edgetune.export.gguf_child import run_child
+from edgetune.recipe_export import GgufExport
 from tests.conftest import Call, make_tiny_model
 
 pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.usefixtures("children_here")
 NAMES = ["chat template", "BOS", "stop set", "token ids", "logits"]
 
 
 @pytest.fixture(scope="module")
-def file(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(children_here: None, tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("check") / "gguf"
     gguf.run(GgufExport(type="F32"), tiny_model, out, moments=None)
     return out / gguf.FILE
@@ -29,9 +31,9 @@ def file(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def folder(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime_genai")
-    out = tmp_path_factory.mktemp("check") / "onnx"
-    onnx.run(OnnxExport(precision="fp32"), tiny_model, out)
-    return out
+    from tests.export.test_onnx import exported
+
+    return exported("fp32", tiny_model, tmp_path_factory).path
 
 
 def broken(path: Path, reference: Artifact, max_kl: float = 1e-6) -> dict[str, str]:
@@ -77,7 +79,11 @@ def test_neither_a_file_nor_a_folder_of_a_runtime(tiny_model: Artifact, tmp_path
         check(tmp_path / name, tiny_model, max_kl=0.1)
 
 
-def test_a_file_that_llama_cpp_cannot_load(tiny_model: Artifact, file: Path, tmp_path: Path) -> None:
+def test_a_file_that_llama_cpp_cannot_load(
+    tiny_model: Artifact, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a child, since a damaged file may kill the process."""
+    monkeypatch.setattr(gguf_child, "run_child", run_child)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(SourceError, match="data is not within the file bounds"):

@@ -14,10 +14,12 @@ from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export import gguf_adapter
 from edgetune.export.gguf_adapter import planned_identity, run
+from edgetune.export.gguf_child import run_child
 from tests.conftest import Call
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.usefixtures("children_here")
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -79,7 +81,11 @@ def test_more_than_plain_lora_is_refused(
         run(adapter, tiny_model, tmp_path / "out")
 
 
-def test_the_verb_finds_the_base_in_the_adapters_store(call: Call, tiny_model: Artifact, tmp_path: Path) -> None:
+def test_the_verb_finds_the_base_in_the_adapters_store(
+    call: Call, tiny_model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the child, which no other test gives an adapter."""
+    monkeypatch.setattr(gguf_adapter, "run_child", run_child)
     store = Store(tmp_path / "store")
     copied = {"copy of": tiny_model.identity}
     base, _ = store.once(identity("test.base/1", copied, []), lambda out: _copy(tiny_model, out, copied))

@@ -21,6 +21,7 @@ from tests.conftest import make_tiny_model
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.usefixtures("children_here")
 
 HALVES = {"Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q6_K": (208,)}  # where float16 lies in a block; else at 0 and 2
 ROWS = np.random.default_rng(0).integers(3, 500, (24, 48))

@@ -16,6 +16,7 @@ from tests.conftest import Call
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.usefixtures("children_here")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tests.conftest import CHAT_TEMPLATE, WORDS
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.usefixtures("children_here")
 LEGACY, NEVER = "prepended", "never"
 
 

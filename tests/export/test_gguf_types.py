@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,14 @@ from edgetune.recipe_export import GgufExport, GgufType
 from tests.conftest import make_tiny_model
 from tests.oracles.llama_quantize import quantize
 
-DAILY = ("Q3_K_M", "Q4_K_S")
+pytestmark = pytest.mark.usefixtures("children_here")
+HEADS = {"shared heads": (8, 2), "own heads": (8, 8)}
+DAILY = {("shared heads", "Q3_K_M"), ("own heads", "Q4_K_S")}
+Deep = Callable[[str], tuple[Artifact, Path]]
 
 
-def slow_but(daily: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in daily else pytest.mark.slow) for name in MIXES]
+def slow_but(daily: set[tuple[str, ...]], cells: Iterable[tuple[str, ...]]) -> list[Any]:
+    return [pytest.param(*cell, marks=[] if cell in daily else pytest.mark.slow) for cell in cells]
 
 
 def importance(source: Artifact) -> dict[str, NDArray[Any]]:
@@ -46,18 +52,23 @@ def types_of(file: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
 
 
-@pytest.fixture(scope="module", params=[(8, 2), (8, 8)], ids=["shared heads", "own heads"])
-def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
-    """A model of 16 blocks whose rows every block size divides, and its plain file; heads tied or not."""
-    folder, heads = tmp_path_factory.mktemp("deep"), request.param
-    source = make_tiny_model(folder / "model", hidden=256, layers=16, heads=heads, tie=heads == (8, 8), vocabulary=512)
-    made = gguf.run(GgufExport(type="F32"), source, folder / "plain", moments=None)
-    return source, made.path / gguf.FILE
+@pytest.fixture(scope="module")
+def deep(children_here: None, tmp_path_factory: pytest.TempPathFactory) -> Deep:
+    """Make, once, a model of 16 blocks whose rows every block size divides, and its plain file; heads tied or not."""
+
+    @cache
+    def make(heads: str) -> tuple[Artifact, Path]:
+        folder, tie = tmp_path_factory.mktemp("deep"), heads == "own heads"
+        source = make_tiny_model(folder / "model", hidden=256, layers=16, heads=HEADS[heads], tie=tie, vocabulary=512)
+        made = gguf.run(GgufExport(type="F32"), source, folder / "plain", moments=None)
+        return source, made.path / gguf.FILE
+
+    return make
 
 
-@pytest.mark.parametrize("target", slow_but(DAILY))
-def test_types_are_llama_cpps_own(deep: tuple[Artifact, Path], target: str, tmp_path: Path) -> None:
-    source, plain = deep
+@pytest.mark.parametrize(("heads", "target"), slow_but(DAILY, product(HEADS, MIXES)))
+def test_types_are_llama_cpps_own(deep: Deep, heads: str, target: str, tmp_path: Path) -> None:
+    source, plain = deep(heads)
     config = read_config(source.path)
     shapes = written_shapes(artifact_weights(source, config), config)
     for moments in ({}, by_tensor(importance(source), source)):
@@ -69,7 +80,7 @@ def test_types_are_llama_cpps_own(deep: tuple[Artifact, Path], target: str, tmp_
         assert lines == []
 
 
-@pytest.mark.parametrize("target", slow_but(("Q4_K_M",)))
+@pytest.mark.parametrize("target", slow_but({("Q4_K_M",)}, product(MIXES)))
 def test_bytes_are_llama_cpps_own(target: str, tmp_path: Path) -> None:
     """On rows of 256 and of 64 columns; the latter by the types that stand in."""
     for hidden in (256, 64):

@@ -33,7 +33,8 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
     "vocab_size": 512, "max_position_embeddings": 4096,
 }  # fmt: skip
-FP16, INT4 = TensorrtExport(max_length=128), TensorrtExport(precision="int4", max_length=128)
+FP16 = TensorrtExport(max_length=128)
+INT4 = TensorrtExport(precision="int4", max_length=128, compute_capability=["8.6"])
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+SILENT = llama_cpp.llama_log_callback(lambda *_: None)  # llama.cpp may call it as long as the process lives
+
 
 def quantize(
     plain: Path, out: Path, target: str, moments: Mapping[str, NDArray[Any]], types: Mapping[str, str] | None = None
@@ -34,6 +36,5 @@ def quantize(
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     if kept:
         params.imatrix = weights
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
     assert llama_cpp.llama_model_quantize(str(plain).encode(), str(out).encode(), ctypes.byref(params)) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from edgetune.artifact import Artifact
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.export import gguf
 from edgetune.recipe import Bench
-from edgetune.recipe_export import GgufExport
 from edgetune.runtime import history
 from edgetune.runtime.evidence import Failure, Latency, ServedCase, ServedRequest, Timings
 from edgetune.runtime.latency import make_prompts, measure
@@ -34,12 +34,11 @@ QUICK = Bench(prompt_tokens=[8], new_tokens=4, repeats=2, runs=1, warmup=1, thre
 
 
 def test_whatever_is_made_elsewhere_is_timed_without_a_recipe(
-    tiny_model: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Artifact, tiny_gguf: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A GPTQ folder, an ONNX folder and a GGUF file without manifests, and a Hugging Face folder that is cut."""
     made = [bare(exported(kind, tiny_model, tmp_path_factory), tmp_path / kind) for kind in ("gptq", "fp32")]
-    out = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "made", moments=None, calibration_digest=None).path
-    file = (out / "model.gguf").rename(tmp_path / "tiny.gguf")
+    file = Path(shutil.copy(tiny_gguf.path / gguf.FILE, tmp_path / "tiny.gguf"))
     broken = bare(tiny_model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut")
     screen = Console(file=io.StringIO(), width=200)

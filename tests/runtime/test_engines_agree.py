@@ -29,10 +29,9 @@ def ids_of(seed: int, length: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(3, 300, length)]
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "f32"
-    return gguf.run(GgufExport(type="F32"), tiny_model, out, moments=None, calibration_digest=None).path / "model.gguf"
+@pytest.fixture
+def gguf_file(tiny_gguf: Artifact) -> Path:
+    return tiny_gguf.path / gguf.FILE
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
     Scripted.asked = []
     Scripted.tokens_ms = iter([5.0] * 1000)
     monkeypatch.setattr(latency, "Worker", Scripted)
-    monkeypatch.setattr(latency, "PAUSE_S", 0)
     return Scripted
 
 

@@ -13,9 +13,7 @@ import pytest
 from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.errors import EngineError
-from edgetune.export import gguf
 from edgetune.export.parity import torch_logits
-from edgetune.recipe_export import GgufExport
 from edgetune.runtime.engine import TokenRow, load_engine
 from edgetune.runtime.engines import llama_engine
 from edgetune.runtime.engines.llama_engine import LlamaEngine
@@ -24,14 +22,8 @@ pytest.importorskip("llama_cpp")
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    out = tmp_path_factory.mktemp("gguf") / "f32"
-    return gguf.run(GgufExport(type="F32"), tiny_model, out, moments=None, calibration_digest=None)
-
-
-@pytest.fixture(scope="module")
-def engine(exported: Artifact) -> Iterator[LlamaEngine]:
-    engine = LlamaEngine.load(exported.path, n_ctx=512, n_threads=1, flash_attention=False, kv_type="f32")
+def engine(tiny_gguf: Artifact) -> Iterator[LlamaEngine]:
+    engine = LlamaEngine.load(tiny_gguf.path, n_ctx=512, n_threads=1, flash_attention=False, kv_type="f32")
     yield engine
     engine.close()
 
@@ -70,9 +62,9 @@ def test_score_rows_is_score(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatc
     assert list(engine.score_rows([])) == []
 
 
-def test_score_rows_of_rows_longer_than_a_batch(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_rows_of_rows_longer_than_a_batch(tiny_gguf: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_engine, "N_BATCH", 32)
-    engine = LlamaEngine.load(exported.path, n_ctx=256, n_threads=1, flash_attention=False, kv_type="f32")
+    engine = LlamaEngine.load(tiny_gguf.path, n_ctx=256, n_threads=1, flash_attention=False, kv_type="f32")
     rows = [TokenRow((5, 6, *ids_of(i, n)), start) for i, (n, start) in enumerate([(200, 90), (10, 2), (70, 71)])]
     for row, logits in zip(rows, list(engine.score_rows(rows)), strict=True):
         np.testing.assert_allclose(logits, engine.score(row.ids)[row.start - 1 : -1], atol=1e-4, rtol=0)
@@ -101,8 +93,8 @@ def test_the_tokenizer_and_its_facts(engine: LlamaEngine, tiny_model: Artifact) 
 
 
 @pytest.mark.parametrize("ids", [[], list(range(300)), [5, 512], [5, -1]])
-def test_rows_that_do_not_fit_are_refused(exported: Artifact, ids: list[int]) -> None:
-    engine = LlamaEngine.load(exported.path, n_ctx=256, n_threads=1)
+def test_rows_that_do_not_fit_are_refused(tiny_gguf: Artifact, ids: list[int]) -> None:
+    engine = LlamaEngine.load(tiny_gguf.path, n_ctx=256, n_threads=1)
     for ask in (engine.prefill, engine.score):
         with pytest.raises(EngineError, match=r"do not fit a context of n_ctx=256|the vocabulary has 512"):
             ask(ids)
@@ -115,8 +107,8 @@ def test_rows_that_do_not_fit_are_refused(exported: Artifact, ids: list[int]) ->
         engine.prefill([5])
 
 
-def test_the_context_ends_where_training_did(exported: Artifact) -> None:
-    engine = load_engine("llama.cpp", exported.path / "model.gguf", n_ctx=4096, n_threads=1)
+def test_the_context_ends_where_training_did(tiny_gguf: Artifact) -> None:
+    engine = load_engine("llama.cpp", tiny_gguf.path / "model.gguf", n_ctx=4096, n_threads=1)
     assert isinstance(engine, LlamaEngine)
     assert engine.n_ctx == 512
     engine.close()
@@ -142,9 +134,9 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_cut_file_is_one_line(exported: Artifact, tmp_path: Path) -> None:
+def test_a_cut_file_is_one_line(tiny_gguf: Artifact, tmp_path: Path) -> None:
     """In a process of its own, and silent on stderr."""
-    data = (exported.path / "model.gguf").read_bytes()
+    data = (tiny_gguf.path / "model.gguf").read_bytes()
     cuts = []
     for kept in (0, 3, 100, len(data) // 2, len(data) - 100):
         cuts.append(tmp_path / f"{kept}.gguf")

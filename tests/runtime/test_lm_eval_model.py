@@ -13,7 +13,6 @@ import pytest
 from edgetune.artifact import Artifact
 from edgetune.errors import UsageError
 from edgetune.export import gguf
-from edgetune.recipe_export import GgufExport
 from tests.export.test_onnx import exported
 from tests.test_found import bare
 
@@ -23,24 +22,22 @@ from edgetune.runtime.lm_eval_model import LmEvalModel
 ENGINES = ("torch", "llama.cpp", "onnxruntime", "onnxruntime-genai")
 
 
-def made_by_others(engine: str, model: Artifact, factory: pytest.TempPathFactory) -> Path:
+def made_by_others(engine: str, model: Artifact, as_gguf: Artifact, factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a file or folder without a manifest that an engine runs."""
     folder = factory.mktemp("bare")
     if engine == "torch":
         return bare(model, folder / "model")
     if engine == "llama.cpp":
-        pytest.importorskip("llama_cpp")
-        config = GgufExport(type="F32")
-        return gguf.run(config, model, folder / "made", moments=None, calibration_digest=None).path / gguf.FILE
+        return as_gguf.path / gguf.FILE
     pytest.importorskip("onnxruntime_genai")
     return bare(exported("fp32", model, factory), folder / "onnx")
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def model(
-    request: pytest.FixtureRequest, tiny_model: Artifact, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_model: Artifact, tiny_gguf: Artifact, tmp_path_factory: pytest.TempPathFactory
 ) -> LmEvalModel:
-    path = made_by_others(request.param, tiny_model, tmp_path_factory)
+    path = made_by_others(request.param, tiny_model, tiny_gguf, tmp_path_factory)
     made = LmEvalModel(path, engine=request.param, n_ctx=32, n_threads=1)
     assert made.engine.name == request.param
     return made

@@ -23,7 +23,7 @@ from edgetune.bench_http import bench_http
 from edgetune.errors import EngineError, UsageError
 from edgetune.found import jobs
 from edgetune.runtime import history, serving
-from edgetune.runtime.engines.torch_engine import TorchEngine
+from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.evidence import ServedCase, ServedRequest, Timings
 from edgetune.runtime.latency import make_prompts
 from edgetune.runtime.report import beside
@@ -169,20 +169,15 @@ def test_an_endpoint_is_found_or_refused_in_one_line(scripted: Server) -> None:
 
 
 @pytest.fixture
-def real_server(tiny_model: Artifact, tmp_path: Path) -> Iterator[str]:
+def real_server(tiny_gguf: Artifact) -> Iterator[str]:
     """llama-cpp-python's own server on loopback, with the tiny model as GGUF."""
-    pytest.importorskip("llama_cpp")
     pytest.importorskip("uvicorn")
     pytest.importorskip("starlette_context")
-    from edgetune.export import gguf
-    from edgetune.recipe_export import GgufExport
-
-    made = gguf.run(GgufExport(type="F32"), tiny_model, tmp_path / "gguf", moments=None, calibration_digest=None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "llama_cpp.server", "--model", str(made.path / "model.gguf"), "--port", str(port),
+        [sys.executable, "-m", "llama_cpp.server", "--model", str(tiny_gguf.path / "model.gguf"), "--port", str(port),
          "--n_ctx", "256", "--n_threads", "1", "--interrupt_requests", "false", "--model_alias", "tiny"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -204,7 +199,7 @@ def real_server(tiny_model: Artifact, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_server_is_asked_the_prompts_of_bench_remembered_and_merged(
-    scripted: Server, tiny_model: Artifact, tmp_path: Path
+    scripted: Server, tiny_gguf: Artifact, tmp_path: Path
 ) -> None:
     """Of a file that is named the prompts are text of the ids that `bench` gives it, and its digest is kept."""
     asked: list[str] = []
@@ -216,16 +211,17 @@ def test_a_server_is_asked_the_prompts_of_bench_remembered_and_merged(
     endpoint = scripted(keep)
     screen, raw, place = Console(file=io.StringIO(), width=120), tmp_path / "raw.json", tmp_path / "history.sqlite"
     cases: dict[str, Any] = {"concurrency": [1], "rates": [50.0], "n_requests": 2, "n_tokens": 3, "prompt_words": 7}
-    assert bench_http(endpoint, screen, **cases, artifact=tiny_model.path, prompt_tokens=8, json=raw, history=place)
-    (job,) = jobs([tiny_model.path], [], n_threads=1)
+    assert bench_http(endpoint, screen, **cases, artifact=tiny_gguf.path, prompt_tokens=8, json=raw, history=place)
+    (job,) = jobs([tiny_gguf.path], [], n_threads=1)
     stream = bench.prompt_ids([job], timeout_s=60)
-    engine = TorchEngine.load(tiny_model.path, n_ctx=8, n_threads=1)
+    engine = LlamaEngine.load(tiny_gguf.path, n_ctx=8, n_threads=1)
     assert sorted(asked) == sorted(engine.detokenize(stream[at : at + 8]) for at in range(0, 40, 8))
     assert asked[0] == engine.detokenize(make_prompts(stream, [8])[8])
+    engine.close()
     (served,) = Timings.model_validate_json(raw.read_bytes()).served
-    assert (served.artifact_digest, served.prompt_tokens) == (tiny_model.digest, 8)
+    assert (served.artifact_digest, served.prompt_tokens) == (tiny_gguf.digest, 8)
 
-    trends = history.trends(place, artifact=tiny_model.digest)
+    trends = history.trends(place, artifact=tiny_gguf.digest)
     port = endpoint.url.rpartition(":")[2]
     assert [(t.engine.rpartition(":")[2], t.prompt_tokens, t.new_tokens) for t in trends] == [
         (f"{port}, 1 clients", 8, 3), (f"{port}, 50/s", 8, 3),

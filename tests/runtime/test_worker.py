@@ -51,7 +51,7 @@ def test_the_childs_memory_is_not_its_parents() -> None:
         ("killed", "prefill", "llama.cpp died of SIGKILL while generating; something killed it"),
         ("exit", "load", "llama.cpp left with exit code 7 while loading: giving up"),
         ("raise", "load", "llama.cpp failed while loading: ValueError: bad weights"),
-        ("hang", "decode", "llama.cpp gave no answer in 2 s while generating and was stopped"),
+        ("hang", "decode", "llama.cpp gave no answer in 1 s while generating and was stopped"),
         ("hang with the lock", "load", "llama.cpp gave no answer in 2 s while loading and was stopped"),
         ("nan", "decode", "fake gave logits that are not finite after 1 new tokens"),
         ("inf", "prefill", "fake gave logits that are not finite after 0 new tokens"),
@@ -62,7 +62,7 @@ def test_each_failure_is_one_line(fail: str, at: str, said: str) -> None:
     with Worker(fake_job(engine="llama.cpp", fail=fail, at=at)) as worker:
         with pytest.raises(EngineError) as caught:  # noqa: PT012 - which of the two fails is the case
             worker.load(n_ctx=64, timeout_s=2 if at == "load" and "hang" in fail else 30)
-            worker.call("generate_timed", timeout_s=2 if "hang" in fail else 30, ids=[1, 2], continuation=[3])
+            worker.call("generate_timed", timeout_s=1 if "hang" in fail else 30, ids=[1, 2], continuation=[3])
         assert str(caught.value).startswith(said)
         assert "\n" not in str(caught.value)
         notes = "".join(caught.value.__notes__)
