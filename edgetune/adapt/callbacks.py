@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from edgetune.adapt import processes
 from edgetune.adapt.allocator import give_back, resident_bytes
 from edgetune.artifact import require_space, write_text
+from edgetune.errors import StageError
 from edgetune.progress import Report
 
 SEAL = "complete"
@@ -25,7 +26,7 @@ CHECKPOINT_BYTES = 3 * 12  # of a trained parameter: two are kept and one is wri
 
 
 class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint after its last file is on disk: a kill in between must not be resumed from."""
+    """Marks a checkpoint after its last file is on disk, and names its files: half a one must not be resumed from."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -35,18 +36,23 @@ class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
         for file in sorted(folder.iterdir()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        (folder / SEAL).touch()
+        write_text(folder / SEAL, "".join(f"{file.name}\n" for file in sorted(folder.iterdir())))
 
 
 def last_sealed_checkpoint(work: Path) -> str | None:
-    """Give the newest whole checkpoint, and remove those that a kill cut short."""
+    """Give the newest whole checkpoint, and remove those that a kill cut short while it wrote or removed them."""
     whole = []
     for folder in work.glob("checkpoint-*"):
-        if (folder / SEAL).exists():
+        if _is_whole(folder):
             whole.append(str(folder))
         else:
             shutil.rmtree(folder)
     return max(whole, key=step_of, default=None)
+
+
+def _is_whole(folder: Path) -> bool:
+    seal = folder / SEAL
+    return seal.is_file() and all((folder / name).exists() for name in seal.read_text(encoding="utf-8").splitlines())
 
 
 def step_of(checkpoint: str | None) -> int:
@@ -78,6 +84,10 @@ def go_on(trainer: Trainer, work: Path) -> None:
         return
     trainer.state = state  # the Trainer itself would take one step more
     if trainer.args.load_best_model_at_end:
+        best = work / f"checkpoint-{state.best_global_step}"  # the path that is stored may be of another mount
+        if not _is_whole(best):
+            raise StageError(f"{best}, the best checkpoint, is gone; remove {work} and train again")
+        state.best_model_checkpoint = str(best)
         trainer._load_best_model()
     else:
         trainer._load_from_checkpoint(checkpoint)

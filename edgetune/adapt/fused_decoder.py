@@ -136,7 +136,7 @@ class FusedDecoder:
     def of(cls, causal: Any) -> FusedDecoder | None:
         """Look at a causal model with adapters; None where it is not of this kind, and its modules must run."""
         decoder = causal.get_decoder()
-        if decoder.config.hidden_act != "silu":
+        if getattr(decoder.config, "hidden_act", None) != "silu":
             return None
         blocks = []
         for layer in decoder.layers:

@@ -86,8 +86,8 @@ def labelled_logits(model: Any, rows: Sequence[Rendered]) -> Iterator[Tensor]:
     device = causal.get_input_embeddings().weight.device
     for row in rows:
         ids = torch.tensor([row.ids], device=device)
-        states = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-        yield causal.get_output_embeddings()(states[torch.tensor(row.labels[1:], device=device)]).float().cpu()
+        places = torch.tensor(row.labels[1:], device=device).nonzero().flatten()
+        yield causal(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0].float().cpu()
 
 
 def _score(hop: str, rows: Sequence[Rendered], found: Iterator[Tensor], kept: Sequence[Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import TrainerState
 from edgetune.adapt import methods, out_of_memory, rewards
 from edgetune.adapt.base import load_base
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, SpeedLog, tensorboard
+from edgetune.adapt.trainer import refuse_diverged
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.golden import GOLDEN_ROWS, Golden, trained_golden
@@ -31,7 +32,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_training import Prefer
 from edgetune.training_memory import Lengths
 
-STAGE = "adapt.prefer/2"
+STAGE = "adapt.prefer/3"
 WATCHED = {"loss": "loss", "pair_accuracy": "rewards/accuracies", "reward": "reward"}  # as trl calls them
 PATIENCE = 3
 SPEED = "prefer-speed.json"  # in the folder of the logs
@@ -93,6 +94,8 @@ def run(
         raise DataError(f"{config.train}: every row is longer than prefer.max_length={config.max_length} tokens "
                         f"(shortest {shortest}); raise it")  # fmt: skip
     aside, order, fallbacks = _split(config, rendered, kept, seed)
+    if config.method == "kto" and len({examples[i].label for i in order}) == 1:
+        raise DataError(f"{config.train}: all {len(order)} rows to train on have the same label; kto wants both")
     made = planned_identity(config, source.identity, examples, seed)
     with draft(
         out,
@@ -125,6 +128,7 @@ def run(
 
         least = 2 if config.method == "kto" else 1  # it compares rows of a batch with one another
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress, least=least, evaluates=False)
+        refuse_diverged(trainer.state)
         methods.save_adapter(trainer.model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed
@@ -224,6 +228,7 @@ def _settings(config: Prefer, n_rows: int, work: Path, device: str, seed: int) -
         "report_to": [name for name in config.report_to if name != "tensorboard"],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "logging_nan_inf_filter": False,
         "seed": seed,
         "log_level": "error",
         "beta": config.beta,
@@ -239,7 +244,10 @@ def _config(config: Prefer, seed: int) -> dict[str, Any]:
 
 
 def _sources(config: Prefer, examples: Sequence[Example]) -> dict[str, str]:
-    said = [[[[row.as_dicts, list(row.tools)] for row in example.rows], example.label] for example in examples]
+    said = [
+        [[[row.as_dicts, list(row.tools), sorted(row.muted)] for row in example.rows], example.label]
+        for example in examples
+    ]
     return {"rows": json_digest(said), **rewards.sources_of(config.rewards)}
 
 

@@ -17,7 +17,7 @@ from edgetune.adapt import methods, out_of_memory, processes
 from edgetune.adapt.callbacks import GradualUnfreezing, KeptWithin, SpeedLog
 from edgetune.adapt.ewc import N_TOKENS, Consolidation, general_rows
 from edgetune.adapt.pull import Pull
-from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer
+from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer, refuse_diverged
 from edgetune.artifact import Artifact, identity, json_digest
 from edgetune.compress.checkpoint import read_config
 from edgetune.data.checks import refuse_untaught
@@ -30,15 +30,17 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_training import Adapt
 from edgetune.sources import copy_tokenizer
 
-STAGE = "adapt.sft/5"
+STAGE = "adapt.sft/6"
 SPEED = "adapt-speed.json"  # in the folder of the logs
 
 
 def planned_identity(
-    config: Adapt, source_identity: str, rows: Sequence[Rendered], seed: int, general: Sequence[int] = ()
-) -> str:
+    config: Adapt, source_identity: str, rows: Sequence[Rendered], seed: int, general: Sequence[int] = (), *,
+    golden: Golden, mixture: Mixture | None = None,
+) -> str:  # fmt: skip
     """Identity of the adapter that `run` would make."""
-    return identity(STAGE, _config(config, seed), [source_identity], _sources(config, rows, general))
+    sources = _sources(config, rows, general, golden, mixture)
+    return identity(STAGE, _config(config, seed), [source_identity], sources)
 
 
 def run(
@@ -77,14 +79,14 @@ def run(
         own = config.model_copy(update={"batch_size": config.batch_size // processes.count()})
         own = training_memory.fitted(own, shape, lengths, device, training_memory.number_bytes(device))
         config = own.model_copy(update={"batch_size": config.batch_size})
-    made = planned_identity(asked, source.identity, rows, seed, general)
+    made = planned_identity(asked, source.identity, rows, seed, general, golden=golden, mixture=mixture)
     with processes.drafted(
         out,
         kind="model" if full else "adapter",
         stage=STAGE,
         config=_config(asked, seed),
         parents=[source],
-        sources=_sources(asked, rows, general),
+        sources=_sources(asked, rows, general, golden, mixture),
     ) as pending:
 
         def build(config: Adapt, progress: Report) -> CompletionTrainer:
@@ -107,6 +109,7 @@ def run(
             return trainer
 
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
+        refuse_diverged(trainer.state)
         if processes.is_first():
             if full:
                 trainer.model.to(torch.bfloat16).save_pretrained(pending.path)
@@ -167,9 +170,13 @@ def pull_of(
     return (lambda: torch.stack([pull() for pull in pulls]).sum()) if len(pulls) > 1 else next(iter(pulls), None)
 
 
-def _sources(config: Adapt, rows: Sequence[Rendered], general: Sequence[int]) -> dict[str, str]:
+def _sources(
+    config: Adapt, rows: Sequence[Rendered], general: Sequence[int], golden: Golden, mixture: Mixture | None
+) -> dict[str, str]:
     guarded = {"general": json_digest(general_rows(general))} if config.ewc else {}
-    return {"rows": rows_digest(rows), **guarded}
+    origin = {"mixture": json_digest(mixture.model_dump(mode="json"))} if mixture is not None else {}
+    told = golden.model_dump(mode="json", exclude_defaults=True)
+    return {"rows": rows_digest(rows), "golden": json_digest(told), **origin, **guarded}
 
 
 def _config(config: Adapt, seed: int) -> dict[str, Any]:

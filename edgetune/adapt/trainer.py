@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from edgetune.adapt import methods, processes
 from edgetune.adapt.allocator import give_back
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, tensorboard
 from edgetune.adapt.fused_decoder import FusedDecoder
+from edgetune.adapt.order import GroupedByLength
 from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
-from edgetune.errors import DataError
+from edgetune.errors import DataError, StageError
 from edgetune.packed import TOKENS, Layout, can_pack, multiple, packed_attention, shared_start
 from edgetune.progress import Report
 from edgetune.recipe_training import Training
@@ -74,7 +74,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self._fused = None if methods.is_prefix(self.model) else FusedDecoder.of(self._causal)
         if self._fused is not None:
             self._fused.checkpointing = self.args.gradient_checkpointing
-        self._exact = torch.zeros(2)  # rows of an evaluation that come out exactly, and all
+        # of an evaluation: summed loss, labels, rows that come out exactly, and all
+        self._watched = torch.zeros(4, dtype=torch.float64)
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the whole optimizer step's labels
 
     def compute_loss(
@@ -87,18 +88,19 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         labels = inputs["labels"][:, 1:]
         keep = labels != IGNORE
         logits = self._packed(model, inputs, keep) if "lengths" in inputs else self._padded(model, inputs, keep)
-        loss = self.summed_loss(logits.float(), labels[keep], inputs, keep)
+        summed = self.summed_loss(logits.float(), labels[keep], inputs, keep)
         if num_items_in_batch is None:
-            loss = loss / keep.sum()
+            loss = summed / keep.sum()
         else:
-            loss = loss / num_items_in_batch
+            loss = summed / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         if not model.training:
             wrong = logits.detach().argmax(-1) != labels[keep]
-            self._exact += torch.tensor([float(n) for n in exact_rows(wrong, inputs, keep)])
+            found = (summed.item(), keep.sum().item(), *exact_rows(wrong, inputs, keep))
+            self._watched += torch.tensor(found, dtype=torch.float64)
         elif self.pull is not None:
-            loss = loss + self.pull() / self.args.gradient_accumulation_steps
+            loss = loss + self.pull() / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def summed_loss(self, logits: Tensor, labels: Tensor, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
@@ -108,24 +110,25 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         """
         return functional.cross_entropy(logits, labels, reduction="sum")
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | Any:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Group rows by length over the rows of a step in all processes, so that a step reads the same ones."""
-        if self.args.world_size == 1:
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(rows, dataset=self.train_dataset, model_input_name="input_ids")
+        n_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return GroupedByLength(n_rows, self.train_dataset.lengths, self.args.seed, lambda: self.state)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the share of rows at whose every labelled position the likeliest token is the gold one.
+        """Give the mean loss of all labels, and the share of rows whose every label is the likeliest token.
 
-        Its blocks are larger than a step's and of no use to one: what is free goes back before and after.
+        The Trainer's own loss is a mean over batches, which another number of rows at once would change. Blocks of an
+        evaluation are larger than a step's and of no use to one: what is free goes back before and after.
         """
-        self._exact.zero_()
+        self._watched.zero_()
         give_back()
         output = super().evaluation_loop(*args, **kwargs)
         give_back()
-        exact, rows = self.accelerator.reduce(self._exact.to(self.args.device)).tolist()
-        output.metrics["eval_exact_match"] = exact / rows
+        loss, labels, exact, rows = self.accelerator.reduce(self._watched.to(self.args.device)).tolist()
+        output.metrics.update(eval_loss=loss / labels, eval_exact_match=exact / rows)
         return output
 
     def _packed(self, model: nn.Module, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
@@ -216,6 +219,11 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(self._rows[place].ids) for place in self._places]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[place := self._places[index]]
@@ -324,6 +332,7 @@ def make_trainer(
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=True,
+        logging_nan_inf_filter=False,
         seed=seed,
         log_level="error",
     )
@@ -361,6 +370,16 @@ def _packs(model: nn.Module, config: Training) -> bool:
     if config.gradient_checkpointing and FusedDecoder.of(methods.causal_of(model)) is None:
         return False
     return can_pack(model) and not methods.is_prefix(model)
+
+
+def refuse_diverged(state: TrainerState) -> None:
+    """Raise StageError where the last loss that was logged is no number: such weights are worth nothing."""
+    for key, what in (("eval_loss", "held-out loss"), ("loss", "loss")):
+        last = next((entry for entry in reversed(state.log_history) if key in entry), None)
+        if last is not None and not math.isfinite(last[key]):
+            raise StageError(
+                f"training diverged: the {what} at step {last['step']} is {last[key]}; lower learning_rate"
+            )
 
 
 def history(state: TrainerState) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgetune.adapt import processes
+from edgetune.adapt.order import Reseeded
 from edgetune.adapt.rewards import Score, score_of
 from edgetune.backends import require
 from edgetune.data.render import Rendered
@@ -134,6 +135,9 @@ def _grpo(
     class Ready(GRPOTrainer):  # type: ignore[misc]
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
             return [ids_of[prompt] for prompt in prompts], None, {}
+
+        def _get_train_sampler(self, dataset: Any = None) -> Reseeded:
+            return Reseeded(super()._get_train_sampler(dataset), self.args.seed, lambda: self.state)
 
     def rows(examples: Examples) -> list[dict[str, Any]]:
         return [{"prompt": tokenizer.decode(_prompt(row)), "answer": row.target_text} for (row,), _ in examples]

@@ -43,7 +43,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_distill import Distill
 from edgetune.sources import copy_tokenizer
 
-STAGE = "compress.distill/2"
+STAGE = "compress.distill/3"
 PROJECTION = "distill_projection"
 
 
@@ -261,8 +261,11 @@ def position_loss(
 
 
 def hidden_loss(projected: Tensor, states: Tensor) -> Tensor:
-    """Give each position's squared distance [N] between hidden states [N, C], in units of the teacher's own square."""
-    return (projected - states).square().mean(1) / states.square().mean().clamp(min=1e-12)
+    """Give each position's squared distance [N] between hidden states [N, C], in units of the teacher's own square.
+
+    Both are means over the channels of that position alone, so that it does not matter which positions come together.
+    """
+    return (projected - states).square().mean(1) / states.square().mean(1).clamp(min=1e-12)
 
 
 def _stored_dtype(student: Artifact) -> torch.dtype:

@@ -49,9 +49,9 @@ def test_it_forgets_less_at_the_same_steps(
     drifts, losses = [], []
     for weight in (0.0, 30.0 if method == "lora" else 1000.0):
         config = Adapt(method=method, ewc=weight, learning_rate=rate, **SMALL)
-        made = sft.run(config, tiny_model, tmp_path / f"{weight}", rows=rows, golden=Golden.read(tiny_model.path),
-                       general=GENERAL)  # fmt: skip
-        assert made.identity == sft.planned_identity(config, tiny_model.identity, rows, 0, GENERAL)
+        golden = Golden.read(tiny_model.path)
+        made = sft.run(config, tiny_model, tmp_path / f"{weight}", rows=rows, golden=golden, general=GENERAL)
+        assert made.identity == sft.planned_identity(config, tiny_model.identity, rows, 0, GENERAL, golden=golden)
         assert ("general" in made.manifest.sources) == ("ewc" in made.manifest.config) == bool(weight)
         model = made if method == "full" else merge.run(tiny_model, made, tmp_path / f"{weight}-merged")
         drifts.append(drift(tiny_model.path, model.path))

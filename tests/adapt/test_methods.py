@@ -358,6 +358,7 @@ def test_a_memory_budget_is_kept_to_and_said(tiny_model: Artifact, rows: list[Re
     made = train(tiny_model, tmp_path / "adapter", rows, config)
     assert made.manifest.notes["fitted"] == "4 rows at once"
     assert made.manifest.config["memory_gb"] == 1.2
-    assert made.identity == sft.planned_identity(config, tiny_model.identity, rows, 0)
+    golden = Golden.read(tiny_model.path)
+    assert made.identity == sft.planned_identity(config, tiny_model.identity, rows, 0, golden=golden)
     with pytest.raises(RecipeError, match=r"^adapt.memory_gb=0.5: lora needs 1.1 GB"):
         train(tiny_model, tmp_path / "none", rows, config.model_copy(update={"memory_gb": 0.5}))

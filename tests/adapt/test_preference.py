@@ -16,6 +16,7 @@ from trl import DPOTrainer
 from edgetune.adapt import merge, preference, rewards, trl_trainers
 from edgetune.adapt.callbacks import read_speed
 from edgetune.artifact import Artifact
+from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
 from edgetune.data.render import render
 from edgetune.errors import DataError, RecipeError
@@ -67,6 +68,18 @@ def margin(folder: Path, files: dict[str, str]) -> float:
 @pytest.fixture(scope="module")
 def margin_before(tiny_model: Artifact, files: dict[str, str]) -> float:
     return margin(tiny_model.path, files)
+
+
+def test_what_a_row_mutes_is_part_of_the_identity(tiny_model: Artifact, files: dict[str, str]) -> None:
+    config = configured("grpo", files, rewards=[{"json_valid": {}}])
+    turns = (("user", "a"), ("assistant", "b")) * 2
+    made = [
+        preference.planned_identity(
+            config, tiny_model.identity, [preference.Example((Row(turns, None, 1, muted=muted),))], 0
+        )
+        for muted in (frozenset[int](), frozenset({1}))
+    ]
+    assert made[0] != made[1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,8 +16,10 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from edgetune.adapt import methods, sft
+from edgetune.adapt.callbacks import SEAL, last_sealed_checkpoint
 from edgetune.adapt.fused_decoder import FusedDecoder
 from edgetune.adapt.lora_linear import FusedLora
 from edgetune.adapt.trainer import IGNORE, CompletionTrainer, Rows, Split, make_trainer, pack, pad
@@ -23,7 +27,7 @@ from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered, render
-from edgetune.errors import DataError
+from edgetune.errors import DataError, StageError
 from edgetune.packed import TOKENS
 from edgetune.recipe_training import Adapt
 
@@ -59,7 +63,8 @@ def test_loss_falls_and_the_adapter_names_no_path(
     made = uninterrupted()
     losses = [loss for _, loss in made.manifest.notes["heldout_loss"]]
     assert losses[-1] < losses[0]
-    assert made.identity == sft.planned_identity(CONFIG, tiny_model.identity, rows, 0)
+    golden = Golden.read(tiny_model.path)
+    assert made.identity == sft.planned_identity(CONFIG, tiny_model.identity, rows, 0, golden=golden)
     text = (made.path / "adapter_config.json").read_text()
     assert str(made.path.parent) not in text
     assert str(tiny_model.path) not in text
@@ -167,34 +172,39 @@ def test_what_is_more_than_a_plain_adapter_runs_module_by_module(tiny_model: Art
 
 
 class Dies(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.global_step == 5:
+        if state.global_step == self.step:
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("steps", [6, 9], ids=["in the first epoch", "in the second"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    tiny_model: Artifact, rows: list[Rendered], uninterrupted: Callable[[], Artifact], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    whole = uninterrupted()
+    tiny_model: Artifact, rows: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Five steps are an epoch; the kill comes a step before the end, and the last checkpoint a step before that."""
+    config = CONFIG.model_copy(update={"max_steps": steps, "eval_steps": steps - 2})
+    whole = train(tiny_model, tmp_path / "whole", rows, config)
     make = sft.make_trainer
     with monkeypatch.context() as patch:
 
         def dying(*args: object, **kwargs: object) -> object:
             trainer = make(*args, **kwargs)  # type: ignore[arg-type]
-            trainer.add_callback(Dies())
+            trainer.add_callback(Dies(steps - 1))
             return trainer
 
         patch.setattr(sft, "make_trainer", dying)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny_model, tmp_path / "cut", rows)
+            train(tiny_model, tmp_path / "cut", rows, config)
     assert not (tmp_path / "cut").exists()
     work = tmp_path / ".cut.work"
-    assert (work / "checkpoint-4" / "complete").exists()
-    (work / "checkpoint-5").mkdir()  # a checkpoint that a kill cut short
-    steps: list[int] = []
-    resumed = train(tiny_model, tmp_path / "cut", rows, progress=lambda done, total, label: steps.append(done))
-    assert steps == [5, 6]
+    assert (work / f"checkpoint-{steps - 2}" / "complete").exists()
+    (work / f"checkpoint-{steps - 1}").mkdir()  # a checkpoint that a kill cut short
+    ran: list[int] = []
+    resumed = train(tiny_model, tmp_path / "cut", rows, config, progress=lambda done, *_: ran.append(done))
+    assert ran == [steps - 1, steps]
     assert resumed.manifest.files == whole.manifest.files
     assert not work.exists()
 
@@ -215,6 +225,68 @@ def test_a_run_killed_after_its_last_step_takes_no_other(
     resumed = train(tiny_model, tmp_path / "cut", rows, config, progress=lambda done, total, label: steps.append(done))
     assert steps == []
     assert resumed.manifest == whole.manifest
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_gone_on_from(tmp_path: Path) -> None:
+    for step, files in ((2, ("a", "b")), (4, ("a",))):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+        (folder / SEAL).write_text("a\nb\n")
+    assert last_sealed_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_the_best_checkpoint_is_found_where_the_store_was_moved(
+    tiny_model: Artifact, rows: list[Rendered], uninterrupted: Callable[[], Artifact], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole = uninterrupted()
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "save_adapter", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_model, tmp_path / "cut", rows)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    work = (tmp_path / ".cut.work").rename(moved / ".cut.work")
+    shutil.copytree(moved, tmp_path / "copy")
+    assert train(tiny_model, moved / "cut", rows).manifest == whole.manifest
+    state = tmp_path / "copy" / work.name / "checkpoint-6" / TRAINER_STATE_NAME
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"best_global_step": 2}))
+    with pytest.raises(StageError, match="checkpoint-2, the best checkpoint, is gone; remove"):
+        train(tiny_model, tmp_path / "copy" / "cut", rows)
+
+
+def test_a_training_that_diverged_leaves_no_adapter(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"^training diverged: the .*loss at step \d is nan; lower learning_rate$"):
+        train(tiny_model, tmp_path / "adapter", rows, CONFIG.model_copy(update={"learning_rate": 1e30}))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_rows_at_once_change_neither_the_watched_loss_nor_the_pull(
+    tiny_model: Artifact, rows: list[Rendered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"eval_rows": 10, "l2": 0.1, "batch_size": 8, "micro_batch_size": 2})
+    torch.manual_seed(0)
+    model, head = sft.attach(config, tiny_model.path, "cpu")
+    split = Split.of(config.model_copy(update={"eval_rows": 4}), rows, 0)
+    pull = torch.tensor(8.0)
+    trainer = make_trainer(
+        CompletionTrainer, config, model, head, split, methods.make_optimizer(config, model), work=Path("unused"),
+        device="cpu", seed=0, progress=lambda *_: None, log_folder=None, pull=lambda: pull,
+    )  # fmt: skip
+    watched = []
+    for at_once in (4, 3, 1):
+        trainer.args.per_device_eval_batch_size = at_once
+        watched.append(trainer.evaluate()["eval_loss"])
+    assert watched == pytest.approx([watched[0]] * 3, rel=1e-5)
+    batch = trainer.data_collator([split.train[0], split.train[1]])
+    model.train()
+    plain, n_labels = trainer.compute_loss(model, batch).item() - 8.0, int((batch["labels"][:, 1:] != IGNORE).sum())
+    trainer.current_gradient_accumulation_steps = 2  # the last step of an epoch may have fewer than the others
+    pulled = trainer.compute_loss(model, batch, num_items_in_batch=n_labels).item()
+    assert pulled - plain == pytest.approx(4.0, rel=1e-4)
 
 
 def test_rows_without_labels_are_refused(tiny_model: Artifact, tmp_path: Path) -> None:
