@@ -77,7 +77,7 @@ def _preferred(prefer: Prefer, form: Format) -> Input:
 
     read: Format = "kto" if prefer.method == "kto" else "auto" if prefer.method == "grpo" else "preference"
     told = next((one for one in (form, prefer.format) if one != "auto"), read)
-    return Input(Path(prefer.train), form=told, limit=prefer.train_rows)
+    return Input(Path(prefer.train), form=told, limit=prefer.train_rows, supervised=prefer.method == "grpo")
 
 
 def _inputs(files: Sequence[Path], rows: Data | None, heldout: Path | None, form: Format) -> list[Input]:
@@ -89,7 +89,7 @@ def _inputs(files: Sequence[Path], rows: Data | None, heldout: Path | None, form
         found = [Input(path, form=told) for path in files]
     elif rows is not None:
         found = [
-            Input(Path(one.path), form=told if one.format == "auto" else one.format, limit=rows.train_rows)
+            Input(Path(one.path), False, told if one.format == "auto" else one.format, rows.train_rows, supervised=True)
             for one in rows.sources
         ]
     else:
@@ -97,7 +97,7 @@ def _inputs(files: Sequence[Path], rows: Data | None, heldout: Path | None, form
     if heldout is not None:
         return [*found, Input(heldout, heldout=True, form=told)]
     if rows is not None and rows.heldout is not None:
-        found.append(Input(Path(rows.heldout), heldout=True, form=told, limit=rows.heldout_rows))
+        found.append(Input(Path(rows.heldout), True, told, rows.heldout_rows, supervised=True))
     return found
 
 

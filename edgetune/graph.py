@@ -46,8 +46,9 @@ class Graph:
         if self.recipe.adapt is None:
             return None
         return sft.planned_identity(
-            self.recipe.adapt, self.base, self.work.train, self.recipe.seed, self.work.calibration_text
-        )
+            self.recipe.adapt, self.base, self.work.train, self.recipe.seed, self.work.calibration_text,
+            golden=self.work.golden, mixture=self.work.mixture,
+        )  # fmt: skip
 
     @cached_property
     def rows(self) -> str:

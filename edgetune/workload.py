@@ -125,7 +125,7 @@ def load_for(data: Data, folder: Path) -> Workload:
     composed = mixture.compose(data)
     paths = [Path(source.path) for source in data.sources]
     train, n_too_long, kept = _render_all(composed.train, tokenizer, stop, paths, data.max_length)
-    different = (entry.row for entry, _ in groupby(composed.train))  # copies stand side by side
+    different = (entry.row for entry, _ in groupby(kept))  # copies stand side by side
     talks = list(islice((row for row in different if row.text is None), GOLDEN_ROWS))
     held = [paths[entry.source] for entry in composed.split] or [Path(str(data.heldout))] * len(composed.heldout)
     general = Path(data.general) if data.general else None

@@ -110,6 +110,17 @@ def test_rows_of_prefer_are_checked_beside_those_of_data(
     assert call("data", "check", "--recipe", str(recipe), "--store", store)[0] == 3
 
 
+def test_rows_that_run_refuses_are_over_the_limit(call: Call, tmp_path: Path, tiny_model: Artifact) -> None:
+    rows = [{"prompt": "turn it on", "chosen": "on", "rejected": "off"}, {"prompt": "dim it", "completion": "dim"}]
+    heldout = write(tmp_path, *HELD).rename(tmp_path / "heldout.jsonl")
+    train, recipe = write(tmp_path, *rows), tmp_path / "recipe.yaml"
+    text = RECIPE.format(base=tiny_model.path, train=train, heldout=heldout, trivial="null")
+    recipe.write_text(text.replace("refused: 0.5", "refused: 0"))
+    code, out, _ = call("data", "check", "--recipe", str(recipe), "--store", str(tmp_path / "store"))
+    assert code == 3
+    assert "rows.jsonl: 1 rows, train, completion" in out
+
+
 def test_faults_are_one_line(call: Call, files: tuple[Path, Path], tmp_path: Path) -> None:
     assert call("data", "check")[2] == "edgetune: data check: name files with training rows, or a --recipe\n"
     code, _, err = call("data", "check", str(files[0]), "--format", "sharegpt")

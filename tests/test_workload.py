@@ -48,11 +48,18 @@ def test_a_mixture_goes_with_the_adapter(tiny_model: Artifact, tmp_path: Path) -
     assert Mixture.model_validate_json((made.path / FILE).read_bytes()) == work.mixture
     assert FILE in made.manifest.files
     assert made.manifest.notes["mixture"] == json.loads(json.dumps(work.mixture.summary))
+    golden, general_ids = work.golden, work.calibration_text
+    told = {"golden": golden, "mixture": work.mixture}
+    assert made.identity == sft.planned_identity(config, tiny_model.identity, work.train, 0, general_ids, **told)
+    others = [{**told, "golden": Golden.read(tiny_model.path)}, {**told, "mixture": None}]
+    assert made.identity not in [
+        sft.planned_identity(config, tiny_model.identity, work.train, 0, general_ids, **other) for other in others
+    ]
     first = Golden.read(made.path).conversations[0]
     assert (first.trained_ids, first.labels) == (list(work.train[0].ids), work.train[0].mask)
-    told = made.manifest.notes["rows"]
-    assert told["early_stopping"] == 3
-    assert told["train"] <= 13
+    counted = made.manifest.notes["rows"]
+    assert counted["early_stopping"] == 3
+    assert counted["train"] <= 13
 
 
 def test_plain_texts_leave_something_of_the_template_to_hold_to(tiny_model: Artifact, tmp_path: Path) -> None:
@@ -64,6 +71,12 @@ def test_plain_texts_leave_something_of_the_template_to_hold_to(tiny_model: Arti
     assert (golden.chat_template, golden.stop_ids) == (base.chat_template, base.stop_ids)
     mixed = workload.load(make(tmp_path, save(tmp_path, "mixed", [*texts, *rows("a", 2)])), tiny_model).golden
     assert [talk.trained_ids is not None for talk in mixed.conversations] == [True, True]
+
+
+def test_golden_conversations_are_rows_that_are_kept(tiny_model: Artifact, tmp_path: Path) -> None:
+    train = [{"prompt": "long " * 200, "completion": "x"}, *rows("a", 9)]
+    work = workload.load(make(tmp_path, save(tmp_path, "a", train), max_length=64), tiny_model)
+    assert [talk.trained_ids for talk in work.golden.conversations] == [list(row.ids) for row in work.train[:8]]
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,22 @@ FEWEST = 5  # training rows, one of which is set aside to watch training
 
 def prompt_digest(row: Row) -> bytes:
     """Digest of what a row asks, case and whitespace aside."""
-    return hashlib.blake2b(row.prompt.casefold().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return _digest(row.prompt)
+
+
+def learned_digests(row: Row) -> tuple[bytes, ...]:
+    """Digests, as of `prompt_digest`, of what each answer that is learned answers."""
+    return tuple(map(_digest, row.prompts))
+
+
+def _digest(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.casefold().encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def refuse_leaks(
     train: Iterable[tuple[bytes, int]], heldout: Sequence[Row], train_path: Path, heldout_path: Path
 ) -> None:
-    """Raise DataError where a held-out prompt is also a training prompt, of which digest and line are given."""
+    """Raise DataError where a held-out prompt is also one of the training prompts, given as digest and line."""
     asked = [(prompt_digest(row), row.line) for row in heldout]
     held = {digest for digest, _ in asked}
     seen = {digest: line for digest, line in train if digest in held}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from edgetune.data.records import Record, read_records
+from edgetune.data.records import Record, decoded, read_records
 from edgetune.errors import DataError
 
 Format = Literal["auto", "alpaca", "chat", "completion", "text", "preference", "kto"]
@@ -37,9 +37,20 @@ class Row:
     @property
     def prompt(self) -> str:
         """What is asked, in a form that tells equal rows: all but the last turn, or the text."""
+        return self._before(len(self.messages) - 1)
+
+    @property
+    def prompts(self) -> list[str]:
+        """What each answer that is learned answers, in the form of `prompt`; a text is one of its own."""
+        if self.text is not None:
+            return [self.prompt]
+        answers = (i for i, (role, _) in enumerate(self.messages) if role == "assistant" and i not in self.muted)
+        return [self._before(i) for i in answers]
+
+    def _before(self, turn: int) -> str:
         if self.text is not None:
             return " ".join(self.text.split())
-        return "\n".join(f"{role}: {' '.join(content.split())}" for role, content in self.messages[:-1])
+        return "\n".join(f"{role}: {' '.join(content.split())}" for role, content in self.messages[:turn])
 
     @property
     def answer(self) -> str:
@@ -129,11 +140,18 @@ def text_field(row: dict[str, Any], key: str, where: str, *, empty: bool = False
     if not isinstance(value, str) or (not empty and not value.strip()):
         found = "nothing" if value is None else repr(value)[:40]
         raise DataError(f"{where}: {key!r} must be a text that is not empty, found {found}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key!r} holds half a character ({error.reason}); mend the text") from error
+    refuse_halves(value, repr(key), where)
     return value
+
+
+def refuse_halves(value: Any, what: str, where: str) -> None:
+    """Raise DataError where a text, or a value that templates write as JSON, cannot be written in UTF-8."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {what} holds half a character ({error.reason}); mend the text") from error
+    except TypeError as error:
+        raise DataError(f"{where}: {what} holds what is no JSON ({error}); write it as text or number") from error
 
 
 def parse_turns(row: dict[str, Any], key: str, role: str, where: str) -> list[dict[str, Any]]:
@@ -151,6 +169,7 @@ def parse_tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     tools = row.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
         raise DataError(f"{where}: 'tools' must be a list of JSON schemas, found {str(tools)[:40]!r}")
+    refuse_halves(tools, "'tools'", where)
     return tuple(tools)
 
 
@@ -192,6 +211,7 @@ def check_turns(value: list[Any], key: str, where: str) -> tuple[tuple[Turn, ...
         turns.append((message["role"], text_field(message, "content", at, empty=bool(calls))))
         named = {k: message[k] for k in ("name", "tool_call_id") if message["role"] == "tool" and message.get(k)}
         extras.append({**({"tool_calls": calls} if calls else {}), **named})
+        refuse_halves(extras[-1], "the turn", at)
         if message["role"] == "tool" and not (index and (turns[-2][0] == "tool" or "tool_calls" in extras[-2])):
             raise DataError(f"{at}: a tool's answer follows an assistant turn with tool_calls, or another tool's")
     if next((role for role, _ in turns if role != "system"), None) == "assistant":
@@ -208,10 +228,7 @@ def _calls(message: dict[str, Any], at: str) -> list[dict[str, Any]]:
             raise DataError(f"{at}: each of 'tool_calls' must have a function with a name, found {str(call)[:40]!r}")
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise DataError(f"{at}: the arguments of {function['name']!r} are not valid JSON ({error})") from error
+            arguments = decoded(arguments, f"{at}: the arguments of {function['name']!r}", "give an object")
         if not isinstance(arguments, dict):
             raise DataError(f"{at}: the arguments of {function['name']!r} must be an object")
         named = {"id": call["id"]} if call.get("id") else {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from edgetune.data.formats import Row
-from edgetune.data.render import render
+from edgetune.data.render import apply_template, render
 from edgetune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -117,9 +117,8 @@ def conversation_of(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
 ) -> Conversation:
     """Render one conversation as a runtime gets it: one text."""
-    given = {"tools": tools or None, "tokenize": False}
-    text = str(tokenizer.apply_chat_template(messages, **given))
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], **given, add_generation_prompt=True))
+    text = apply_template(tokenizer, messages, tools=tools, generate=False)
+    prompt = apply_template(tokenizer, messages[:-1], tools=tools, generate=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     return Conversation(messages=messages, text=text, ids=ids, prompt_length=n_prompt, tools=tools)

@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.data.checks import prompt_digest, refuse_leaks
-from edgetune.data.formats import Format, Row, parse_all, parse_row, read_rows
+from edgetune.data.checks import learned_digests, prompt_digest, refuse_leaks
+from edgetune.data.formats import Format, Row, parse_all, parse_row, read_rows, refuse_halves
 from edgetune.data.records import Record
 from edgetune.data.spool import RowSpool
 from edgetune.errors import DataError
 from edgetune.recipe_data import Balance, Data, Decay, Mix, Split, TrainSource
 
 DAY_S = 86_400.0
+LEAST = 1e-290  # of what a source's rows weigh together: less cannot be scaled up to a count of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Entry:
     place: int  # in the spool of its source
     line: int
     form: Format
-    asked: bytes  # digest of its prompt
+    asked: tuple[bytes, ...]  # digests of what its learned answers answer
     group: bytes | None = None  # digest of its group, where rows are split
     date: float | None = None  # seconds since 1970
     label: str | None = None
@@ -74,7 +75,8 @@ def compose(data: Data) -> Composed:
         path = Path(data.heldout)
         heldout = read_rows(path, data.format, data.heldout_rows)
         for source, part in zip(data.sources, parts, strict=True):
-            refuse_leaks(((entry.asked, entry.line) for entry in part), heldout, Path(source.path), path)
+            asked = ((digest, entry.line) for entry in part for digest in entry.asked)
+            refuse_leaks(asked, heldout, Path(source.path), path)
     if isinstance(data.train, str) and data.mix is None:
         return Composed(parts[0], heldout, found, split, leaks)
     return Composed(draw(parts, data.sources, data.mix or Mix()), heldout, found, split, leaks)
@@ -92,7 +94,15 @@ def draw(parts: Sequence[list[Entry]], sources: Sequence[TrainSource], mix: Mix)
         np.ones(len(part)) if source.replay else row_weights(part, mix, newest)
         for part, source in zip(parts, sources, strict=True)
     ]
-    counts = shares(sources, [float(one.sum()) for one in weights], mix)
+    sizes = [float(one.sum()) for one in weights]
+    for source, part, size in zip(sources, parts, sizes, strict=True):
+        if size < LEAST:
+            age = (newest - max(entry.date or 0.0 for entry in part)) / DAY_S
+            raise DataError(
+                f"{source.path}: its newest row is {age:.0f} days older than the newest of all, which "
+                "mix.decay.half_life_days leaves no weight; raise it or leave the source out"
+            )
+    counts = shares(sources, sizes, mix)
     drawn = []
     for part, weight, count, rng in zip(parts, weights, counts, rngs, strict=True):
         copies = systematic(weight, [entry.label for entry in part], count, rng)
@@ -165,7 +175,7 @@ def _read(source: TrainSource, index: int, data: Data) -> list[Entry]:
     def parse(record: Record) -> Entry:
         row = parse_row(record, form)
         return Entry(
-            index, spool.append(row), row.line, row.form, prompt_digest(row),
+            index, spool.append(row), row.line, row.form, learned_digests(row),
             group=_group(record, row, split) if split is not None else None,
             date=_date(record, decay) if decay is not None else None,
             label=sys.intern(_label(record, row, balance)) if balance is not None else None,
@@ -178,7 +188,10 @@ def _read(source: TrainSource, index: int, data: Data) -> list[Entry]:
 def _value(record: Record, key: str, asked: str) -> str:
     value = record.values.get(key)
     if value is None or isinstance(value, (dict, list)):
-        raise DataError(f"{record.where}: {asked} names the key {key!r}, the row has {', '.join(record.values)}")
+        raise DataError(
+            f"{record.where}: {asked} names the key {key!r}, the row has {', '.join(map(repr, record.values))}"
+        )
+    refuse_halves(str(value), f"{key!r} ({asked})", record.where)
     return str(value)
 
 
@@ -205,7 +218,7 @@ def _label(record: Record, row: Row, balance: Balance) -> str:
         return row.answer
     try:
         answer = json.loads(row.answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict) or not isinstance(answer.get(key), (str, int, float, bool)):
         raise DataError(
@@ -224,12 +237,12 @@ def _split(parts: Sequence[list[Entry]], data: Data) -> tuple[list[list[Entry]],
         raise DataError(f"split: the training rows are one group only ({len(learned)} rows); name another split.group")
     held = _held_groups(sizes, split, len(learned))
     heldout = [entry for entry in learned if entry.group in held]
-    asked = {entry.asked for entry in heldout}
+    asked = {prompt_digest(entry.row) for entry in heldout}
     rest = [
         [entry for entry in part if source.replay or entry.group not in held]
         for part, source in zip(parts, data.sources, strict=True)
     ]
-    kept = [[entry for entry in part if entry.asked not in asked] for part in rest]
+    kept = [[entry for entry in part if asked.isdisjoint(entry.asked)] for part in rest]
     return kept, heldout, sum(map(len, rest)) - sum(map(len, kept))
 
 

@@ -39,7 +39,8 @@ class Prompt:
     def with_answer(self, answer: str, line: int, form: Format) -> Row:
         """The conversation that ends with this answer, to be rendered as any other."""
         extras = (*self.extras, {}) if self.extras else ()
-        return Row((*self.messages, ("assistant", answer)), None, line, self.tools, extras, form=form)
+        shown = frozenset(i for i, (role, _) in enumerate(self.messages) if role == "assistant")
+        return Row((*self.messages, ("assistant", answer)), None, line, self.tools, extras, shown, form)
 
 
 @dataclass(frozen=True)
@@ -132,4 +133,6 @@ def _prompt(turns: list[dict[str, Any]], row: dict[str, Any], where: str) -> Pro
 def _answer(turns: list[Any], key: str, where: str) -> str:
     if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "assistant":
         raise DataError(f"{where}: {key!r} must be one answer: a text, or one assistant turn after the prompt")
+    if turns[0].get("tool_calls"):
+        raise DataError(f"{where}: {key!r} has tool_calls, which preference training does not read; leave the row out")
     return text_field(turns[0], "content", f"{where}: {key}")

@@ -1,4 +1,7 @@
-"""What a mixture was made of, exactly: the source, row numbers and digests that go with the adapter."""
+"""What a mixture was made of, exactly: the source, row numbers and digests that go with the adapter.
+
+It tells what was drawn. Of these rows training sets some aside to watch itself by, and leaves out their copies.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ class SourceRows(BaseModel):
     sha256: str | None  # of the file; None for folders and hub sets
     formats: dict[str, int]  # rows by the format that was found
     found: int
-    used: int  # different rows that are trained on
-    drawn: int  # rows that are trained on, copies counted
+    used: int  # different rows that were drawn
+    drawn: int  # rows, copies counted, before some are set aside to watch training
     rows: str  # "1-3 7 9x2": rows 1 to 3 and 7 once, row 9 twice
     digest: str  # of the drawn rows' content, in order
 
 
 class Mixture(BaseModel):
-    """Every training row's origin."""
+    """Every drawn row's origin."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sources: list[SourceRows]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from edgetune.errors import DataError
 
 STRUCTURED = ("messages", "tools")  # columns that flat tables hold as JSON text
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # what ends so is never a set on the hub
+DEEPEST = 100  # levels of a row's JSON: every reader, template and writer can follow so many
 DATASET_MARKS = ("state.json", "dataset_dict.json")
 
 
@@ -59,7 +60,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
         for number, raw in enumerate(stream, 1):
             if raw.strip():
                 where = f"{path} line {number}"
-                yield _record(_decoded(raw, where, "give one JSON object a line"), number, where)
+                yield _record(decoded(raw, where, "give one JSON object a line"), number, where)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -69,22 +70,23 @@ def _json(path: Path) -> Iterator[Record]:
     if not is_list:
         yield from _jsonl(path)
         return
-    for number, value in enumerate(_decoded(path.read_bytes(), str(path), "give a list of objects"), 1):
-        yield _record(value, number, f"{path} row {number}")
+    for number, value in enumerate(_loaded(path.read_bytes(), str(path), "give a list of objects"), 1):
+        where = f"{path} row {number}"
+        yield _record(_shallow(value, where), number, where)
 
 
 def _csv(path: Path) -> Iterator[Record]:
     with path.open("r", encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
-            for number, values in enumerate(reader, 1):
+            for values in reader:
                 where = f"{path} line {reader.line_num}"
                 if None in values:
                     n_named = len(reader.fieldnames or ())
                     raise DataError(
                         f"{where}: more fields than the {n_named} of the first line; quote those with commas"
                     )
-                yield _flat({key: value for key, value in values.items() if value is not None}, number, where)
+                yield _flat({k: v for k, v in values.items() if v is not None}, reader.line_num, where)
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num}: not valid CSV ({error}); give JSONL") from error
         except UnicodeDecodeError as error:
@@ -138,12 +140,12 @@ def _tables(path: Path, rows: Any) -> Iterator[Record]:
 
 
 def _flat(values: dict[str, Any], line: int, where: str) -> Record:
-    decoded = {
-        key: _decoded(value.encode(), f"{where}: {key!r}", "give JSON in this column")
+    structured = {
+        key: decoded(value, f"{where}: {key!r}", "give JSON in this column")
         for key, value in values.items()
         if key in STRUCTURED and isinstance(value, str) and value.strip()
     }
-    return Record({**values, **decoded}, line, where)
+    return Record({**values, **structured}, line, where)
 
 
 def _without_none(value: Any) -> Any:
@@ -153,13 +155,31 @@ def _without_none(value: Any) -> Any:
     return [_without_none(one) for one in value] if isinstance(value, list) else value
 
 
-def _decoded(raw: bytes, where: str, wanted: str) -> Any:
+def decoded(raw: bytes | str, where: str, wanted: str) -> Any:
+    """Read a JSON value. Raises DataError where it is none, or of more than DEEPEST levels."""
+    return _shallow(_loaded(raw, where, wanted), where)
+
+
+def _loaded(raw: bytes | str, where: str, wanted: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); {wanted}") from error
+
+
+def _shallow(value: Any, where: str) -> Any:
+    level = _containers([value])
+    for _ in range(DEEPEST):
+        level = [inner for one in level for inner in _containers(one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return value
+    raise DataError(f"{where}: JSON of more than {DEEPEST} levels; make it flatter")
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [one for one in values if isinstance(one, (dict, list))]
 
 
 def _record(values: Any, line: int, where: str) -> Record:

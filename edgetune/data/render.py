@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import list_digest
@@ -16,6 +17,11 @@ from edgetune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What a template that asks for the day is told, in training and in goldens: Llama's own answer where there is no clock.
+DAY = datetime(2024, 7, 26)
+CLOCK = "strftime_now"  # what templates ask it with
+_DIRECTIVES = [f"%{one}" for one in ("-d", "-m", "-H", "-I", *"aAbBcdDeFHIjmMpSTxXyY")]
 
 
 @dataclass(frozen=True)
@@ -111,14 +117,29 @@ def _through_stop(answer: list[int], stop_ids: Sequence[int], row: Row) -> int:
     raise DataError(f"line {row.line}: the chat template ends the answer with none of the stop tokens {list(stop_ids)}")
 
 
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, tools: Sequence[Any], generate: bool
+) -> str:
+    """Render messages with the tokenizer's own template, on the same day whenever it is done.
+
+    Transformers hands templates no function, so that a macro stands before those that ask for the day.
+    """
+    template = tokenizer.get_chat_template(tools=list(tools) or None)
+    if CLOCK in template:
+        told = "".join(f" | replace('{one}', '{DAY.strftime(one)}')" for one in _DIRECTIVES)
+        template = f"{{%- macro {CLOCK}(form) -%}}{{{{ form{told} }}}}{{%- endmacro %}}\n{template}"
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generate,
+            chat_template=template,
+        )
+    )  # fmt: skip
+
+
 def _template(tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[dict[str, Any]], *, generate: bool) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tools=list(row.tools) or None, tokenize=False, add_generation_prompt=generate
-            )
-        )
+        return apply_template(tokenizer, messages, tools=row.tools, generate=generate)
     except (TemplateError, ValueError) as error:
         raise DataError(f"line {row.line}: the chat template refuses the row ({error})") from error

@@ -148,6 +148,27 @@ def test_pairs_and_labelled_answers(tmp_path: Path, template: Template) -> None:
     assert report.labels[0].ratio == 3
 
 
+def test_an_earlier_turn_of_a_talk_is_asked_too(tmp_path: Path) -> None:
+    talk = [ASKED, ANSWERED, {"role": "user", "content": "and now?"}]
+    heldout = write(tmp_path, {"messages": talk[:2]}).rename(tmp_path / "heldout.jsonl")
+    for row, leaks in (
+        ({"messages": [*talk, ANSWERED]}, 1),
+        ({"prompt": talk, "completion": "yes"}, 0),
+        ({"prompt": talk, "chosen": "yes", "rejected": "no"}, 0),
+    ):
+        inputs = [Input(write(tmp_path, row)), Input(heldout, heldout=True)]
+        assert found(examine(inputs, DataCheck(), 60, None), "overlap").rows == leaks
+
+
+def test_rows_that_adapt_would_not_read(tmp_path: Path) -> None:
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    kto = {"prompt": "hi", "completion": "yes", "label": True}
+    path = write(tmp_path, pair, kto, {"prompt": "hi", "completion": "yes"})
+    report = examine([Input(path, supervised=True)], DataCheck(), 60, None)
+    assert lines(report, "refused") == [1, 2]
+    assert lines(examine([Input(path)], DataCheck(), 60, None), "refused") == []
+
+
 def test_no_row_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl: no row can be used; the first: found the keys 'a'; a row has"):
         examine([Input(write(tmp_path, {"a": 1}))], DataCheck(), 60, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.data.checks import prompt_digest, refuse_leaks
+from edgetune.data.checks import learned_digests, prompt_digest, refuse_leaks
 from edgetune.data.formats import Format, Row, detect, read_rows
 from edgetune.data.general import general_text
 from edgetune.errors import DataError
@@ -94,6 +94,11 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
         read_rows(path, limit=3)
 
 
+def nested(levels: int) -> str:
+    return '{"a": ' * levels + "1" + "}" * levels
+
+
+ASKED_TOOL = [ASKED, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
 BAD: dict[str, tuple[Any, str]] = {
     "invalid UTF-8": (b'{"text": "caf\xe9"}', r"byte 13 is not UTF-8; save the file as UTF-8$"),
     "not JSON": (b"{'text': 1}", r"not valid JSON \(.*\); give one JSON object a line$"),
@@ -143,7 +148,31 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "arguments that are no JSON": (
         {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
-        r"messages\[1\]: the arguments of 'f' are not valid JSON",
+        r"messages\[1\]: the arguments of 'f': not valid JSON \(.*\); give an object$",
+    ),
+    "arguments deeper than Python follows": (
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 100_000}]}]},
+        r"messages\[1\]: the arguments of 'f': not valid JSON \(.*recursion.*\); give an object$",
+    ),
+    "arguments deeper than a template follows": (
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": nested(101)}]}]},
+        r"messages\[1\]: the arguments of 'f': JSON of more than 100 levels; make it flatter$",
+    ),
+    "tools deeper than a template follows": (
+        f'{{"messages": {json.dumps([ASKED, ANSWERED])}, "tools": [{nested(400)}]}}'.encode(),
+        r"JSON of more than 100 levels; make it flatter$",
+    ),
+    "half a character in tools": (
+        {"messages": [ASKED, ANSWERED], "tools": [{"name": "f", "about": "\ud800"}]},
+        r"'tools' holds half a character \(surrogates not allowed\); mend the text$",
+    ),
+    "half a character in a call": (
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"id": "\ud800", "name": "f"}]}]},
+        r"messages\[1\]: the turn holds half a character \(surrogates not allowed\); mend the text$",
+    ),
+    "half a character in a name": (
+        {"messages": [*ASKED_TOOL, {"role": "tool", "name": "\ud800", "content": "21"}, ANSWERED]},
+        r"messages\[2\]: the turn holds half a character \(surrogates not allowed\); mend the text$",
     ),
     "half a weight": (
         {"messages": [ASKED, {**ANSWERED, "weight": 0.5}]},
@@ -215,6 +244,18 @@ def test_a_leak_is_seen_through_case_and_space_and_another_answer(tmp_path: Path
     leaks = [conversation("new", 1), conversation("DIM THE\nLIGHT ", 5), Row((), "A text", 6)]
     with pytest.raises(DataError, match=r"h line 5 is also .*t line 1 \(2 such rows\); remove them from the training"):
         refuse_leaks(train, leaks, tmp_path / "t", tmp_path / "h")
+
+
+def test_a_leak_is_seen_in_every_answer_that_is_learned(tmp_path: Path) -> None:
+    turns = [ASKED, ANSWERED, {"role": "user", "content": "and now?"}, ANSWERED]
+    muted = [ASKED, {**ANSWERED, "weight": 0}, *turns[2:]]
+    learned, shown = read_rows(write(tmp_path, {"messages": turns}, {"messages": muted}))
+    assert learned.prompts == ["user: hi", learned.prompt]
+    assert shown.prompts == [shown.prompt]
+    asked = read_rows(write(tmp_path, {"messages": turns[:2]}))
+    refuse_leaks([(digest, 2) for digest in learned_digests(shown)], asked, tmp_path / "t", tmp_path / "h")
+    with pytest.raises(DataError, match=r"h line 1 is also .*t line 1 \(1 such rows\)"):
+        refuse_leaks([(digest, 1) for digest in learned_digests(learned)], asked, tmp_path / "t", tmp_path / "h")
 
 
 def test_general_text_of_ones_own(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from edgetune.errors import DataError, RecipeError
 from edgetune.recipe import parse_as
 from edgetune.recipe_data import Data, Mix, TrainSource
 
+TURNS = (("ask", "user"), ("say", "assistant")) * 2
+
 
 def rows(name: str, n: int, **fields: Any) -> list[dict[str, Any]]:
     return [{"prompt": f"{name} {i}", "completion": "yes", **fields} for i in range(n)]
@@ -158,6 +160,29 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     assert (len(by_prompt.heldout), by_prompt.leaks, len(by_prompt.train)) == (10, 0, 90)
 
 
+def test_a_talk_of_which_one_turn_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"role": role, "content": f"{what} {i}"} for what, role in TURNS[:n]], "user": f"{i} {n}"}
+        for i in range(20)
+        for n in (2, 4)
+    ]
+    for group in (None, "user"):
+        made = compose(make(tmp_path, save(tmp_path, "a", talks), split={"share": 0.2, "group": group}))
+        held = {row.prompt for row in made.heldout}
+        assert not held & {prompt for entry in made.train for prompt in entry.row.prompts}
+        assert made.leaks == 40 - len(made.heldout) - len(made.train) > 0
+
+
+def test_a_source_whose_rows_decay_to_nothing_is_refused(tmp_path: Path) -> None:
+    dates = (("a", "2026-01-11"), ("b", "2021-01-11"))
+    paths = [save(tmp_path, name, rows(name, 5, date=date)) for name, date in dates]
+    for weights in ({}, {"weight": 1}):
+        train = [{"path": path, **weights} for path in paths]
+        with pytest.raises(DataError, match=r"b\.jsonl: its newest row is 1826 days older than the newest of all, whi"):
+            compose(make(tmp_path, train, mix={"decay": {"field": "date", "half_life_days": 1}}))
+        assert drawn(make(tmp_path, train, mix={"decay": {"field": "date", "half_life_days": 1e9}})) == [5, 5]
+
+
 def test_a_replay_source_is_neither_split_nor_asked_for_fields(tmp_path: Path) -> None:
     task = save(tmp_path, "a", rows("a", 40, date="2026-01-01"))
     general = save(tmp_path, "b", [{"text": f"text {i}"} for i in range(5)])
@@ -195,8 +220,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no such date": ({"mix": {"decay": {"field": "when", "half_life_days": 1}}}, r"line 1: 'when' .* found nothing$"),
     "no date": ({"mix": {"decay": {"field": "prompt", "half_life_days": 1}}}, r"line 1: 'prompt' .* found 'a 0'$"),
     "no such label": ({"mix": {"balance": {"label": "intent"}}}, r"line 1: mix\.balance\.label 'intent' is no key of"),
-    "no such group": ({"split": {"group": "user"}}, r"line 1: split\.group names the key 'user', the row has prompt, "),
+    "no such group": (
+        {"split": {"group": "user"}},
+        r"line 1: split\.group names the key 'user', the row has 'prompt', ",
+    ),
     "one group": ({"split": {"group": "completion"}}, r"split: the training rows are one group only \(4 rows\)"),
+    "half a group": ({"split": {"group": "half"}}, r"line 1: 'half' \(split\.group\) holds half a character \(surrog"),
+    "an answer that is too deep": (
+        {"mix": {"balance": {"label": "intent"}}, "format": "alpaca"},
+        r"line 1: mix\.balance\.label 'intent' is no key of the row, nor of a JSON object as answer$",
+    ),
     "a date that is no number": (
         {"mix": {"decay": {"field": "nan", "half_life_days": 1}}},
         r"line 1: 'nan' \(mix\.decay\.field\) must be an ISO 8601 date or seconds since 1970, found nan$",
@@ -207,9 +240,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_each_fault_says_what_to_do(tmp_path: Path, case: str) -> None:
     settings, says = FAULTS[case]
-    train = save(tmp_path, "a", rows("a", 4, nan=float("nan")))
+    more = {"nan": float("nan"), "half": "\ud800", "instruction": "a", "output": "[" * 100_000}
+    train = save(tmp_path, "a", rows("a", 4, **more))
     with pytest.raises(DataError, match=says):
         compose(make(tmp_path, train, **settings))
+
+
+def test_a_leak_in_an_earlier_turn_is_refused(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for text, role in (("held 1", "user"), *TURNS[1:])]
+    with pytest.raises(DataError, match=r"heldout\.jsonl line 2 is also .*a\.jsonl line 1 \(1 such rows\)"):
+        compose(make(tmp_path, save(tmp_path, "a", [{"messages": talk}])))
 
 
 def test_a_leak_in_any_source_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def test_pairs(tmp_path: Path, row: dict[str, Any]) -> None:
     )
 
 
+def test_an_earlier_answer_is_shown_and_not_learned(tmp_path: Path) -> None:
+    row = {"prompt": [ASKED, NO, ASKED], "chosen": "yes", "rejected": "no"}
+    assert [one.muted for one in read_preferences(write(tmp_path, row))[0].rows] == [{1}, {1}]
+
+
 def test_labelled_answers(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -71,6 +76,10 @@ BAD_PAIRS: dict[str, tuple[Any, str]] = {
         r"the prompt must end with a user's turn, found assistant$",
     ),
     "an empty answer": ({"prompt": "a", "chosen": " ", "rejected": "c"}, r"'chosen' must be a text that is not empty"),
+    "a call beside its text": (
+        {"prompt": "a", "chosen": [{**ANSWERED, "tool_calls": [{"name": "f"}]}], "rejected": "c"},
+        r"'chosen' has tool_calls, which preference training does not read; leave the row out$",
+    ),
     "a list of no turns": ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, r"'chosen' must be one answer"),
 }
 
@@ -92,3 +101,6 @@ def test_labels_that_say_nothing(tmp_path: Path) -> None:
         read_kto(write(tmp_path, {**good, "label": "billing"}))
     with pytest.raises(DataError, match=r"line 1: 'label' is true \(a good answer\) or false .* found 'billing'$"):
         read_kto(write(tmp_path, {**good, "label": "billing"}), "kto")
+    called = {**good, "completion": [{**ANSWERED, "tool_calls": [{"name": "f"}]}]}
+    with pytest.raises(DataError, match=r"line 1: 'completion' has tool_calls, which preference training does not"):
+        read_kto(write(tmp_path, called))

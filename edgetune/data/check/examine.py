@@ -39,6 +39,7 @@ class Input:
     heldout: bool = False
     form: Format = "auto"
     limit: int | None = None
+    supervised: bool = False  # pairs and labelled answers are refused, as `adapt` does
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def read(inputs: Sequence[Input]) -> Rows:
         formats, items = Counter[str](), []
         for record in read_records(source.path, source.limit):
             try:
-                item = _parse(record, f"{source.path}:{record.line}", source.form)
+                item = _parse(record, f"{source.path}:{record.line}", source)
             except DataError as error:
                 rows.refused.append(Place(row=f"{source.path}:{record.line}", says=_reason(error, record.where)))
                 continue
@@ -158,16 +159,16 @@ def read(inputs: Sequence[Input]) -> Rows:
     return rows
 
 
-def _parse(record: Record, place: str, form: Format) -> Item:
-    kind = detect(record.values) if form == "auto" else form
-    if kind == "preference":
+def _parse(record: Record, place: str, source: Input) -> Item:
+    kind = detect(record.values) if source.form == "auto" else source.form
+    if kind == "preference" and not source.supervised:
         pair = parse_preference(record, kind)
         chosen, rejected = pair.rows
         return Item(place, chosen, rejected)
-    if kind == "kto":
+    if kind == "kto" and not source.supervised:
         labelled = parse_kto(record, kind)
         return Item(place, labelled.row, label="good" if labelled.label else "bad")
-    return Item(place, parse_row(record, form))
+    return Item(place, parse_row(record, source.form))
 
 
 def _render(rows: Rows, template: Template) -> list[tuple[Rendered, ...]]:
@@ -229,10 +230,11 @@ def _repeated(rows: Rows, config: DataCheck, judge: _Judge) -> None:
     judge.add("conflicts", "Same prompt, another answer", _pairs(other), n)
     judge.add("near_duplicates", f"Near-duplicates (similarity {config.similarity:g} or more)", _pairs(near), n)
     if rows.heldout:
+        learned = {prompt.casefold(): item for item in reversed(rows.train) for prompt in item.row.prompts}
         leaks: list[Hit] = []
         almost: list[Hit] = []
         for item in rows.heldout:
-            known = prompts.get(item.row.prompt.casefold())
+            known = learned.get(item.row.prompt.casefold())
             found = None if known is not None else index.near(item.question)
             if known is not None:
                 leaks.append((item, known.place))
