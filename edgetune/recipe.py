@@ -42,7 +42,8 @@ class Rtn(BitOptions):
             return given
         if given.get("recover") is None and given.get("calibration") is not None:
             raise ValueError("calibration is not read by rtn without recover; remove it")
-        return given if given.get("recover") is None else {"calibration": {}} | given
+        unsaid = given.get("recover") is not None and given.get("calibration") is None
+        return given | {"calibration": {}} if unsaid else given
 
     @model_validator(mode="after")
     def _the_format_has_the_bits(self) -> Self:

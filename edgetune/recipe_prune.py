@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from edgetune.closed import Closed, Count
 from edgetune.recipe_export import Calibration
@@ -35,7 +35,20 @@ class Prune(Closed):
             )
         if self.search == "kl" and self.layers is None:
             raise ValueError("search: kl chooses among blocks; give layers, or leave search out")
+        for key, why in self.unread.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} is {why}; remove it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self.unread}
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads, and why."""
+        samples = {} if self.search == "kl" else {"search_samples": "read with search: kl only"}
+        return samples | ({} if self.cuts_blocks else {"calibration": "not read where only vocabulary is cut"})
 
     @property
     def cuts_blocks(self) -> bool:

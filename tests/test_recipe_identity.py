@@ -126,3 +126,5 @@ def test_a_vocabulary_survives_and_one_that_is_unset_does_not_show() -> None:
         (step,) = recipe.candidates["a"].compress
         assert step.prune is not None
         assert ("vocabulary" in step.prune.model_dump()) == ("vocabulary" in sizes)
+        assert ("calibration" in step.prune.model_dump()) == ("layers" in sizes)
+        assert "search_samples" not in step.prune.model_dump()

@@ -20,11 +20,11 @@ from edgetune.data.golden import Golden
 from edgetune.errors import EdgetuneError
 from edgetune.stages import Stages
 from edgetune.steps import Steps
-from tests.test_chain import CALIBRATION, DISTILL, GPTQ
+from tests.test_chain import DISTILL, GPTQ
 from tests.test_pipeline import make_recipe, run
 
 N = 300
-PRUNE = {"vocabulary": N, "calibration": CALIBRATION}
+PRUNE = {"vocabulary": N}
 
 
 def prepared(recipe: Any, tmp_path: Path) -> pipeline.Pipeline:

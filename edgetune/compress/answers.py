@@ -25,7 +25,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_distill import Distill
 from edgetune.runtime.engines.torch_engine import TorchEngine
 
-STAGE = "compress.answers/1"
+STAGE = "compress.answers/2"
 FILE = "answers.jsonl"
 CHUNK_ROWS = 32  # rows that are answered together, and that a kill can cost
 
@@ -94,7 +94,7 @@ def read(evidence: Artifact, rows: Sequence[Rendered]) -> RenderedRows:
     """Give the rows with what the teacher wrote to them. Raises ArtifactError where the file is damaged."""
     file, found = evidence.path / FILE, RenderedRows()
     try:
-        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        lines = map(json.loads, filter(None, file.read_text(encoding="utf-8").split("\n")))
         said = {line["place"]: (line["ids"], line["text"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is damaged: {str(error).splitlines()[0]}") from error

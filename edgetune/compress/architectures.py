@@ -30,8 +30,8 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
 def check_architecture(model_config: dict[str, Any]) -> None:
     """Raise UnsupportedError where the model is none of `SUPPORTED`."""
     found = model_config.get("model_type")
-    if found not in SUPPORTED:
-        named = ", ".join(model_config.get("architectures") or []) or f"model_type {found!r}"
+    if not isinstance(found, str) or found not in SUPPORTED:
+        named = ", ".join(map(str, model_config.get("architectures") or [])) or f"model_type {found!r}"
         raise UnsupportedError(f"{named} cannot be compressed here; supported: {', '.join(sorted(SUPPORTED.values()))}")
 
 
@@ -44,10 +44,14 @@ def linear_shapes(model_config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     try:
         hidden, wide = int(model_config["hidden_size"]), int(model_config["intermediate_size"])
         n_heads, n_layers = int(model_config["num_attention_heads"]), int(model_config["num_hidden_layers"])
-    except (KeyError, TypeError) as error:
+        head = int(model_config.get("head_dim") or hidden // n_heads)
+        query, value = n_heads * head, int(model_config.get("num_key_value_heads") or n_heads) * head
+        if min(hidden, wide, n_layers, query, value) < 1:
+            raise ValueError("one is below 1")
+    except KeyError as error:
         raise UnsupportedError(f"config.json lacks {error}; make the model again") from error
-    head = int(model_config.get("head_dim") or hidden // n_heads)
-    query, value = n_heads * head, int(model_config.get("num_key_value_heads") or n_heads) * head
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UnsupportedError(f"config.json names no sizes of a model ({error}); make the model again") from error
     block = {
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (value, hidden),

@@ -7,6 +7,7 @@ layer's output. Shapes: R out-features, C in-features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from edgetune.compress.hessian import output_loss
 from edgetune.compress.rtn import rtn_quantize
 from edgetune.compress.scheme import Scheme
+from edgetune.errors import StageError
 
 POWERS = 20  # steps from no scaling to the whole size of a channel
 FLOOR = 1e-4  # of the mean size of all channels: a dead one must not be scaled away
@@ -43,11 +45,13 @@ def find_scales(weights: Sequence[Tensor], hessian: Tensor, scheme: Scheme, head
     """Search the power of least output error for layers with one input.
 
     weights [R, C] each, hessian [C, C] of their inputs. With `heads` the channels that are made by one row of the
-    value projection share a scale.
+    value projection share a scale. Raises StageError where the Hessian is not finite.
     """
     W = torch.cat([weight.float() for weight in weights])
     sizes = channel_sizes(hessian, heads)
     without = best = _rounding_error(W, hessian, scheme)
+    if not math.isfinite(without):
+        raise StageError("the Hessian is not finite: an activation overflowed; check the calibration rows")
     found, power = torch.ones_like(sizes), 0.0
     for step in range(1, POWERS + 1 if without > 0 else 1):
         s = sizes.pow(step / POWERS)

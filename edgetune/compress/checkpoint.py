@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from edgetune.compress.architectures import SUPPORTED, check_architecture
 from edgetune.compress.correction import corrected_weight, read_correction
 from edgetune.compress.dynamic import dynamic_bits, read_bits
 from edgetune.compress.packing import check_pack, pack, unpack
-from edgetune.compress.scheme import Quantized, Scheme
+from edgetune.compress.scheme import Quantized, Scheme, plain_groups
 from edgetune.compress.tensor_file import TensorFile
 from edgetune.errors import ArtifactError, StageError, UnsupportedError
 
@@ -37,6 +38,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 PARTS = (*GPTQ_PARTS, *pack_quantized.PARTS)
+FLAT = ("g_idx", "weight_shape")  # the others are matrices
 Form = Literal["gptq", "compressed-tensors"]
 PART_VALUES = 1 << 24  # of a tensor that is not quantized, at a time
 CARRIED = (
@@ -121,7 +123,7 @@ def read_layers(folder: Path) -> dict[str, Quantized]:
 
 def stored_bits(folder: Path) -> Callable[[str], int]:
     """Give what tells the bits of a quantized layer by its full name. Raises as `read_layers`."""
-    return _settings(folder)[1]
+    return _settings(folder).bits_of
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -132,11 +134,10 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     import transformers
 
     layers, state = _read(folder)
-    pairs = read_correction(folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        check_architecture(config.to_dict())
+    pairs, config = read_correction(folder), open_config(folder)
+    if hasattr(config, "quantization_config"):  # else it is in a file of its own
         del config.quantization_config
+    try:
         state |= {
             f"{name}.weight": corrected_weight(layer.dequantize(), pairs.get(name)).to(dtype)
             for name, layer in layers.items()
@@ -159,14 +160,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
+def open_config(folder: Path) -> Any:
+    """Give the transformers configuration of a model or checkpoint folder.
+
+    Raises ArtifactError where a field is damaged, UnsupportedError where the architecture is unknown.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise ArtifactError(f"{folder} cannot be loaded: {said}") from error
+    check_architecture(config.to_dict())
+    return config
+
+
 def open_weights(folder: Path) -> list[Any]:
     """Open the safetensors of a model or checkpoint folder. Raises ArtifactError."""
     return [open_file(file) for file in weight_files(folder)]
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What a checkpoint says of its integers."""
+
+    form: Form
+    bits_of: Callable[[str], int]  # of a layer by its name
+    group_size: int | None  # -1 for a whole row; None where it is not named
+    zero_offset: int = 0  # to be added to a stored zero point
+
+
 def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """Give the quantized layers and all other tensors."""
-    form, bits_of, offset = _settings(folder)
+    settings = _settings(folder)
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for file in weight_files(folder):
@@ -179,16 +207,17 @@ def _read(folder: Path) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
                     others[name] = stored.get_tensor(name)
     if not parts:
         raise ArtifactError(f"{folder} holds no quantized layer")
-    return {name: _unpacked(folder, name, found, form, bits_of(name), offset) for name, found in parts.items()}, others
+    return {name: _unpacked(folder, name, found, settings) for name, found in parts.items()}, others
 
 
-def _settings(folder: Path) -> tuple[Form, Callable[[str], int], int]:
-    """Give format, the bits of a layer by its name, and what is to be added to a stored zero point."""
+def _settings(folder: Path) -> _Settings:
     config = read_config(folder).get("quantization_config")
     config = config or _read_json(folder / "quantize_config.json")
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{folder}: quantization_config of config.json is no JSON object; make it again")
     if config.get("quant_method") == pack_quantized.METHOD:
-        each = pack_quantized.read_bits(config, str(folder))
-        return "compressed-tensors", lambda _: each, 0
+        each, group_size = pack_quantized.read_scheme(config, str(folder))
+        return _Settings("compressed-tensors", lambda _: each, group_size)
     method, form = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
     if method != "gptq" or form not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{folder} is quantized as {method}/{form}; gptq/gptq, gptq/gptq_v2 and "
@@ -196,7 +225,8 @@ def _settings(folder: Path) -> tuple[Form, Callable[[str], int], int]:
     bits_of = read_bits(config, str(folder))
     if config.get("pack_dtype", "int32") != "int32":
         raise UnsupportedError(f"{folder}: words of {config['pack_dtype']} cannot be read, int32 can")
-    return "gptq", bits_of, 1 if form == "gptq" else 0
+    named = config.get("group_size")
+    return _Settings("gptq", bits_of, named if isinstance(named, int) else None, 1 if form == "gptq" else 0)
 
 
 def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
@@ -209,25 +239,33 @@ def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
     }
 
 
-def _unpacked(folder: Path, name: str, parts: dict[str, Tensor], form: Form, bits: int, offset: int) -> Quantized:
+def _unpacked(folder: Path, name: str, parts: dict[str, Tensor], settings: _Settings) -> Quantized:
+    bits, columns = settings.bits_of(name), settings.group_size
     try:
-        made = _of_gptq(parts, bits, offset) if form == "gptq" else pack_quantized.unpacked(parts, bits)
+        for part, tensor in parts.items():
+            if part not in FLAT and tensor.ndim != 2:
+                raise ValueError(f"{part} has {tensor.ndim} dimensions instead of 2")
+        made = (
+            _of_gptq(parts, bits, columns, settings.zero_offset)
+            if settings.form == "gptq"
+            else pack_quantized.unpacked(parts, bits, columns)
+        )
         (R, C), G, g_idx = made.q.shape, made.scales.shape[1], made.g_idx
         fits = made.scales.shape == made.zero_point.shape == (R, G) and g_idx.shape == (C,)
         sound = fits and bool(torch.isfinite(made.scales).all()) and int(g_idx.min()) >= 0 and int(g_idx.max()) < G
-    except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder}: layer {name} is damaged or lacks a tensor ({error})") from error
     if not sound:
         raise ArtifactError(f"{folder}: layer {name} is damaged: shapes, scales or g_idx do not fit each other")
     return made
 
 
-def _of_gptq(parts: dict[str, Tensor], bits: int, offset: int) -> Quantized:
+def _of_gptq(parts: dict[str, Tensor], bits: int, group_size: int | None, offset: int) -> Quantized:
     q = unpack(parts["qweight"], bits).T.contiguous().to(torch.uint8)
     zero_point = (unpack(parts["qzeros"].T.contiguous(), bits) + offset) % 2**bits
     scales = parts["scales"].T.contiguous()
-    C, G = q.shape[1], scales.shape[1]
-    return Quantized(q, scales, zero_point, parts.get("g_idx", torch.arange(C, dtype=torch.int32) // (C // G)))
+    g_idx = parts["g_idx"] if "g_idx" in parts else plain_groups(q.shape[1], group_size, scales.shape[1])
+    return Quantized(q, scales, zero_point, g_idx)
 
 
 def _plain(layer: Quantized) -> Tensor:
@@ -259,7 +297,10 @@ def _to_half(name: str, tensor: Tensor) -> Tensor:
 def weight_files(folder: Path) -> list[Path]:
     """Name the safetensors of a model or checkpoint folder. Raises ArtifactError."""
     if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))]
+        places = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ArtifactError(f"{folder / INDEX} does not say where tensors lie; make it again")
+        return [folder / name for name in sorted(set(places.values()))]
     return [folder / WEIGHTS]
 
 

@@ -29,14 +29,22 @@ def dynamic_bits(bits: Mapping[str, int], usual: int) -> dict[str, dict[str, int
 
 
 def read_bits(config: Mapping[str, Any], folder: str) -> Callable[[str], int]:
-    """Give what tells the bits of a layer by its name. Raises UnsupportedError for more than bits, or other bits."""
+    """Give what tells the bits of a layer by its name.
+
+    Raises UnsupportedError for more than bits, other bits, or what is no pattern.
+    """
     dynamic: dict[str, dict[str, Any]] = config.get("dynamic") or {}
-    known = all(not pattern.startswith("-:") and set(of) <= {"bits"} for pattern, of in dynamic.items())
+    known = isinstance(dynamic, dict) and all(
+        isinstance(of, dict) and set(of) <= {"bits"} and not pattern.startswith("-:") for pattern, of in dynamic.items()
+    )
     named = [config.get("bits"), *(of.get("bits") for of in dynamic.values())] if known else []
     if not named or any(bits not in (2, 3, 4, 8) for bits in named):
         raise UnsupportedError(f"{folder}: 2, 3, 4 or 8 bits can be read, for all layers or by `dynamic`, and nothing "
                                "else that differs between layers")  # fmt: skip
-    patterns = [(re.compile(pattern.removeprefix(PLUS)), int(of["bits"])) for pattern, of in dynamic.items()]
+    try:
+        patterns = [(re.compile(pattern.removeprefix(PLUS)), int(of["bits"])) for pattern, of in dynamic.items()]
+    except re.error as error:
+        raise UnsupportedError(f"{folder}: `dynamic` has {error.pattern!r}, no regular expression ({error})") from error
 
     def bits_of(name: str) -> int:
         return next((bits for pattern, bits in patterns if pattern.match(name)), int(config["bits"]))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from edgetune.adapt.allocator import give_back
 from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
+from edgetune.compress.checkpoint import open_config
 from edgetune.compress.correction import Pair, corrected_weight
 from edgetune.compress.finished import LayerResult, Lazily, Made, read_block, read_layer, write_block
 from edgetune.compress.hessian import Hessian, all_finite, output_loss
@@ -81,11 +82,10 @@ class _CapturedError(Exception):
 
 def load_model(source: Artifact) -> nn.Module:
     """Load a `model` artifact in the dtype of its file. Raises ArtifactError, UnsupportedError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    open_config(source.path)
     try:
-        config = AutoConfig.from_pretrained(source.path)
-        check_architecture(config.to_dict())
         model, info = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -295,6 +295,7 @@ def _quantize_block(
         for name, short, weight in zip(names, group, weights, strict=True):
             quantized = stacked.rows(start, start + len(weight))
             start += len(weight)
+            assert correct is None or H is not None, "a correction is fitted to the inputs of calibration rows"
             try:
                 pair = correct(weight - quantized.dequantize(), H) if correct is not None and H is not None else None
             except EdgetuneError as error:

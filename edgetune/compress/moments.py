@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,5 +44,6 @@ def read(evidence: Artifact) -> dict[str, NDArray[np.float32]]:
     try:
         with np.load(evidence.path / FILE, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{evidence.path / FILE} is damaged: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{evidence.path / FILE} is damaged: {said}") from error

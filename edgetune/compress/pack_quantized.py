@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgetune.compress.packing import pack, unpack, values_in_unit
-from edgetune.compress.scheme import Quantized, Scheme
+from edgetune.compress.scheme import Quantized, Scheme, plain_groups
 from edgetune.errors import UnsupportedError
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -49,22 +49,28 @@ def packed(name: str, layer: Quantized, bits: int, *, sym: bool) -> dict[str, Te
     return parts if sym else parts | {"weight_zero_point": _pack(layer.zero_point, bits)}
 
 
-def read_bits(config: dict[str, Any], folder: str) -> int:
-    """Give the bits of a `quantization_config`. Raises UnsupportedError for another kind than is read here."""
-    groups = list((config.get("config_groups") or {}).values())
-    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+def read_scheme(config: dict[str, Any], folder: str) -> tuple[int, int]:
+    """Give the bits and the group size (-1: the whole row) of a `quantization_config`.
+
+    Raises UnsupportedError for another kind than is read here.
+    """
+    groups = config.get("config_groups")
+    (group,) = groups.values() if isinstance(groups, dict) and len(groups) == 1 else ({},)
+    weights = group.get("weights") if isinstance(group, dict) else None
+    weights = weights if isinstance(weights, dict) else {}
+    columns: Any = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
     integers = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
-    plain = integers and not groups[0].get("input_activations") and not weights.get("actorder")
+    plain = integers and isinstance(columns, int) and not group.get("input_activations") and not weights.get("actorder")
     if config.get("format") != FORMAT or not plain or weights.get("num_bits") not in (2, 3, 4, 5, 6, 8):
         raise UnsupportedError(
             f"{folder}: of compressed-tensors, {FORMAT} with one group of layers can be read: integers of 2, 3, 4, "
             "5, 6 or 8 bits, activations as they are, no actorder"
         )
-    return int(weights["num_bits"])
+    return int(weights["num_bits"]), int(columns)
 
 
-def unpacked(parts: dict[str, Tensor], bits: int) -> Quantized:
-    """Undo `packed`. Raises KeyError, RuntimeError or ValueError where tensors are missing or do not fit."""
+def unpacked(parts: dict[str, Tensor], bits: int, group_size: int | None) -> Quantized:
+    """Undo `packed`. Raises KeyError, RuntimeError, TypeError or ValueError where tensors are missing or do not fit."""
     R, C = (int(size) for size in parts["weight_shape"].tolist())
     q = _unpack(parts["weight_packed"].T, bits).T[:, :C].contiguous().to(torch.uint8)
     scales = parts["weight_scale"].contiguous()
@@ -73,7 +79,7 @@ def unpacked(parts: dict[str, Tensor], bits: int) -> Quantized:
         zero_point = _unpack(parts["weight_zero_point"], bits)[:R].contiguous()
     else:
         zero_point = torch.full((R, G), 2 ** (bits - 1), dtype=torch.int32)
-    return Quantized(q, scales, zero_point, torch.arange(C, dtype=torch.int32) // (C // G))
+    return Quantized(q, scales, zero_point, plain_groups(C, group_size, G))
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from edgetune.compress.tune import Outputs
     from edgetune.data.calibration import CalibrationSet
 
-RTN_STAGE = "compress.rtn/4"
-GPTQ_STAGE = "compress.gptq/4"
+RTN_STAGE = "compress.rtn/5"
+GPTQ_STAGE = "compress.gptq/5"
 
 
 def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
@@ -94,17 +94,18 @@ def run(
         raise UnsupportedError(f"{what} needs calibration rows and got none; give data in the recipe, or use plain rtn")
     rows = calibration.ids if wants_rows and calibration is not None else None
     digest = calibration.digest if wants_rows and calibration is not None else None
-    require_space(out.parent, source.size_bytes)
-    bits = _bits(config, model_config, sensitivity)
+    bits, model = _bits(config, model_config, sensitivity), open_model(source)
     scheme = Scheme(Counter(bits.values()).most_common(1)[0][0], config.group_size, config.sym)
     parents = [source, *([sensitivity] if sensitivity is not None else [])]
     with draft(
         out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=parents,
         sources=_sources(config, digest), versions=_versions(),
     ) as pending:  # fmt: skip
+        kept = sum(file.stat().st_size for file in pending.work.glob("*.safetensors"))
+        require_space(out.parent, disk_bytes(config, model_config, bits) - kept)
         key = planned_identity(config, source.identity, digest, sensitivity.identity if sensitivity else None)
         results = quantize_blocks(
-            open_model(source), rows, solver(config, bits), work=pending.work, key=key, device=device,
+            model, rows, solver(config, bits), work=pending.work, key=key, device=device,
             progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16", correct=_corrector(config),
@@ -128,9 +129,7 @@ def run(
         pending.scheme = {
             "bits": scheme.bits, "group_size": config.group_size, "sym": config.sym,
             "desc_act": isinstance(config, Gptq) and config.desc_act,
-            "bits_per_weight": _bits_per_weight(
-                scheme, model_config, bits, config.recover.rank if config.recover else 0
-            ),
+            "bits_per_weight": _bits_per_weight(config, model_config, bits),
         }  # fmt: skip
         if config.allocate is not None:
             pending.scheme["bits_of"] = bits
@@ -142,6 +141,23 @@ def run(
         if tuned := {n.partition(".self_attn")[0]: r.tuned for n, r in results.items() if r.tuned and ".q_proj" in n}:
             pending.notes["tuned"] = tuned
     return pending.artifact
+
+
+def disk_bytes(config: Rtn | Gptq, model_config: dict[str, Any], bits: Mapping[str, int]) -> int:
+    """Give the bytes that a run has on the disk at its end: finished blocks, and the checkpoint twice (`tensor_file`).
+
+    A finished block has a byte for each code, 6 for each group's scale and zero point and 4 for each column's group.
+    Activations that are too many for memory, norms and biases are not counted.
+    """
+    rank, shapes = config.recover.rank if config.recover else 0, linear_shapes(model_config)
+    blocks = sum(
+        R * C + 6 * R * C // Scheme(bits[name], config.group_size).group_columns(C) + 4 * C + 2 * rank * (R + C)
+        for name, (R, C) in shapes.items()
+    )
+    integers = sum(of / 8 + 4 * shapes[name][1] for name, of in _stored_bits(config, shapes, bits).items())
+    token = 1 if model_config.get("tie_word_embeddings") else 2
+    embeddings = 2 * token * int(model_config.get("vocab_size") or 0) * int(model_config["hidden_size"])
+    return blocks + 2 * int(integers + embeddings)
 
 
 def _bits(config: Rtn | Gptq, model_config: dict[str, Any], sensitivity: Artifact | None) -> dict[str, int]:
@@ -209,14 +225,22 @@ def _tuner(config: Rtn | Gptq) -> Tune | None:
     return tune
 
 
-def _bits_per_weight(scheme: Scheme, model_config: dict[str, Any], bits: Mapping[str, int], rank: int) -> float:
-    """Bits for each quantized weight, over all layers; scales, zero points and corrections of `rank` counted."""
-    shapes = linear_shapes(model_config)
-    stored = sum(
-        R * C * replace(scheme, bits=bits[name]).bits_per_weight(C) + 16 * rank * (R + C)
-        for name, (R, C) in shapes.items()
-    )
+def _bits_per_weight(config: Rtn | Gptq, model_config: dict[str, Any], bits: Mapping[str, int]) -> float:
+    """Bits for each quantized weight, over all layers; scales, stored zero points and corrections counted."""
+    rank, shapes = config.recover.rank if config.recover else 0, linear_shapes(model_config)
+    stored = sum(_stored_bits(config, shapes, bits).values()) + sum(16 * rank * (R + C) for R, C in shapes.values())
     return round(stored / sum(R * C for R, C in shapes.values()), 4)
+
+
+def _stored_bits(
+    config: Rtn | Gptq, shapes: Mapping[str, tuple[int, int]], bits: Mapping[str, int]
+) -> dict[str, float]:
+    """Give the bits that each layer's integers take in the checkpoint."""
+    zero_points = config.checkpoint == "gptq" or not config.sym  # compressed-tensors stores none that are all the same
+    return {
+        name: R * C * Scheme(bits[name], config.group_size).bits_per_weight(C, zero_points=zero_points)
+        for name, (R, C) in shapes.items()
+    }
 
 
 def _stage(config: Rtn | Gptq) -> str:

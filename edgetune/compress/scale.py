@@ -15,6 +15,7 @@ from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
 from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
+from edgetune.errors import EdgetuneError
 from edgetune.progress import Report, silent
 from edgetune.recipe import Awq
 from edgetune.sources import copy_tokenizer
@@ -84,7 +85,10 @@ def run(
 def scale(
     model: Any, calibration: CalibrationSet, scheme: Scheme, device: str, progress: Report
 ) -> dict[str, dict[str, float]]:
-    """Scale a model in place; give the power and the share of the error that is left, by the first layer of a group."""
+    """Scale a model in place; give the power and the share of the error that is left, by the first layer of a group.
+
+    Raises StageError naming the layers.
+    """
     from edgetune.compress.hessian import Hessian
     from edgetune.compress.layerwise import decoder_blocks, observe
 
@@ -95,7 +99,11 @@ def scale(
 
     def finish(index: int) -> None:
         for group in SHARED_INPUTS:
-            found[f"model.layers.{index}.{group[0]}"] = _scale_group(blocks[index], group, hessians[group[0]], scheme)
+            names = [f"model.layers.{index}.{name}" for name in group]
+            try:
+                found[names[0]] = _scale_group(blocks[index], group, hessians[group[0]], scheme)
+            except EdgetuneError as error:
+                raise type(error)(f"{' + '.join(names)}: {error}") from error
         hessians.clear()
 
     def see(index: int, name: str, X: Tensor) -> None:

@@ -9,6 +9,7 @@ Shapes: R out-features, C in-features, G groups, n columns of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from edgetune.errors import StageError, UnsupportedError
@@ -40,9 +41,9 @@ class Scheme:
         """Give the number of columns that share a scale in a layer of that width."""
         return in_features if self.group_size == -1 else self.group_size
 
-    def bits_per_weight(self, in_features: int) -> float:
-        """Give stored bits for each weight, float16 scales and zero points counted."""
-        return self.bits + (16 + self.bits) / self.group_columns(in_features)
+    def bits_per_weight(self, in_features: int, *, zero_points: bool = True) -> float:
+        """Give stored bits for each weight, float16 scales counted, and zero points where the format stores them."""
+        return self.bits + (16 + self.bits * zero_points) / self.group_columns(in_features)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,19 @@ def check_group(name: str, in_features: int, group_size: int) -> None:
     fitting = [str(size) for size in GROUP_SIZES if in_features % size == 0][:3]
     advice = f"{', '.join(fitting)} or -1" if fitting else "-1"
     raise UnsupportedError(f"group_size={group_size} does not divide in_features={in_features} of {name}; use {advice}")
+
+
+def plain_groups(in_features: int, group_size: int | None, n_groups: int) -> Tensor:
+    """Give the group [C] of each column where all lie in order, the last group of what is left (-1: all columns).
+
+    Raises ValueError where these are not so many groups.
+    """
+    import torch
+
+    n = in_features if group_size == -1 else group_size
+    if n is None or n < 1 or ceil(in_features / n) != n_groups:
+        raise ValueError(f"{in_features} columns with group_size={group_size} do not make {n_groups} groups")
+    return torch.arange(in_features, dtype=torch.int32) // n
 
 
 def find_grid(

@@ -1,8 +1,10 @@
 """What each number of bits costs each group of layers: KL(float model || the same with this group alone quantized).
 
 Measured, not estimated: a group is quantized as its step will do it, on what the float model shows it, and the blocks
-from there on are run again; those before it keep their outputs. Scales that are learned afterwards and corrections
-beside the integers are left out. Shapes: B rows of a batch, T tokens, C in-features, N positions.
+from there on are run again; those before it keep their outputs. What a step does beyond that is left out: GPTAQ's share
+for inputs that are quantized already, since here none are, factors of the Hessian in bfloat16, scales that are learned
+afterwards, and corrections beside the integers.
+Shapes: B rows of a batch, T tokens, C in-features, N positions.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ Losses = dict[str, dict[int, float]]  # first layer of a group -> bits -> nats a
 def planned_identity(
     config: Rtn | Gptq, source_identity: str, calibration_digest: str | None, measured_digest: str
 ) -> str:
-    """Give the identity of the evidence that `run` would make; steps that differ in their budget alone share it."""
+    """Give the identity of the evidence that `run` would make; steps that differ in what is left out share it."""
     return identity(STAGE, _config(config), [source_identity], _sources(calibration_digest, measured_digest))
 
 
@@ -189,7 +191,10 @@ def _losses(file: Path) -> Losses:
 
 
 def _config(config: Rtn | Gptq) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"allocate": {"budget"}, "recover": True, "tune": True})
+    """Give what is read while measuring; rows to calibrate on are GPTQ's alone."""
+    unread = dict.fromkeys(("recover", "tune", "correction", "hessian"), True)
+    rows = {} if isinstance(config, Gptq) else {"calibration": True}
+    return config.model_dump(mode="json", exclude={"allocate": {"budget"}, **unread, **rows})
 
 
 def _sources(calibration_digest: str | None, measured_digest: str) -> dict[str, str]:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.artifact import Artifact
-from edgetune.compress.architectures import check_architecture
-from edgetune.compress.checkpoint import open_file, weight_files
+from edgetune.compress.checkpoint import open_config, open_file, weight_files
 from edgetune.errors import ArtifactError
 
 
@@ -52,12 +51,10 @@ class Stored:
 def open_model(source: Artifact) -> nn.Module:
     """Give a `model` artifact as a skeleton, in the dtype of its file. Raises ArtifactError, UnsupportedError."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    stored = Stored(source.path)
+    stored, config = Stored(source.path), open_config(source.path)
     try:
-        config = AutoConfig.from_pretrained(source.path)
-        check_architecture(config.to_dict())
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype or stored.dtype)
     except (OSError, ValueError, RuntimeError) as error:

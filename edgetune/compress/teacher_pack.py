@@ -8,6 +8,7 @@ Shapes: P labelled positions of all rows, N of one row, K kept tokens, V vocabul
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,11 @@ class TeacherPack:
                     workload, subject, int(data["n_vocab"]), data["starts"], data["ids"], data["log_probs"],
                     data["tail"],
                 )  # fmt: skip
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ArtifactError(f"{path} is not a teacher's pack: {str(error).splitlines()[0]}") from error
+        except (
+            OSError, KeyError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error
+        ) as error:  # fmt: skip
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise ArtifactError(f"{path} is not a teacher's pack: {said}") from error
 
 
 class PackBuilder:

@@ -133,13 +133,15 @@ def test_what_cannot_be_measured_names_its_layers(tiny_model: Artifact) -> None:
             sensitivity.measure(load_model(tiny_model), ROWS.ids, {4: solve})
 
 
-def test_steps_that_differ_in_their_budget_alone_share_a_measurement() -> None:
+def test_steps_that_differ_in_what_is_not_measured_share_a_measurement() -> None:
     def planned(config: Rtn | Gptq) -> str:
         return sensitivity.planned_identity(config, "m" * 64, None, "r" * 64)
 
     more = GPTQ.model_copy(update={"allocate": CHOICES.model_copy(update={"budget": 6.0})})
     assert planned(more) == planned(GPTQ)
     assert planned(GPTQ.model_copy(update={"sym": True})) != planned(GPTQ)
+    assert planned(GPTQ.model_copy(update={"correction": 0.5, "hessian": "bfloat16"})) == planned(GPTQ)
+    assert planned(Rtn(group_size=32, allocate=CHOICES, recover=Recover(rank=4))) == planned(RTN)
     assert planned_identity(more, "m", None, "s") != planned_identity(GPTQ, "m", None, "s")
 
 

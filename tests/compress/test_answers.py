@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,13 @@ def test_the_teacher_goes_on_writing_after_a_kill(
     made = answers.run(config, tiny_model, tmp_path / "cut", rows=rows)
     assert asked == [4]
     assert made.manifest.files == whole.manifest.files
+
+
+def test_an_answer_may_have_any_line_separator(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+    line = {"place": 3, "line": 4, "ids": [5, 2], "text": "one\u2028two\u2029three\x85four"}
+    (tmp_path / answers.FILE).write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = answers.read(Artifact(tmp_path, tiny_model.manifest), rows)
+    assert found[3].target_text == line["text"]
 
 
 def test_answers_that_never_end_are_refused(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:

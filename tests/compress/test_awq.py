@@ -14,10 +14,11 @@ from edgetune.artifact import Artifact
 from edgetune.compress import quantize, scale
 from edgetune.compress.awq import POWERS, Heads, channel_sizes, find_scales
 from edgetune.compress.checkpoint import load_dequantized
+from edgetune.compress.hessian import Hessian
 from edgetune.compress.rtn import rtn_quantize
 from edgetune.compress.scheme import Scheme
 from edgetune.data.calibration import CalibrationSet
-from edgetune.errors import RecipeError, UnsupportedError
+from edgetune.errors import RecipeError, StageError, UnsupportedError
 from edgetune.recipe import Awq, Candidate, Rtn, parse_as
 from tests.conftest import make_tiny_model
 from tests.export.test_gguf_families import make
@@ -71,6 +72,15 @@ def test_a_dead_channel_and_an_empty_layer_are_left_alone() -> None:
     nothing = find_scales([torch.zeros(4, 64)], hessian(X), Scheme(4, 32))
     assert (nothing.power, nothing.error) == (0.0, 1.0)
     assert torch.equal(nothing.s, torch.ones(64))
+
+
+def test_a_hessian_that_is_not_finite_names_its_layers(
+    tiny_model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hessian, "add", lambda self, *_: self.H.fill_(torch.inf))
+    names = r"^model\.layers\.0\.self_attn\.q_proj \+ .*v_proj: the Hessian is not finite: an activation overflowed"
+    with pytest.raises(StageError, match=names):
+        scale.run(Awq(**GRID), tiny_model, tmp_path / "out", calibration=ROWS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

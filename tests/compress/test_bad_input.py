@@ -7,6 +7,8 @@ Hessians in need of damping (test_kernels.py), tied embeddings (test_checkpoint.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from edgetune.artifact import Artifact
-from edgetune.compress import layerwise, quantize, scale
+from edgetune.compress import layerwise, moments, quantize, scale, teacher
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.checkpoint import load_dequantized, read_config, read_layers
 from edgetune.compress.layerwise import load_model, quantize_blocks
+from edgetune.compress.streamed import open_model
+from edgetune.compress.teacher_pack import TeacherPack
 from edgetune.data.calibration import CalibrationSet
-from edgetune.errors import StageError, UnsupportedError
+from edgetune.errors import ArtifactError, StageError, UnsupportedError
 from edgetune.recipe import Awq, Gptq, Rtn
 from tests.conftest import make_tiny_model
 from tests.export.test_gguf_families import make
@@ -72,6 +76,46 @@ def test_biases_and_shared_heads_come_along(checkpoint: Any, tmp_path: Path) -> 
         found = load_dequantized(made.path)(ids).logits
         wanted = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)(ids).logits
     assert (found - wanted).abs().mean() < 0.05 * wanted.std()
+
+
+def test_every_damage_of_moments_and_packs_is_one_line(tiny_model: Artifact, tmp_path: Path) -> None:
+    """Empty, cut, no npz at all, and bytes overwritten all over it; what nothing reads may be."""
+    evidence, refused = Artifact(tmp_path, tiny_model.manifest), 0
+    draw = np.random.default_rng(0)
+    ids, log_probs, tail = draw.integers(0, 9, (60, 3)), draw.random((60, 3)), draw.random(60)
+    TeacherPack("w", "s", 9, np.array([0, 60]), ids.astype(np.uint32), log_probs, tail).save(tmp_path / teacher.FILE)
+    np.savez_compressed(tmp_path / moments.FILE, layer=draw.random(64))
+    for name, read in ((moments.FILE, moments.read), (teacher.FILE, teacher.read)):
+        whole = (tmp_path / name).read_bytes()
+        over = [whole[:at] + b"\xff" * 8 + whole[at + 8 :] for at in range(0, len(whole) - 8, 8)]
+        for content in [b"", whole[:20], whole[:-1], b"not an npz", *over]:
+            (tmp_path / name).write_bytes(content)
+            said = None
+            try:
+                read(evidence)
+            except ArtifactError as error:
+                said = str(error)
+            refused += said is not None
+            assert said is None or "\n" not in said
+            if name == teacher.FILE:  # an unfinished chunk is made again
+                assert (teacher._finished(tmp_path / name, "s") is None) == (said is not None)
+    assert refused > 100
+
+
+def test_fields_of_a_wrong_type_are_one_line(tiny_model: Artifact, tmp_path: Path) -> None:
+    made = quantize.run(Rtn(bits=4, group_size=32), tiny_model, tmp_path / "out")
+    for source, opens in ((tiny_model, (load_model, open_model)), (made, (lambda of: load_dequantized(of.path),))):
+        folder = Path(shutil.copytree(source.path, tmp_path / source.manifest.kind))
+        config = read_config(folder)
+        for damage in ({"hidden_size": "wide"}, {"rope_parameters": 5}, {"num_attention_heads": 7}):
+            (folder / "config.json").write_text(json.dumps(config | damage))
+            for open_ in opens:
+                with pytest.raises(ArtifactError, match="cannot be loaded: ") as caught:
+                    open_(Artifact(folder, source.manifest))
+                assert "\n" not in str(caught.value)
+    for damage in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"head_dim": [1]}, {"model_type": ["llama"]}):
+        with pytest.raises(UnsupportedError, match=r"names no sizes of a model|cannot be compressed"):
+            linear_shapes(config | damage)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -87,6 +87,32 @@ def test_settings_are_said_twice_and_the_tokenizer_comes_along(rounded: Artifact
         assert (rounded.path / name).read_bytes() == (tiny_model.path / name).read_bytes()
 
 
+def test_settings_in_a_file_of_their_own_are_enough(folder: Path) -> None:
+    before = load_dequantized(folder).state_dict()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    after = load_dequantized(folder).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_columns_without_g_idx_lie_in_groups_of_the_file_s_own_size(folder: Path) -> None:
+    before, name = read_layers(folder), "model.layers.0.mlp.down_proj"
+    stored = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.endswith("g_idx")}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(read_layers(folder)[name].g_idx, before[name].g_idx)
+    for size in (64, 0, "32", None):
+        change(folder, group_size=size)
+        with pytest.raises(ArtifactError, match=r"is damaged .*group_size=.* do not make \d groups"):
+            read_layers(folder)
+    # 192 columns in groups of 128: the second has 64
+    parts = {"scales": stored[f"{name}.scales"][:2], "qzeros": stored[f"{name}.qzeros"][:2]}
+    kept = {n: t for n, t in stored.items() if n.startswith(name)} | {f"{name}.{n}": t for n, t in parts.items()}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder, group_size=128)
+    assert read_layers(folder)[name].g_idx.tolist() == [column // 128 for column in range(192)]
+
+
 def test_version_two_is_read_as_it_is(folder: Path) -> None:
     before = read_layers(folder)
     stored = load_file(folder / "model.safetensors")
@@ -101,10 +127,20 @@ def test_version_two_is_read_as_it_is(folder: Path) -> None:
         assert torch.equal(layer.dequantize(), after[name].dequantize())
 
 
-@pytest.mark.parametrize("settings", [{"quant_method": "awq"}, {"bits": 5}, {"dynamic": {"x": {}}}])
-def test_what_cannot_be_read_is_refused(folder: Path, settings: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quant_method": "awq"}, "can be read"),
+        ({"bits": 5}, "can be read"),
+        ({"dynamic": {"x": {}}}, "can be read"),
+        ({"dynamic": ["x"]}, "can be read"),
+        ({"dynamic": {"-:x": False}}, "can be read"),
+        ({"dynamic": {"+:(": {"bits": 4}}}, r"`dynamic` has '\(', no regular expression"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(folder: Path, settings: dict[str, object], says: str) -> None:
     change(folder, **settings)
-    with pytest.raises(UnsupportedError, match="can be read"):
+    with pytest.raises(UnsupportedError, match=says):
         read_layers(folder)
 
 
@@ -132,6 +168,27 @@ def test_tensors_that_do_not_fit_are_refused(folder: Path, part: str) -> None:
     stored[name] = stored[name][:-1].contiguous() if part != "g_idx" else stored[name] + 7
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"layer model\.layers\.1\.self_attn\.q_proj is damaged"):
+        read_layers(folder)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_tensors_of_other_dimensions_are_refused(folder: Path, part: str) -> None:
+    stored = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.self_attn.q_proj.{part}"
+    stored[name] = stored[name][None] if part == "g_idx" else stored[name].flatten()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"layer model\.layers\.1\.self_attn\.q_proj is damaged"):
+        read_layers(folder)
+
+
+def test_settings_and_an_index_that_are_no_objects_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": ["gptq"]}))
+    with pytest.raises(ArtifactError, match=r"quantization_config of config\.json is no JSON object"):
+        read_layers(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    with pytest.raises(ArtifactError, match="does not say where tensors lie"):
         read_layers(folder)
 
 

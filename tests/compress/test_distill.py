@@ -83,7 +83,9 @@ def test_the_loss_is_the_stated_mixture() -> None:
         p, q = oracle.softmax(other[n].numpy() / 3), oracle.softmax(logits[n].numpy() / 3)
         assert float(whole[n]) == pytest.approx(9 * oracle.divergence(p, q, reverse=False, skew=0.0), abs=1e-9)
     a, b = torch.randn(3, 4), torch.randn(3, 4)
-    assert torch.allclose(hidden_loss(a, b), ((a - b) ** 2).mean(1) / (b**2).mean())
+    assert torch.allclose(hidden_loss(a, b), ((a - b) ** 2).mean(1) / (b**2).mean(1))
+    each = [hidden_loss(a[n : n + 1], b[n : n + 1]) for n in range(3)]
+    assert torch.allclose(hidden_loss(a, b), torch.cat(each))  # however positions are batched
     assert float(hidden_loss(b, b).sum()) == 0
 
 

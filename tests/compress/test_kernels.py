@@ -224,3 +224,4 @@ def test_a_weight_beyond_float16_scales_is_refused() -> None:
 def test_bits_per_weight_counts_the_grid() -> None:
     assert Scheme(4, 64).bits_per_weight(576) == 4 + 20 / 64
     assert Scheme(8, -1).bits_per_weight(96) == 8 + 24 / 96
+    assert Scheme(4, 64).bits_per_weight(576, zero_points=False) == 4 + 16 / 64

@@ -119,9 +119,24 @@ def test_rows_that_fill_words_in_part_are_packed_as_its_library_packs_them(bits:
     zeros = (layer.zero_point - 2 ** (bits - 1)).to(torch.int8)
     assert torch.equal(parts["weight_packed"], pack_to_int32(signed, bits))
     assert torch.equal(parts["weight_zero_point"], pack_to_int32(zeros, bits, packed_dim=0))
-    back = pack_quantized.unpacked(parts, bits)
+    back = pack_quantized.unpacked(parts, bits, 8)
     for part in ("q", "scales", "zero_point", "g_idx"):
         assert torch.equal(getattr(back, part), getattr(layer, part)), part
+
+
+def test_groups_are_of_the_size_that_the_file_names() -> None:
+    parts = pack_quantized.packed("layer", rtn_quantize(torch.randn(8, 96), Scheme(4, 48)), 4, sym=True)
+    found = pack_quantized.unpacked(parts, 4, 64)
+    assert found.g_idx.tolist() == [column // 64 for column in range(96)]
+    for size in (32, None):
+        with pytest.raises(ValueError, match=f"96 columns with group_size={size} do not make 2 groups"):
+            pack_quantized.unpacked(parts, 4, size)
+
+
+def test_zero_points_that_are_not_stored_are_not_counted(made: Made) -> None:
+    bits = [(made(scheme).manifest.scheme or {})["bits_per_weight"] for scheme in SCHEMES[:2]]
+    assert bits == [4 + 16 / 32, 4 + 20 / 32]
+    assert (made(SCHEMES[0], "gptq").manifest.scheme or {})["bits_per_weight"] == 4 + 20 / 32
 
 
 @pytest.mark.parametrize("bits", [5, 6])
@@ -169,6 +184,9 @@ def test_engines_run_it_as_any_checkpoint(made: Made, tmp_path: Path) -> None:
     [
         {"format": "naive-quantized"},
         {"config_groups": {}},
+        {"config_groups": ["a"]},
+        {"config_groups": {"a": "b"}},
+        {"config_groups": {"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}}},
         {"config_groups": {"a": {"weights": {"type": "float", "num_bits": 4, "strategy": "group"}}}},
         {"config_groups": {"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"},
                                  "input_activations": {"num_bits": 8}}}},

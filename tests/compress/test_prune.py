@@ -23,9 +23,9 @@ from transformers import (
 
 from edgetune.artifact import Artifact
 from edgetune.compress import layerwise
-from edgetune.compress.prune import cut, shapes, stage, width
+from edgetune.compress.prune import cut, depth, shapes, stage, width
 from edgetune.data.calibration import CalibrationSet
-from edgetune.errors import UnsupportedError
+from edgetune.errors import StageError, UnsupportedError
 from edgetune.recipe import Gptq, Prune
 from edgetune.recipe_export import GgufExport, OnnxExport
 from tests.conftest import make_tiny_model
@@ -228,11 +228,41 @@ CONFIG = {
         (Prune(kv_heads=4), r"prune\.kv_heads=4 removes nothing, the model has 3"),
         (Prune(hidden_size=640), r"prune\.hidden_size=640 .* has 576"),
         (Prune(intermediate_size=2000), r"prune\.intermediate_size=2000 .* has 1536"),
+        (Prune(hidden_size=256), r"=256 is no multiple of the 9 query .*; use 252 or 261 or 288 \(a multiple of 32\)$"),
+        (
+            Prune(hidden_size=100, kv_heads=2),
+            r"=100 is no multiple of the 6 query heads .*; use 96 \(.*102$",
+        ),
     ],
 )
-def test_sizes_that_the_model_does_not_have_are_refused(config: Prune, says: str) -> None:
+def test_sizes_that_cannot_be_are_refused(config: Prune, says: str) -> None:
     with pytest.raises(UnsupportedError, match=says):
         shapes.check(config, CONFIG)
+
+
+def test_heads_that_leave_no_llama_are_refused() -> None:
+    given = CONFIG | {"hidden_size": 60, "num_attention_heads": 20, "num_key_value_heads": 5}
+    with pytest.raises(UnsupportedError, match=r"kv_heads=4 leaves 16 query heads, .*=60 .*; use kv_heads 1 or 3$"):
+        shapes.check(Prune(kv_heads=4), given)
+    shapes.check(Prune(kv_heads=4), given | {"model_type": "qwen3"})  # whose configuration does not ask
+    with pytest.raises(UnsupportedError, match=r"config\.json names no vocab_size"):
+        shapes.check(Prune(kv_heads=1), {**given, "vocab_size": "many"})
+
+
+def test_a_llama_of_three_heads_is_cut_to_what_transformers_loads(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "model", hidden=48, heads=(3, 3))
+    made = stage.run(Prune(hidden_size=24), source, tmp_path / "out", calibration=ROWS)
+    config = AutoModelForCausalLM.from_pretrained(made.path).config
+    assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (24, 3, 16)
+    with pytest.raises(UnsupportedError, match=r"hidden_size=32 is no multiple of the 3 query heads that stay"):
+        stage.run(Prune(hidden_size=32), source, tmp_path / "other", calibration=ROWS)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_search(loss: float) -> None:
+    with pytest.raises(StageError, match="without block 1 the model's outputs are not finite"):
+        list(depth.greedy(3, 1, lambda kept: [1.0, loss, 2.0]))
 
 
 def test_what_a_config_becomes() -> None:

@@ -29,6 +29,7 @@ from edgetune.errors import ArtifactError, RecipeError, StageError, UnsupportedE
 from edgetune.recipe import CompressStep, Gptq, Rtn, parse_as
 from edgetune.recipe_quantize import Recover
 from tests.compress.test_kernels import problem
+from tests.compress.test_layerwise import rounding
 from tests.oracles import recovery_float64
 
 ROWS = CalibrationSet(np.random.default_rng(2).integers(0, 512, (8, 16)))
@@ -254,6 +255,16 @@ def test_what_cannot_be_done_is_refused(tiny_model: Artifact) -> None:
     found = parse_as(CompressStep, {"rtn": {"recover": {}}}, "step").quantizer
     assert found is not None
     assert found.calibration is not None
+    assert parse_as(CompressStep, {"rtn": {"recover": {}, "calibration": None}}, "step").quantizer == found
+
+
+def test_a_correction_is_never_left_out_silently(tiny_model: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="fitted to the inputs of calibration rows"):
+        layerwise.quantize_blocks(load_model(tiny_model), None, rounding, work=tmp_path, key="k", correct=low_rank_4)
+
+
+def low_rank_4(error: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    return low_rank(error, hessian, 4)
 
 
 def test_unset_options_are_in_no_identity() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgetune.artifact import Artifact
-from edgetune.compress import checkpoint, layerwise, spill
+from edgetune.compress import checkpoint, layerwise, quantize, spill
 from edgetune.compress.checkpoint import load_dequantized
 from edgetune.compress.layerwise import load_model, quantize_blocks, second_moments
 from edgetune.compress.quantize import run
@@ -23,6 +23,7 @@ from edgetune.compress.tensor_file import DTYPES, TensorFile
 from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import ArtifactError, StageError
 from edgetune.recipe import Gptq
+from edgetune.recipe_quantize import Recover
 from tests.compress.test_layerwise import rounding
 from tests.conftest import make_tiny_model
 
@@ -122,6 +123,32 @@ def test_activations_on_disk_do_not_change_a_byte(
     assert files[:2] == [6, 6]  # between two blocks both streams of three batches
     assert 0 < files[2] < 6
     assert not list(tmp_path.glob(".*.work"))
+
+
+@pytest.mark.parametrize("config", [BOTH, Gptq(bits=8, group_size=-1, recover=Recover(rank=8))])
+def test_the_room_that_is_asked_for_is_what_is_written(
+    config: Gptq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = make_tiny_model(tmp_path / "model", hidden=128, tie=config is BOTH), tmp_path / "made"
+    asked, written = list[int](), list[int]()
+    write = TensorFile._write
+
+    def watched(self: TensorFile) -> None:
+        write(self)
+        written.append(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TensorFile, "_write", watched)
+    monkeypatch.setattr(quantize, "require_space", lambda _, n_bytes: asked.append(n_bytes))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, source, folder / "out", calibration=ROWS, progress=stop)
+    (block,) = (folder / ".out.work").glob("*.safetensors")
+    there = block.stat().st_size
+    run(config, source, folder / "out", calibration=ROWS)
+    assert asked[0] == pytest.approx(written[0], rel=0.05)
+    assert asked == [asked[0], asked[0] - there]
 
 
 def test_what_a_shelf_holds_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     made = stage.run(config, source, folder / "cut", calibration=ROWS, kept_tokens=kept)
     assert made.identity == stage.planned_identity(config, source.identity, ROWS.digest, kept)
     assert made.identity != stage.planned_identity(config, source.identity, ROWS.digest, [*kept[:-1], 511])
+    assert made.identity == stage.planned_identity(config, source.identity, "other rows, which nothing reads", kept)
+    assert made.manifest.calibration is None
     return source, made, kept
 
 

@@ -1,6 +1,8 @@
 """Cuts the tensors of a model down to what stays, to the logits of the whole model with the rest masked.
 
-Which axis of a tensor counts what is data, in `AXES`. Shapes: R out-features, C in-features, D head size.
+Fewer channels of Qwen3 come only near to them: `rms_norm_eps` grows for the norms of the residual stream, and Qwen3's
+norms of heads, q_norm and k_norm, read it too. Which axis of a tensor counts what is data, in `AXES`.
+Shapes: R out-features, C in-features, D head size.
 """
 
 from __future__ import annotations

@@ -8,10 +8,13 @@ Shapes: B rows, T tokens, C hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from edgetune.errors import StageError
 
 
 def block_influence(before: Tensor, after: Tensor) -> float:
@@ -35,9 +38,15 @@ def greedy(
     """Take out one block after the other, each time that whose loss costs the least divergence.
 
     `removed` is where an earlier search was stopped. Yields (block, divergence without it and those before it).
+    Raises StageError where a divergence is not finite.
     """
     kept = [index for index in range(n_blocks) if index not in {block for block, _ in removed}]
     while len(kept) > n_keep:
         losses = without(kept)
+        for block, loss in zip(kept, losses, strict=True):
+            if not isfinite(loss):
+                raise StageError(
+                    f"without block {block} the model's outputs are not finite; check its weights, or leave search out"
+                )
         place = min(range(len(kept)), key=losses.__getitem__)
         yield kept.pop(place), losses[place]

@@ -34,7 +34,7 @@ def planned_identity(
     config: Prune, source_identity: str, calibration_digest: str, kept_tokens: Sequence[int] | None = None
 ) -> str:
     """Give the identity of the model that `run` would make."""
-    return identity(STAGE, _config(config), [source_identity], _sources(calibration_digest, kept_tokens))
+    return identity(STAGE, _config(config), [source_identity], _sources(config, calibration_digest, kept_tokens))
 
 
 def run(
@@ -52,7 +52,8 @@ def run(
 
     Blocks are chosen first, widths then within those that stay, all from one pass over the calibration rows. A search
     that was killed goes on after the last block that it took out. `kept_tokens` are the ids that stay, ascending,
-    where `config.vocabulary` says how many. Raises UnsupportedError before any work.
+    where `config.vocabulary` says how many; where nothing else is cut, calibration is not read.
+    Raises UnsupportedError before any work, StageError where a loss of the search is not finite.
     """
     from edgetune.compress.checkpoint import read_config
     from edgetune.compress.layerwise import load_model
@@ -65,7 +66,7 @@ def run(
     require_space(out.parent, source.size_bytes)
     with draft(
         out, kind="model", stage=STAGE, config=_config(config), parents=[source],
-        sources=_sources(calibration.digest, kept_tokens), versions=_versions(),
+        sources=_sources(config, calibration.digest, kept_tokens), versions=_versions(),
     ) as pending:  # fmt: skip
         model = load_model(source)
         before = sum(p.numel() for p in model.parameters())
@@ -92,7 +93,7 @@ def run(
         else:
             tokenizer_files.write(source.path, pending.path, kept_tokens)
         hold(pending.path)
-        pending.seed, pending.calibration = seed, calibration.digest
+        pending.seed, pending.calibration = seed, calibration.digest if config.cuts_blocks else None
         pending.notes |= {
             "kept_layers": kept,
             "parameters": sum(p.numel() for p in made.parameters()),
@@ -221,9 +222,9 @@ def _read(file: Path) -> Iterator[tuple[int, float]]:
         yield from json.loads(file.read_bytes())
 
 
-def _sources(calibration_digest: str, kept_tokens: Sequence[int] | None) -> dict[str, str]:
-    tokens = {} if kept_tokens is None else {"tokens": json_digest(list(kept_tokens))}
-    return {"calibration": calibration_digest, **tokens}
+def _sources(config: Prune, calibration_digest: str, kept_tokens: Sequence[int] | None) -> dict[str, str]:
+    read = {"calibration": calibration_digest} if config.cuts_blocks else {}
+    return read if kept_tokens is None else read | {"tokens": json_digest(list(kept_tokens))}
 
 
 def _config(config: Prune) -> dict[str, Any]:
