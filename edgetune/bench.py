@@ -19,10 +19,10 @@ from edgetune.progress import reporting
 from edgetune.recipe import Bench
 from edgetune.runtime import history as past
 from edgetune.runtime.evidence import Failure, Latency, Timings
-from edgetune.runtime.latency import case_interval, make_prompts, measure, noise_floor
+from edgetune.runtime.latency import case_interval, make_prompts, measure
 from edgetune.runtime.machine import describe
 from edgetune.runtime.report import beside
-from edgetune.runtime.statistics import Interval, percentile_ratio
+from edgetune.runtime.statistics import Interval, percentile_ratio, repeatability
 from edgetune.runtime.worker import Job, Worker
 
 TEXT_CHARACTERS = 40_000  # of general text, some 9,000 tokens
@@ -53,10 +53,6 @@ def bench(
         edgetune=__version__, time=datetime.now(UTC).isoformat(timespec="seconds"), machine=describe(), results=results,
         figures=bench_detail.figures(results),
     )  # fmt: skip
-    if json is not None:
-        write_text(json, timings.model_dump_json(indent=1) + "\n")
-    if history is not None:
-        past.record(history, timings)
     console.print(ranking(results))
     for table in bench_detail.details(results, timings.figures):
         console.print(table)
@@ -66,6 +62,10 @@ def bench(
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for line in remarks(results):
         console.print(f"note: {line}", highlight=False, markup=False)
+    if json is not None:
+        write_text(json, timings.model_dump_json(indent=1) + "\n")
+    if history is not None:
+        past.record(history, timings)
     return not any(isinstance(one, Failure) for one in results)
 
 
@@ -131,16 +131,24 @@ def ranked(results: Sequence[Latency]) -> list[tuple[int, Latency, Interval]]:
 
 def _slower(one: Latency, other: Latency) -> bool:
     """Tell whether one is slower beyond chance; of one run nobody knows what chance does."""
-    found = [noise_floor(case, "tpot_ms") for side in (one, other) for case in side.cases]
-    floors = [floor for floor in found if floor is not None]
+    floors = [floor for side in (one, other) if (floor := _floor(side)) is not None]
     ratio = percentile_ratio(_totals(one), _totals(other), 50, seed=0)
-    return len(floors) == len(found) and ratio.low > 1 + max(floors)
+    return len(floors) == 2 and ratio.low > 1 + max(floors)
 
 
 def _totals(one: Latency) -> list[list[float]]:
     """Milliseconds of each measured round: one generation of every case."""
     per_case = [[g.ttft_ms + sum(g.itl_ms) for g in case.generations if not g.warmup] for case in one.cases]
     return [[sum(round_)] for round_ in zip(*per_case, strict=True)]
+
+
+def _floor(one: Latency) -> float | None:
+    """Give the noise floor of the time of all cases together, from its median in each run; None of one run."""
+    runs = [g.run for g in one.cases[0].generations if not g.warmup]
+    rounds: dict[int, list[float]] = {}
+    for run, (total,) in zip(runs, _totals(one), strict=True):
+        rounds.setdefault(run, []).append(total)
+    return repeatability([statistics.median(totals) for totals in rounds.values()]) if len(rounds) > 1 else None
 
 
 def probed(results: Sequence[Latency | Failure]) -> dict[str, list[str]]:
@@ -162,7 +170,7 @@ def remarks(results: Sequence[Latency | Failure]) -> list[str]:
     if busy is not None:
         said.append(f"others used {busy:.0%} of the machine meanwhile; measure again when it is idle")
     said += [f"{one.subject.name} never became steady" for one in timed if any(c.steady is False for c in one.cases)]
-    floors = [floor for one in timed for case in one.cases if (floor := noise_floor(case, "tpot_ms")) is not None]
+    floors = [floor for one in timed if (floor := _floor(one)) is not None]
     if floors:
         said.append(f"runs of the same artifact may differ by {max(floors):.1%} by chance (the noise floor)")
     elif timed:

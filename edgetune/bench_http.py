@@ -62,10 +62,6 @@ def bench_http(
         ).model_copy(update=known)  # fmt: skip
     time = datetime.now(UTC).isoformat(timespec="seconds")
     timings = Timings(edgetune=__version__, time=time, machine=describe(), results=[], served=[served])
-    if json is not None:
-        write_text(json, timings.model_dump_json(indent=1) + "\n")
-    if history is not None:
-        past.record(history, timings)
     table = Table(title=f"{endpoint.model}, ms: p50 / p95", title_justify="left", box=None, pad_edge=False)
     for head in ("clients", "TTFT", "ITL", "tokens/s", "goodput/s", "failed"):
         table.add_column(head, justify="right")
@@ -86,6 +82,10 @@ def bench_http(
     errors = dict.fromkeys(one.error for case in served.cases for one in case.requests if one.error is not None)
     for error in errors:
         console.print(f"note: {error}", highlight=False, markup=False)
+    if json is not None:
+        write_text(json, timings.model_dump_json(indent=1) + "\n")
+    if history is not None:
+        past.record(history, timings)
     return not errors
 
 

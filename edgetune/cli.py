@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.models import CommandInfo
@@ -201,14 +201,15 @@ def report(
     """Show a run's verdicts again, and write its page and summary anew from report.json."""
     from edgetune.past import merge_timings
     from edgetune.runtime.report.markdown import console_table
-    from edgetune.runtime.report.write import read_report, write_report
+    from edgetune.runtime.report.write import damaged_at, read_report, write_report
     from edgetune.runtime.verdict import exit_code
 
     found = read_report(folder / "report.json")
     for path in merge or ():
         found = merge_timings(found, path)
-    paths = write_report(found, folder)
-    terminal.console().print(console_table(found))
+    with damaged_at(folder / "report.json"):
+        paths, table = write_report(found, folder), console_table(found)
+    terminal.console().print(table)
     typer.echo(paths["html"])
     raise typer.Exit(exit_code(found.verdicts))
 
@@ -222,17 +223,23 @@ def gate(
 ) -> None:
     """Hold a report's evidence against budgets, without measuring: 0 ship, 1 failed, 3 over budget, 4 inconclusive."""
     from edgetune.artifact import write_text
-    from edgetune.recipe import Budgets, load_recipe
+    from edgetune.recipe import Budgets, load_recipe, parse_as
     from edgetune.runtime import gate as gates
-    from edgetune.runtime.report.write import read_report
+    from edgetune.runtime.report.write import damaged_at, read_report
     from edgetune.runtime.verdict import exit_code
 
-    found = read_report(gates.report_file(report))
-    budgets = load_recipe(recipe).budgets if recipe is not None else Budgets.model_validate(found.recipe["budgets"])
-    judged = gates.judge_again(found, budgets)
-    for path, text in ((junit, gates.junit), (csv, gates.figures_csv)):
-        if path is not None:
-            write_text(path, text(judged))
+    file = gates.report_file(report)
+    found = read_report(file)
+    if recipe is not None:
+        budgets = load_recipe(recipe).budgets
+    else:
+        written: Any = found.recipe.get("budgets")
+        budgets = parse_as(Budgets, written, f"{file}: budgets of the run")
+    with damaged_at(file):
+        judged = gates.judge_again(found, budgets)
+        texts = [(path, text(judged)) for path, text in ((junit, gates.junit), (csv, gates.figures_csv)) if path]
+    for path, text in texts:
+        write_text(path, text)
     for verdict in judged.verdicts:
         typer.echo(f"{verdict.candidate}: {verdict.verdict}. {verdict.reason}")
     raise typer.Exit(exit_code(judged.verdicts))
@@ -250,9 +257,12 @@ def diff(
 
     from edgetune.runtime.diff import compare
     from edgetune.runtime.gate import report_file
-    from edgetune.runtime.report.write import read_report
+    from edgetune.runtime.report.write import damaged_at, read_report
 
-    found = compare(*(read_report(report_file(path)) for path in (before, after)), confidence=confidence)
+    files = report_file(before), report_file(after)
+    old, new = map(read_report, files)
+    with damaged_at(*files):
+        found = compare(old, new, confidence=confidence)
     colours = {"better": "green", "worse": "red", "changed": "yellow", "same": "dim", "not comparable": "dim"}
     table = Table("Subject", "What", "Change", "Found", box=None, pad_edge=False)
     for one in found:

@@ -24,9 +24,9 @@ from edgetune.runtime.reference_rows import ReferenceRows
 from edgetune.runtime.tasks import TaskWork, score_tasks
 from edgetune.runtime.worker import Job
 
-ACCURACY_STAGE = "measure.accuracy/4"
+ACCURACY_STAGE = "measure.accuracy/5"
 LATENCY_STAGE = "measure.latency/2"
-TASKS_STAGE = "measure.tasks/1"
+TASKS_STAGE = "measure.tasks/2"
 PACK = "reference.npz"
 ACCURACY = "accuracy.json"
 PACKAGE_OF_ENGINE = {

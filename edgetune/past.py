@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -13,10 +14,22 @@ from rich.text import Text
 
 from edgetune.errors import ArtifactError, UsageError
 from edgetune.runtime import history as past
-from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, Timings
+from edgetune.runtime.evidence import Accuracy, Failure, Latency, Report, Subject, Timings
 from edgetune.runtime.report.write import read_report
 
 Measured = TypeVar("Measured", Accuracy, Latency)
+
+
+class Run(NamedTuple):
+    """A file, and what it runs in."""
+
+    artifact_digest: str
+    engine: str
+    settings: str  # as JSON
+
+    @classmethod
+    def of(cls, subject: Subject) -> Run:
+        return cls(subject.artifact_digest, subject.engine, json.dumps(subject.settings, sort_keys=True))
 
 
 def history(place: Path, console: Console, *, artifact: str, machine: str, add: Path | None) -> None:
@@ -82,21 +95,18 @@ def read_timings(path: Path) -> Timings:
 def merge_timings(report: Report, path: Path) -> Report:
     """Give a report with what another machine timed and scored of the same files, failures too: matched by digest.
 
-    What a server was timed to do without naming its file stands under the server's own name. The same evidence twice
-    is kept once. Raises UsageError where it is of other files only.
+    Of several candidates with one file the one that runs it in the same engine with the same settings is taken. What a
+    server was timed to do without naming its file stands under the server's own name. The same evidence twice is kept
+    once. Raises UsageError where it is of other files only.
     """
-    timings = read_timings(path)
-    subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
-    names: dict[str | None, str] = {lost.artifact_digest: lost.subject for lost in report.failures}
-    names |= {subject.artifact_digest: subject.name for subject in subjects}
-    names.pop(None, None)  # of what failed before it was made
+    timings, names = read_timings(path), _names(report)
     known: list[Latency | Failure] = []
     for one in timings.results:
-        digest = one.subject.artifact_digest if isinstance(one, Latency) else one.artifact_digest
-        if digest in names:
-            known.append(
-                _renamed(one, names) if isinstance(one, Latency) else one.model_copy(update={"subject": names[digest]})
-            )
+        if isinstance(one, Latency):
+            if one.subject.artifact_digest in names:
+                known.append(_renamed(one, names))
+        elif one.artifact_digest in names:
+            known.append(one.model_copy(update={"subject": names[one.artifact_digest]}))
     rows = {found.workload for found in report.accuracy}
     scored = [
         _renamed(one, names) for one in timings.scored if one.subject.artifact_digest in names and one.workload in rows
@@ -114,7 +124,18 @@ def merge_timings(report: Report, path: Path) -> Report:
     )
 
 
-def _renamed(one: Measured, names: Mapping[str | None, str]) -> Measured:
+def _names(report: Report) -> dict[str | Run | None, str]:
+    """Give the report's name of each file, by its digest, and of each way to run one."""
+    subjects = [*(found.subject for found in report.latency), *(found.subject for found in report.accuracy)]
+    names: dict[str | Run | None, str] = {lost.artifact_digest: lost.subject for lost in report.failures}
+    for subject in subjects:
+        names |= {subject.artifact_digest: subject.name, Run.of(subject): subject.name}
+    names.pop(None, None)  # of what failed before it was made
+    return names
+
+
+def _renamed(one: Measured, names: Mapping[str | Run | None, str]) -> Measured:
     """Give evidence under the name that its file has in a report."""
-    subject = one.subject.model_copy(update={"name": names[one.subject.artifact_digest]})
+    digest = one.subject.artifact_digest
+    subject = one.subject.model_copy(update={"name": names.get(Run.of(one.subject), names[digest])})
     return one.model_copy(update={"subject": subject})

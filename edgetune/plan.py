@@ -139,10 +139,11 @@ def rows_said(recipe: Recipe) -> str | None:
     """Say whether the rows can show the loss that the accuracy budget allows, to all candidates together.
 
     How many rows will flip is not known yet, so EXPECTED_FLIPS is taken; the report says it with what was seen. None
-    where there is no such budget, or its metric is not one of rows that are right or wrong.
+    where there is no such budget, it allows no loss, which no number of rows shows, or its metric is not one of rows
+    that are right or wrong.
     """
     budget = recipe.budgets.accuracy
-    if budget is None or budget.metric not in OF_FLIPS:
+    if budget is None or budget.metric not in OF_FLIPS or budget.max_loss == 0:
         return None
     tasks = {task.name: task for task in recipe.tasks}
     n_rows = len(read_examples(tasks[budget.task]) if budget.task else workload.heldout_rows(recipe.data))

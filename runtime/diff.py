@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -127,7 +128,8 @@ def _tasks(name: str, before: Report, after: Report, confidence: float) -> Itera
             value, low, high = (100 * share for share in rise)
             title = known.title if known is not None else "own scorer"
             unit = " %" if relative else " points"
-            says = f"{title} {value:+.2f}{unit} ({low:+.2f} to {high:+.2f})"
+            bounds = "no bound" if math.isinf(low) or math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
+            says = f"{title} {value:+.2f}{unit} ({bounds})"
             yield Difference(name, f"task {task}", kind, says)
 
 

@@ -12,9 +12,10 @@ import sqlite3
 import statistics
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgetune.artifact import json_digest
 from edgetune.errors import ArtifactError
@@ -118,13 +119,23 @@ def record(path: Path, found: Timings) -> int:
 
 
 def holds(path: Path, found: Timings) -> bool:
-    """Whether the same samples were recorded before, whatever time they are said to be of."""
+    """Whether the same samples were recorded before, whatever time they are said to be of.
+
+    A run whose evidence is damaged holds none.
+    """
     if not path.is_file():
         return False
     with _open(path) as base:
         rows = base.execute("SELECT evidence FROM run WHERE machine = ?", (machine_id(found.machine),)).fetchall()
-    samples = json.loads(found.model_dump_json(exclude={"time"}))
-    return any(json.loads(zlib.decompress(packed)) | {"time": None} == samples | {"time": None} for (packed,) in rows)
+    samples = json.loads(found.model_dump_json()) | {"time": None}
+    return any(_unpacked(packed) == samples for (packed,) in rows)
+
+
+def _unpacked(packed: Any) -> dict[str, Any] | None:
+    try:
+        return json.loads(zlib.decompress(packed)) | {"time": None}  # type: ignore[no-any-return]
+    except (zlib.error, ValueError, TypeError):
+        return None
 
 
 def trends(path: Path, *, artifact: str = "", machine: str = "") -> list[Trend]:
@@ -185,20 +196,20 @@ def _open(path: Path) -> Iterator[sqlite3.Connection]:
     Raises ArtifactError where the file is none of ours, or damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    base = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
     try:
-        base.execute("PRAGMA journal_mode = WAL")  # readers and one writer at once, and whole after a kill
-        base.execute("BEGIN IMMEDIATE")
-        (form,) = base.execute("PRAGMA user_version").fetchone()
-        if form == 0 and not base.execute("SELECT 1 FROM sqlite_master").fetchone():
-            for statement in TABLES.split(";"):
-                base.execute(statement)
-            base.execute(f"PRAGMA user_version = {FORM}")
-        elif form != FORM:
-            raise ArtifactError(f"{path} is no history of this edgetune (form {form}, {FORM} is known); name another")
-        yield base
-        base.execute("COMMIT")
+        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as base:
+            base.execute("PRAGMA journal_mode = WAL")  # readers and one writer at once, and whole after a kill
+            base.execute("BEGIN IMMEDIATE")
+            (form,) = base.execute("PRAGMA user_version").fetchone()
+            if form == 0 and not base.execute("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in TABLES.split(";"):
+                    base.execute(statement)
+                base.execute(f"PRAGMA user_version = {FORM}")
+            elif form != FORM:
+                raise ArtifactError(
+                    f"{path} is no history of this edgetune (form {form}, {FORM} is known); name another"
+                )
+            yield base
+            base.execute("COMMIT")
     except sqlite3.DatabaseError as error:
         raise ArtifactError(f"{path} cannot be used as history: {error}; name another with --history") from error
-    finally:
-        base.close()

@@ -6,7 +6,9 @@ V vocabulary.
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import ArtifactError, UsageError
-from edgetune.runtime.engine import Logits
+from edgetune.runtime.engine import Logits, first_line
 
 KEPT_MASS = 0.02  # every token at least this likely is kept, and the likeliest in any case
 DRAWN = 2  # tokens drawn from the rest at each position
 ROOT, TAIL_ROOT = 255, 65535  # levels of the square root of a probability: kept tokens, the rest together
 LOG_STEP = 1 / 1024  # nats between two levels of a drawn token's log-probability among the rest
+# What NumPy and zipfile raise for an npz file that is cut, changed or something else; some say nothing.
+DAMAGED = (
+    OSError, KeyError, ValueError, EOFError, TypeError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 Doubles = NDArray[np.float64]
 
 
@@ -128,8 +134,8 @@ class ReferencePack:
                     workload, subject, int(data["n_vocab"]), data["lengths"], data["counts"], data["ids"],
                     data["roots"], data["tail"], data["drawn"], data["drawn_logs"],
                 )  # fmt: skip
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ArtifactError(f"{path} is not a reference pack: {str(error).splitlines()[0]}") from error
+        except DAMAGED as error:
+            raise ArtifactError(f"{path} is not a reference pack: {first_line(error)}") from error
 
 
 class PackBuilder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 
 from edgetune.errors import ArtifactError
 from edgetune.runtime.accuracy import ScoredRow
-from edgetune.runtime.engine import TokenRow
+from edgetune.runtime.engine import TokenRow, first_line
+from edgetune.runtime.reference import DAMAGED
 
 FILE = "rows.npz"
 
@@ -47,9 +47,9 @@ class ReferenceRows:
             with np.load(path, allow_pickle=False) as data:
                 ids, lengths, starts = (data[name].tolist() for name in ("ids", "lengths", "starts"))
                 n_rows, stop = int(data["n_rows"]), frozenset(data["stop_ids"].tolist())
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ArtifactError(f"{path} does not hold a pack's rows: {str(error).splitlines()[0]}") from error
-        ends = np.cumsum(lengths).tolist()
-        parts = [tuple(ids[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
-        rows = [ScoredRow(part, start, "") for part, start in zip(parts, starts, strict=True)]
+            ends = np.cumsum(lengths).tolist()
+            parts = [tuple(ids[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+            rows = [ScoredRow(part, start, "") for part, start in zip(parts, starts, strict=True)]
+        except DAMAGED as error:
+            raise ArtifactError(f"{path} does not hold a pack's rows: {first_line(error)}") from error
         return cls(tuple(rows[:n_rows]), tuple(row.tokens for row in rows[n_rows:]), stop)

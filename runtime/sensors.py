@@ -31,11 +31,16 @@ def cpu_state(root: Path = ROOT) -> CpuState:
 
 
 class EnergyMeter:
-    """Joules of the processor packages, by RAPL. A counter that wraps is counted on."""
+    """Joules of the processor packages, by RAPL. A counter that wraps is counted on.
+
+    Other zones would count twice: `psys`, the whole platform, holds the packages, and these hold those within them.
+    """
 
     def __init__(self, root: Path = ROOT) -> None:
         self._zones = [
-            zone for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*")) if zone.name.count(":") == 1
+            zone
+            for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*"))
+            if zone.name.count(":") == 1 and _text(zone / "name").startswith("package")
         ]
         self._before = self._read()
 
@@ -146,6 +151,14 @@ def _clocks_of_cpuinfo(file: Path) -> list[float]:
 
 def _number(file: Path) -> float | None:
     try:
-        return float(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return float(_text(file))
+    except ValueError:
         return None
+
+
+def _text(file: Path) -> str:
+    """Give what a file holds; nothing where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -49,7 +49,7 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is no address of a server; give one as http://127.0.0.1:8000/v1")
         found = cls(url.rstrip("/"), model or "", timeout_s, key)
-        models = [str(one["id"]) for one in found._get("/models").get("data", [])]
+        models = found._models()
         if model is None and len(models) != 1:
             raise UsageError(f"{url} has {len(models)} models ({', '.join(models[:8])}); name one with --model")
         if model is not None and model not in models:
@@ -74,10 +74,11 @@ class Endpoint:
                 for event in _events(response):
                     if "error" in event:
                         return ServedRequest(sent_s=sent_s, error=f"the server said: {event['error']}"[:300])
-                    if any(choice.get("text") for choice in event.get("choices") or ()):
+                    has_text, counted = _read(event)
+                    if has_text:
                         stamps.append(clock())
-                    told = (event.get("usage") or {}).get("completion_tokens", told)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+                    told = told if counted is None else counted
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             return ServedRequest(sent_s=sent_s, error=f"{type(error).__name__}: {error}")
         if not stamps:
             return ServedRequest(sent_s=sent_s, error="the answer held no text")
@@ -85,6 +86,13 @@ class Endpoint:
         return ServedRequest(
             sent_s=sent_s, ttft_ms=(stamps[0] - sent_s) * 1e3, itl_ms=waits, done_s=stamps[-1], n_tokens=told
         )
+
+    def _models(self) -> list[str]:
+        found = self._get("/models")
+        listed = found.get("data", []) if isinstance(found, dict) else None
+        if not isinstance(listed, list) or not all(isinstance(one, dict) and "id" in one for one in listed):
+            raise EngineError(f"{self.url}/models names no models: {str(found)[:80]!r}; is it OpenAI-compatible?")
+        return [str(one["id"]) for one in listed]
 
     def _get(self, path: str) -> Any:
         try:
@@ -95,7 +103,7 @@ class Endpoint:
             if response.status != 200:
                 raise EngineError(f"{self.url}{path} answered with HTTP {response.status}; is it OpenAI-compatible?")
             return json.loads(body)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise EngineError(f"{self.url} cannot be asked for its models: {error}; is the server up?") from error
 
     @property
@@ -125,13 +133,30 @@ class _Connection:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """Give the JSON of each server-sent event, up to the one that ends the stream."""
+    """Give the JSON object of each server-sent event, up to the one that ends the stream.
+
+    Raises HTTPException where the stream was cut before that, and ValueError for what is no object.
+    """
     for line in response:
         if line.startswith(DATA):
             data = line[len(DATA) :].strip()
             if data == DONE:
                 return
-            yield json.loads(data)
+            event = json.loads(data)
+            if not isinstance(event, dict):
+                raise ValueError(f"an event is no JSON object: {str(event)[:80]!r}")
+            yield event
+    raise http.client.HTTPException("the stream ended before [DONE]")
+
+
+def _read(event: dict[str, Any]) -> tuple[bool, int | None]:
+    """Give whether an event carries text, and the tokens that it counts. Raises ValueError for one of another form."""
+    choices, usage = event.get("choices") or [], event.get("usage") or {}
+    if isinstance(choices, list) and all(isinstance(one, dict) for one in choices) and isinstance(usage, dict):
+        counted = usage.get("completion_tokens")
+        if counted is None or isinstance(counted, int):
+            return any(one.get("text") for one in choices), counted
+    raise ValueError(f"an event is of another form: {str(event)[:80]!r}")
 
 
 def measure(

@@ -177,25 +177,22 @@ def f1_differences(candidate: Sequence[SlotCounts] | Floats, reference: Sequence
     return np.asarray(2 * top / (slots[0].mean() + slots[1].mean()))
 
 
-def mean_bounds(losses: Sequence[float] | Floats, confidence: float, *, largest: float = 1.0) -> Interval:
+def mean_bounds(losses: Sequence[float] | Floats, confidence: float) -> Interval:
     """Give the mean loss of paired rows (reference - candidate) with score bounds, each one-sided.
 
     Tango's bounds for effective counts of flips of one effective size h, chosen so that their sum and their sum of
     squares are those of the losses; so Fay and Feuer (Statistics in Medicine 16:791, 1997) bound weighted sums of
     counts. Of losses that are only 0, 1 and -1 h is 1 and they are Tango's own. The upper bound, which decides what
     ships, takes its h from rows that lost, the lower one from all. The upper one is half a flip higher, since flips
-    are whole: without that a loss at the margin ships a little more often than it may. `largest` is what a row can
-    lose: half a row of it is taken as seen, since few flips rarely show the largest; less than half where more than
-    FEW rows flipped.
+    are whole: without that a loss at the margin ships a little more often than it may. A row can lose 1: half a row of
+    it is taken as seen, since few flips rarely show the largest; less than half where more than FEW rows flipped.
     """
     d = np.asarray(losses, dtype=np.float64)
     n, total, squares = len(d), float(d.sum()), float(d @ d)
-    if not squares and not largest:
-        return Interval(0.0, 0.0, 0.0)
     found = []
     for sizes in (np.abs(d), np.maximum(d, 0.0)):  # of the lower bound, of the upper one
         unseen = 0.5 * min(1.0, FEW / max(int(np.count_nonzero(sizes)), 1))
-        h = (float((sizes**3).sum()) + unseen * largest**3) / (float(sizes @ sizes) + unseen * largest**2)
+        h = (float((sizes**3).sum()) + unseen) / (float(sizes @ sizes) + unseen)
         h = max(h, math.sqrt(squares / n))  # so that no more flip than there are rows
         both = max(squares / h**2, abs(total) / h)  # effective flips in either direction
         harmful, beneficial = (both + total / h) / 2, (both - total / h) / 2
@@ -240,14 +237,13 @@ def non_inferiority(
     *,
     margin: float,
     confidence: float,
-    largest: float = 1.0,
 ) -> NonInferiority:
     """Judge the fall of a mean score over the same rows against a margin, each bound at one-sided `confidence`.
 
     Scores of 0 and 1 are judged by Tango's bounds, others by `mean_bounds`.
     """
     ours, theirs = (np.asarray(side, dtype=np.float64) for side in (candidate, reference))
-    return _judged(theirs - ours, margin, confidence, largest)
+    return _judged(theirs - ours, margin, confidence)
 
 
 def non_inferiority_f1(
@@ -258,16 +254,43 @@ def non_inferiority_f1(
     confidence: float,
 ) -> NonInferiority:
     """Judge the loss of micro F1 on the same rows against a margin, each bound at one-sided `confidence`."""
-    return _judged(f1_differences(candidate, reference), margin, confidence, 1.0)
+    return _judged(f1_differences(candidate, reference), margin, confidence)
 
 
-def _judged(differences: Floats, margin: float, confidence: float, largest: float) -> NonInferiority:
+def non_inferiority_t(
+    candidate: Sequence[float], reference: Sequence[float], *, margin: float, confidence: float, power: float = 0.8
+) -> NonInferiority:
+    """Judge the mean rise of scores that nothing bounds, candidate - reference, by Student's t over the rows.
+
+    The bounds of one row are infinite: it tells no spread.
+    """
+    from scipy.stats import t
+
+    ours, theirs = (np.asarray(side, dtype=np.float64) for side in (candidate, reference))
+    n, risen = len(ours), float((ours - theirs).mean())
+    half, needed, distance = math.inf, None, abs(margin - risen)
+    if n > 1:
+        spread = float((ours - theirs).std(ddof=1))
+        decides, shows = (float(t.ppf(level, n - 1)) for level in (confidence, power))
+        half = decides * spread / math.sqrt(n)
+        if distance >= 1e-9:
+            needed = max(2, math.ceil(min(((decides + shows) * spread / distance) ** 2, 1e12)))
+    return NonInferiority(
+        risen, risen - half, risen + half, margin, _outcome(risen - half, risen + half, margin), n, needed
+    )
+
+
+def _judged(differences: Floats, margin: float, confidence: float) -> NonInferiority:
     n = len(differences)
-    bounds = mean_bounds(differences, confidence, largest=largest)
-    verdict: Outcome = "ship" if bounds.high < margin else "do not ship" if bounds.low > margin else "inconclusive"
+    bounds = mean_bounds(differences, confidence)
     spread = float(differences @ differences) / n  # of exact match, the share of rows that flip
     needed = rows_needed(margin, spread, confidence, loss=bounds.value, n_seen=n)
+    verdict = _outcome(bounds.low, bounds.high, margin)
     return NonInferiority(bounds.value, bounds.low, bounds.high, margin, verdict, n, needed)
+
+
+def _outcome(low: float, high: float, margin: float) -> Outcome:
+    return "ship" if high < margin else "do not ship" if low > margin else "inconclusive"
 
 
 def rows_needed(

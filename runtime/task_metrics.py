@@ -1,8 +1,8 @@
 """Metrics of a recipe's tasks. The libraries that compute them are imported when they are asked for.
 
 A metric gives its figure and a share of it for each row: the row's own score where the figure is a mean, else a
-jackknife pseudo-value (n F - (n - 1) F without the row). So a paired difference of any two figures is a mean of row
-differences, and one kind of interval serves them all.
+jackknife pseudo-value (n F - (n - 1) F without the row), all shifted alike so that their mean is F too. So a paired
+difference of any two figures is a mean of row differences, and one kind of interval serves them all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
 class Measured(NamedTuple):
     figure: float
-    rows: Floats  # [n], each row's share
+    rows: Floats  # [n], each row's share; of all but perplexity, whose are logarithms, the figure is their mean
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def macro_f1(answers: Sequence[Answer], labels: Sequence[str]) -> Measured:
         gold, chosen = zip(*some, strict=True)
         return float(f1_score(gold, chosen, labels=list(labels), average="macro", zero_division=0))
 
-    whole, n = of(pairs), len(pairs)
-    if n == 1:
+    whole = of(pairs)
+    if len(pairs) == 1:
         return Measured(whole, np.array([whole]))
     without = {pair: of(_drop(pairs, pair)) for pair in set(pairs)}  # equal rows are worth the same
-    return Measured(whole, np.array([n * whole - (n - 1) * without[pair] for pair in pairs]))
+    return _jackknife(whole, np.array([without[pair] for pair in pairs]))
 
 
 def auc(answers: Sequence[Answer], labels: Sequence[str]) -> Measured:
@@ -225,9 +225,14 @@ def _mean(scores: Sequence[float]) -> Measured:
 
 
 def _jackknife_of_sums(table: Floats, figure: Callable[[Any], float]) -> Measured:
-    """Measure a figure of column sums, [n, K], and give each row's pseudo-value."""
-    n, sums = len(table), table.sum(0)
+    """Measure a figure of column sums, [n, K], and give each row's share."""
+    sums = table.sum(0)
     whole = figure(sums)
-    if n == 1:
+    if len(table) == 1:
         return Measured(whole, np.array([whole]))
-    return Measured(whole, np.array([n * whole - (n - 1) * figure(sums - row) for row in table]))
+    return _jackknife(whole, np.array([figure(sums - row) for row in table]))
+
+
+def _jackknife(whole: float, without: Floats) -> Measured:
+    """Give a figure's pseudo-values, shifted to have it as their mean, from what it is without each row, [n]."""
+    return Measured(whole, whole + (len(without) - 1) * (without.mean() - without))

@@ -30,11 +30,20 @@ from edgetune.runtime.evidence import (
 from edgetune.runtime.latency import case_interval, noise_floor, waits
 from edgetune.runtime.metrics import SlotCounts
 from edgetune.runtime.percentiles import groups_needed
-from edgetune.runtime.statistics import Interval, NonInferiority, Outcome, holm, non_inferiority, non_inferiority_f1
+from edgetune.runtime.statistics import (
+    Interval,
+    NonInferiority,
+    Outcome,
+    holm,
+    non_inferiority,
+    non_inferiority_f1,
+    non_inferiority_t,
+)  # fmt: skip
 from edgetune.runtime.task_metrics import METRICS
 
 NO_TASKS: Mapping[str, TaskScore] = {}
 ONLY_BOUNDS = 1.0  # a margin for those who want a loss and its bounds, and no verdict
+MOST_NATS = 700.0  # whose exponential is a float
 TIMINGS = (("ttft_ms", 50), ("ttft_ms", 95), ("itl_ms", 50), ("itl_ms", 95))
 # worst last
 ORDER = ("ship", "inconclusive", "do not ship")
@@ -134,8 +143,9 @@ def _accuracy_check(budget: AccuracyBudget, scored: Scored, reference: Scored, l
     found = _judged(budget, scored, reference, level)
     if found is None:
         return _unmeasured(name, budget.max_loss)
+    low, high = _finite(found.low, found.high)
     return Check(
-        budget=name, limit=budget.max_loss, value=found.loss, low=found.low, high=found.high, verdict=found.verdict,
+        budget=name, limit=budget.max_loss, value=found.loss, low=low, high=high, verdict=found.verdict,
         reason=_accuracy_reason(budget, found, level),
     )  # fmt: skip
 
@@ -171,11 +181,15 @@ def task_loss(ours: TaskScore, theirs: TaskScore, metric: str, margin: float, le
     found = METRICS[ours.kind].get(metric)
     if found is None or not found.relative:
         return non_inferiority(after, before, margin=margin, confidence=level)
-    # lower is better, in nats: a relative rise is exp(difference) - 1
-    largest = max(abs(x - y) for x, y in zip(after, before, strict=True))
-    risen = non_inferiority(before, after, margin=math.log1p(margin), confidence=level, largest=largest)
-    loss, low, high = map(math.expm1, (risen.loss, risen.low, risen.high))
+    # lower is better, in nats
+    risen = non_inferiority_t(after, before, margin=math.log1p(margin), confidence=level)
+    loss, low, high = _rise(min(MOST_NATS, risen.loss)), _rise(risen.low), _rise(risen.high)
     return replace(risen, loss=loss, low=low, high=high, margin=margin)
+
+
+def _rise(nats: float) -> float:
+    """Give a difference of nats as a relative rise; what is too large for a float, and no bound at all, as infinite."""
+    return math.expm1(nats) if -math.inf < nats <= MOST_NATS else math.copysign(math.inf, nats)
 
 
 def _slots(accuracy: Accuracy) -> list[SlotCounts]:
@@ -195,15 +209,15 @@ def _accuracy_reason(budget: AccuracyBudget, found: NonInferiority, level: float
     verb = "rises" if budget.metric == "perplexity" else "falls"
     corrected = "" if math.isclose(level, budget.confidence) else f", which is {budget.confidence:.0%} for all together"
     said = (
-        f"{_named(budget)} {verb} by {_points(found.loss)}{unit} ({_points(found.low)} to "
-        f"{_points(found.high)} at {100 * level:.3g}% on either side{corrected}, {found.n_rows} rows)"
+        f"{_named(budget)} {verb} by {_points(found.loss)}{unit} ({_bounds(found)} at {100 * level:.3g}% on either "
+        f"side{corrected}, {found.n_rows} row{'s' if found.n_rows > 1 else ''})"
     )
     limit = f"{_points(found.margin)}{unit} allowed"
     if found.verdict == "ship":
         return f"{said}, below the {limit}."
     if found.verdict == "do not ship":
         return f"{said}, above the {limit}."
-    needed = "no number of rows would decide"
+    needed = "no number of rows would decide" if found.n_rows > 1 else "one row tells no spread"
     if found.rows_needed:
         needed = f"about {float(f'{found.rows_needed:.2g}'):,.0f} rows would decide"
     return f"{said}, which does not tell on which side of the {limit} it is; {needed}."
@@ -251,12 +265,22 @@ def _case_check(name: str, figure: str, q: int, limit: float, case: LatencyCase,
         reason = f"{said}, which does not tell on which side of {limit:g} ms it is; {advice}."
     if case.steady is False:
         reason = f"{reason[:-1]}; its warm-ups never became steady."
-    low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
+    low, high = _finite(found.low, found.high)
     return Check(budget=name, limit=limit, value=found.value, low=low, high=high, verdict=verdict, reason=reason)
+
+
+def _finite(*bounds: float) -> list[float | None]:
+    return [bound if math.isfinite(bound) else None for bound in bounds]
 
 
 def _decided(found: Interval, limit: float) -> Outcome:
     return "ship" if found.high < limit else "do not ship" if found.low > limit else "inconclusive"
+
+
+def _bounds(found: NonInferiority) -> str:
+    if math.isinf(found.high):
+        return "no bound" if math.isinf(found.low) else f"{_points(found.low)} or more"
+    return f"{_points(found.low)} to {_points(found.high)}"
 
 
 def _range(found: Interval) -> str:

@@ -13,10 +13,12 @@ import pytest
 
 from edgetune import measure
 from edgetune.artifact import Artifact
+from edgetune.errors import ArtifactError
 from edgetune.export import gguf
 from edgetune.runtime.accuracy import ScoredRow, write_rows
 from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.evidence import Timings
+from edgetune.runtime.reference import ReferencePack
 from edgetune.runtime.reference_rows import ReferenceRows
 from edgetune.runtime.worker import Job
 from tests.conftest import Call
@@ -47,6 +49,26 @@ def test_rows_of_a_pack_are_written_and_read(tmp_path: Path) -> None:
         made.save(tmp_path / "rows.npz")
         assert ReferenceRows.read(tmp_path / "rows.npz") == made
         assert [(row.ids, row.start) for row in made.rows] == [(row.ids, row.start) for row in rows]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ReferencePack, "reference.npz"), (ReferenceRows, "rows.npz")])
+def test_a_file_with_a_changed_byte_or_of_another_form_is_refused(
+    kind: type[ReferencePack] | type[ReferenceRows], name: str, pack: Path, tmp_path: Path
+) -> None:
+    whole, file, said = (pack / name).read_bytes(), tmp_path / name, []
+    places = range(0, len(whole), 3)
+    for at in places:
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            kind.read(file)
+        except ArtifactError as error:
+            said.append(str(error))
+    assert len(said) > len(places) / 3  # the others are dates and the like
+    assert not any("\n" in line for line in said)
+    with file.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    with pytest.raises(ArtifactError, match=re.escape(str(file))):
+        kind.read(file)
 
 
 def test_a_packs_rows_take_a_third_of_their_json(tmp_path: Path) -> None:

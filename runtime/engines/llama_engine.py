@@ -128,9 +128,17 @@ class LlamaEngine(OneByOne):
     @property
     def kv_bytes_per_token(self) -> float:
         lib, model = self._lib, self._model
-        width = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model)  # of a head
-        values = 2 * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * width
+        width = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model)  # of a head, unless the file names it
+        arch = self._fact("general.architecture")
+        widths = sum(int(self._fact(f"{arch}.attention.{part}_length") or width) for part in ("key", "value"))
+        values = lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * widths
         return float(values * KV_TYPES[self._kv_type].bytes)
+
+    def _fact(self, key: str) -> str:
+        """Give a metadata value of the file as text; nothing where it has none."""
+        out = ctypes.create_string_buffer(128)
+        n = int(self._lib.llama_model_meta_val_str(self._model, key.encode(), out, len(out)))
+        return out.value.decode(errors="replace") if n > 0 else ""
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -208,8 +216,9 @@ class LlamaEngine(OneByOne):
         for ids in rows:
             self._check(len(ids), ids)
         if len(rows) != self._n_rows:
-            if self._rows_ctx:
-                self._lib.llama_free(self._rows_ctx)
+            freed, self._rows_ctx, self._n_rows = self._rows_ctx, None, 0  # nothing stale where the new one fails
+            if freed:
+                self._lib.llama_free(freed)
             self._rows_ctx = self._context(len(rows) * self.n_ctx, n_rows=len(rows), n_outputs=len(rows))
             self._n_rows = len(rows)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._rows_ctx), False)

@@ -27,6 +27,10 @@ _NESTED: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
+INPUT, OPERATOR = 1, 4  # fields of a node
+NAME, EXTERNAL, INLINE = 8, 13, (4, 5, 7, 9, 10, 11)  # of a tensor: INLINE hold values
+LOOKUPS = {b"Gather", b"GatherBlockQuantized"}
+_Fields = list[tuple[int, memoryview]]
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class OnnxFolder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the graph and its data files, which hold the weights."""
-        return sum(file.stat().st_size for file in self.path.glob(f"{self.graph.name}*"))
+        """Bytes of the graph and its data files, which hold the weights, but for what tokens are only looked up in."""
+        stored = sum(file.stat().st_size for file in self.path.glob(f"{self.graph.name}*"))
+        return stored - looked_up_bytes(self.graph)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -129,7 +134,12 @@ def check_graph(graph: Path) -> bool:
     operators: set[bytes] = set()
     folder = graph.parent.resolve()
     try:
-        for entry in _external_data(memoryview(graph.read_bytes()), "model", operators):
+        for kind, fields in _nodes_and_tensors(memoryview(graph.read_bytes()), "model"):
+            if kind == "node":
+                operators.add(_field(fields, OPERATOR))
+            entry = _external(fields) if kind == "tensor" else {}
+            if not entry:
+                continue
             location = entry.get(b"location", b"").decode()
             file = folder / location
             if not location or Path(location).is_absolute() or file.resolve().parent != folder:
@@ -147,20 +157,43 @@ def check_graph(graph: Path) -> bool:
     return b"GroupQueryAttention" in operators
 
 
-def _external_data(message: memoryview, kind: str, operators: set[bytes]) -> Iterator[dict[bytes, bytes]]:
-    """Walk a protobuf message; give each tensor's external_data entries and collect node operators."""
-    entries: dict[bytes, bytes] = {}
-    for number, value in _fields(message):
+def looked_up_bytes(graph: Path) -> int:
+    """Give the bytes of tensors that nothing but a Gather reads: a token takes a row of them.
+
+    An input embedding that is the output head too is read by another node.
+    """
+    sizes: dict[bytes, int] = {}
+    readers: dict[bytes, set[bytes]] = {}
+    for kind, fields in _nodes_and_tensors(memoryview(graph.read_bytes()), "model"):
+        if kind == "node":
+            for number, name in fields:
+                if number == INPUT:
+                    readers.setdefault(bytes(name), set()).add(_field(fields, OPERATOR))
+        else:
+            stored = int(_external(fields).get(b"length", b"0"))
+            sizes[_field(fields, NAME)] = stored or sum(len(value) for number, value in fields if number in INLINE)
+    return sum(size for name, size in sizes.items() if readers.get(name) and readers[name] <= LOOKUPS)
+
+
+def _nodes_and_tensors(message: memoryview, kind: str) -> Iterator[tuple[str, _Fields]]:
+    """Walk a protobuf message; give each node and each tensor in it, by their fields."""
+    fields = list(_fields(message))
+    if kind in ("node", "tensor"):
+        yield kind, fields
+    for number, value in fields:
         inner = _NESTED.get(kind, {}).get(number)
         if inner is not None:
-            yield from _external_data(value, inner, operators)
-        elif kind == "node" and number == 4:
-            operators.add(bytes(value))
-        elif kind == "tensor" and number == 13:
-            pair = {n: bytes(v) for n, v in _fields(value)}
-            entries[pair[1]] = pair.get(2, b"")
-    if entries:
-        yield entries
+            yield from _nodes_and_tensors(value, inner)
+
+
+def _field(fields: _Fields, wanted: int) -> bytes:
+    return next((bytes(value) for number, value in fields if number == wanted), b"")
+
+
+def _external(tensor: _Fields) -> dict[bytes, bytes]:
+    """Give a tensor's external_data entries."""
+    pairs = [list(_fields(value)) for number, value in tensor if number == EXTERNAL]
+    return {_field(pair, 1): _field(pair, 2) for pair in pairs}
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -78,6 +78,7 @@ class TorchEngine:
         torch.set_num_threads(n_threads)
         try:
             model = _load_base(path, DTYPES[dtype], device, quantize_base)
+            model.generation_config = transformers.GenerationConfig()  # a folder's penalties would not be greedy
             if adapter is not None:
                 from peft import PeftModel
 

@@ -90,9 +90,10 @@ def method(report: Report) -> list[str]:
     accuracy = measures.accuracy_budget(report)
     said.append(
         "Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds: Tango's score bounds for exact "
-        "match and, with effective counts of flips, for slot F1 and tasks. Percentiles have 95 % bootstrap intervals "
-        "over whole generations, because tokens of one generation share its disturbances; divergence, agreement, slot "
-        "F1 and perplexity over whole rows."
+        "match and, with effective counts of flips, for slot F1 and tasks, Student's t for the perplexity of a task. "
+        "Percentiles have 95 % bootstrap intervals over whole generations, because tokens of one generation share its "
+        "disturbances; divergence, agreement and slot F1 over whole rows; perplexity over whole texts where there are "
+        f"{measures.FEW_TEXTS} or more."
     )
     if any(seam.exact_rows is not None for seam in report.seams):
         said.append("A change from hop to hop has Tango's two-sided 95 % interval over the rows that both hops scored.")
@@ -111,7 +112,7 @@ def method(report: Report) -> list[str]:
 
 
 def _rows_in_words(report: Report, budget: measures.Judged) -> Iterator[str]:
-    """Say which loss the held-out rows can show, at the share of rows that flipped most."""
+    """Say which loss above zero the held-out rows can show, at the share of rows that flipped most."""
     scores = {score.subject.name: score for score in report.accuracy}
     reference = scores.get(report.reference)
     if reference is None or budget.max_loss is None or budget.metric != "exact_match":
@@ -123,7 +124,7 @@ def _rows_in_words(report: Report, budget: measures.Judged) -> Iterator[str]:
             changed = flips([r.exact for r in score.rows], [r.exact for r in reference.rows])
             shares.append((changed.harmful + changed.beneficial) / len(score.rows))
     if shares and max(shares) > 0:
-        margins = sorted({0.01, budget.max_loss})
+        margins = sorted({0.01, budget.max_loss} - {0})  # no loss at all is shown by no number of rows
         n_rows = len(reference.rows)
         yield (
             "; ".join(

@@ -85,7 +85,9 @@ def probed(one: Latency) -> Iterator[Said]:
         )
     before, after = found.cpu_before, found.cpu_after
     if before is not None and after is not None:
-        clock = "not told" if after.mhz is None else f"{before.mhz:.0f} MHz before, {after.mhz:.0f} MHz after"
+        clock = "not told"
+        if before.mhz is not None and after.mhz is not None:
+            clock = f"{before.mhz:.0f} MHz before, {after.mhz:.0f} MHz after"
         times = "not told how often"
         if before.throttled is not None and after.throttled is not None:
             times = f"{after.throttled - before.throttled} times"
@@ -170,8 +172,8 @@ def _timed(one: Latency) -> Iterator[Said]:
         p50, p95 = (case_interval(case, "itl_ms", q).value for q in (50, 95))
         first = case_interval(case, "ttft_ms", 50).value
         yield Said(
-            f"prompts of {case.prompt_tokens}: TTFT p50 {first:.1f} ms, ITL p50 {p50:.2f} ms, p95 {p95:.2f} ms, "
-            f"{one.peak_rss_bytes / MB:.0f} MB at the peak",
+            f"in {one.subject.engine}, prompts of {case.prompt_tokens}: TTFT p50 {first:.1f} ms, ITL p50 {p50:.2f} ms, "
+            f"p95 {p95:.2f} ms, {one.peak_rss_bytes / MB:.0f} MB at the peak",
             f"cases[{i}].generations[]",
         )
 

@@ -14,6 +14,7 @@ from edgetune.runtime.metrics import SlotCounts
 
 LEVEL = 0.95  # of intervals that no budget names, two-sided
 PERCENTILES = (50, 90, 95, 99)
+FEW_TEXTS = 20  # fewer have no interval: resampled they tell too little of others
 KL = {"kl": "mean", "kl_p50": "p50", "kl_p99": "p99"}  # column -> what of the divergence of all answer tokens
 
 
@@ -68,7 +69,7 @@ def accuracy_figures(
     if score.text is not None and sum(score.text.n_tokens) > 0:
         found = statistics.ratio_interval(score.text.nll, score.text.n_tokens, seed=seed, confidence=LEVEL)
         value, low, high = (math.exp(min(700.0, x)) for x in found)
-        made["ppl"] = Figure(value, low, high)
+        made["ppl"] = Figure(value, low, high) if len(score.text.nll) >= FEW_TEXTS else Figure(value)
     if score is reference or not n or not paired(score, reference):
         return made
     made["loss"] = _loss(score, reference, budget, checks)

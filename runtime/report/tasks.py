@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -107,5 +108,8 @@ def _worst(found: TaskScore, reference: TaskScore, metric: str) -> Iterator[Wors
 
 def _written(loss: float, low: float | None, high: float | None, relative: bool) -> tuple[str, str]:
     unit = " %" if relative else " points"
+    low, high = (x if x is not None and math.isfinite(x) else None for x in (low, high))
     said, below, above = (number(None if x is None else 100 * x, 2, signed=True) for x in (loss, low, high))
+    if high is None:
+        return f"{said}{unit}", DASH if low is None else f"{below} or more"
     return f"{said}{unit}", f"{below} to {above}"

@@ -14,6 +14,7 @@ from edgetune.runtime.report.forgetting import Forgetting, forgetting
 from edgetune.runtime.report.kept import Kept, kept
 from edgetune.runtime.report.slots import SlotTable, slot_table
 from edgetune.runtime.report.tasks import TaskLine, WorstRow, task_lines, worst_rows
+from edgetune.runtime.verdict import tasks_of
 
 VERDICTS = ("ship", "inconclusive", "built, not run", "do not ship", "failed")  # the order of rows
 N_CHANGES = 5  # changed answers that the page shows of each candidate
@@ -186,9 +187,17 @@ def _lead(report: Report, scores: dict[str, tuple[int, Accuracy]]) -> str:
     said = ", ".join(f"{n} {words.get(v, v)}" for v, n in counts if n)
     many = "candidate" if len(report.verdicts) == 1 else "candidates"
     lead = f"{len(report.verdicts)} {many}: {said}."
-    if report.reference in scores:
-        n_rows = len(scores[report.reference][1].rows)
-        lead += f" Judged against {report.reference} on {n_rows:,} held-out rows, with the files that would ship."
+    judged = (report.recipe.get("budgets") or {}).get("accuracy")
+    if not judged:
+        return f"{lead} No budget judges accuracy."
+    where, rows = "", scores[report.reference][1].rows if report.reference in scores else []
+    n_rows, kind = len(rows), "held-out rows"
+    if judged.get("task"):
+        task = tasks_of(report, report.reference).get(judged["task"])
+        n_rows, kind = len(task.rows) if task else 0, "rows"
+        where = f" by {judged.get('metric', 'exact_match').replace('_', ' ')} of task {judged['task']}"
+    if n_rows:
+        lead += f" Judged{where} against {report.reference} on {n_rows:,} {kind}, with the files that would ship."
     return lead
 
 

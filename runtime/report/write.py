@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pydantic import ValidationError
 
 from edgetune.artifact import file_digest, write_text
 from edgetune.errors import ArtifactError
+from edgetune.runtime.engine import first_line
 from edgetune.runtime.evidence import SCHEMA_VERSION, Report
 from edgetune.runtime.report.html import render_html
 from edgetune.runtime.report.markdown import render_markdown
@@ -60,6 +63,17 @@ def read_report(path: Path) -> Report:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{path} is damaged at {where}: {first['msg']}; write the report again") from error
+
+
+@contextmanager
+def damaged_at(*paths: Path) -> Iterator[None]:
+    """Say of reports that were read, where parts do not fit each other, that one is damaged: ArtifactError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        found = f"{type(error).__name__}: {first_line(error)}"
+        where = " or ".join(map(str, paths))
+        raise ArtifactError(f"{where} is damaged: its parts do not fit ({found}); write the report again") from error
 
 
 def json_schema() -> dict[str, Any]:

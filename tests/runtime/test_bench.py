@@ -18,9 +18,11 @@ from edgetune.errors import ArtifactError, UsageError
 from edgetune.export import gguf
 from edgetune.recipe import Bench
 from edgetune.runtime import history
-from edgetune.runtime.evidence import Failure, Latency, ServedCase, ServedRequest, Timings
+from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase, ServedCase, ServedRequest, Timings
 from edgetune.runtime.latency import make_prompts, measure
+from edgetune.runtime.report import beside
 from edgetune.runtime.report.write import read_report, write_report
+from edgetune.runtime.statistics import repeatability
 from tests.conftest import Call
 from tests.export.test_onnx import exported
 from tests.fakes import fake_job
@@ -105,6 +107,39 @@ def test_repeated_runs_are_fresh_processes_and_give_a_noise_floor() -> None:
     assert any("noise floor" in line for line in benching.remarks([good]))
 
 
+@pytest.mark.usefixtures("fakes_in_child")
+def test_what_was_timed_is_printed_before_a_history_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching.found, "jobs", lambda *_, **__: [fake_job("mine")])
+    monkeypatch.setattr(benching, "prompt_ids", lambda *_: [3, 4, 5])
+    screen, raw = Console(file=io.StringIO(), width=200), tmp_path / "raw.json"
+    with pytest.raises(ArtifactError, match="cannot be used as history"):
+        benching.bench([Path("mine")], QUICK, screen, json=raw, history=tmp_path)
+    assert "1  mine" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert Timings.model_validate_json(raw.read_bytes()).results
+
+
+def test_the_noise_floor_of_a_rank_is_that_of_what_is_ranked() -> None:
+    """First tokens that differ from run to run, and further ones that never do."""
+
+    def one(name: str, firsts: list[float]) -> Latency:
+        (found, _) = timings(1.0).results
+        assert isinstance(found, Latency)
+        generations = [
+            Generation(ttft_ms=first, itl_ms=[1.0] * 3, warmup=False, run=run)
+            for run, first in enumerate(firsts) for _ in range(5)
+        ]  # fmt: skip
+        case = LatencyCase(prompt_tokens=8, new_tokens=4, generations=generations)
+        subject = found.subject.model_copy(update={"name": name})
+        return found.model_copy(update={"subject": subject, "cases": [case, case]})
+
+    fast, far, near = one("fast", [90.0, 92.0, 91.0]), one("far", [930.0, 931.0, 929.0]), one("near", [97, 122, 147])
+    assert [(rank, found.subject.name) for rank, found, _ in benching.ranked([far, near, fast])] == [
+        (1, "fast"), (1, "near"), (3, "far"),
+    ]  # fmt: skip
+    share = repeatability([2 * 100, 2 * 125, 2 * 150])
+    assert f"may differ by {share:.1%} by chance" in benching.remarks([fast, far, near])[-1]
+
+
 def test_a_trend_says_what_may_be_chance(tmp_path: Path) -> None:
     place = tmp_path / "history.sqlite"
     said = []
@@ -143,6 +178,24 @@ def test_evidence_of_another_machine_is_merged_by_digest(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="timed and scored none of the files"):
         past.merge_timings(report, file)
     assert past.read_timings(tmp_path).results == [*merged.latency]
+
+
+def test_one_file_in_two_engines_keeps_both_apart(tmp_path: Path) -> None:
+    report = sample_report(n_rows=20)
+    mine = next(one for one in report.latency if one.subject.name == "q4-onnx")
+
+    def ran(name: str, engine: str) -> Latency:
+        return mine.model_copy(update={"subject": mine.subject.model_copy(update={"name": name, "engine": engine})})
+
+    report = report.model_copy(update={"latency": [*report.latency, ran("q4-genai", "onnxruntime-genai")]})
+    engines = ("onnxruntime", "onnxruntime-genai", "torch")
+    far = timings(7.0).model_copy(update={"results": [ran("box.onnx", engine) for engine in engines]})
+    (tmp_path / "box.json").write_text(far.model_dump_json())
+    merged = past.merge_timings(report, tmp_path / "box.json")
+    found = [one.subject.name for one in merged.elsewhere[0].results if isinstance(one, Latency)]
+    assert found == ["q4-onnx", "q4-genai", "q4-onnx"]  # of an engine that the report has not, by digest alone
+    said = [line.text for line in beside.lines(merged) if line.source.startswith("elsewhere")]
+    assert [line.partition(", prompts")[0].rpartition(" in ")[2] for line in said[::2]] == list(engines)
 
 
 def test_flags_are_the_recipes_keys(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from edgetune.recipe import Budgets
 from edgetune.runtime import gate
 from edgetune.runtime.evidence import Report, Verdict
 from edgetune.runtime.report.write import dump_report
+from tests.conftest import Call
 from tests.report_sample import BUDGETS, sample_report
 
 
@@ -107,3 +108,33 @@ def test_the_verb_without_a_recipe_repeats_the_run_s_own_verdicts(tmp_path: Path
     assert done.exit_code == 3, done.output
     said = [f"{verdict.candidate}: {verdict.verdict}. {verdict.reason}" for verdict in report.verdicts]
     assert done.output.splitlines() == said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({}, "report.json: budgets of the run: recipe: Input should be a valid dictionary"),
+        ({"budgets": {"size_mb": "small"}}, "report.json: budgets of the run: size_mb: Input should be a valid number"),
+        ({"budgets": {"size_mb": 9}, "seed": "x"}, "report.json is damaged: its parts do not fit (ValueError: "),
+        ({"budgets": {"size_mb": 9}, "bench": 3}, "report.json is damaged: its parts do not fit (AttributeError: "),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line(recipe: dict[str, object], said: str, call: Call, tmp_path: Path) -> None:
+    report = sample_report(n_rows=20).model_copy(update={"recipe": recipe})
+    (tmp_path / "report.json").write_text(dump_report(report), encoding="utf-8")
+    code, out, err = call("gate", str(tmp_path), "--csv", str(tmp_path / "f.csv"))
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "f.csv").exists()
+
+
+def test_a_report_whose_parts_do_not_fit_is_one_line(call: Call, tmp_path: Path) -> None:
+    report = sample_report(n_rows=20)
+    tasks = [task.model_copy(update={"kind": "riddles"}) for task in report.tasks]
+    (tmp_path / "report.json").write_text(dump_report(report.model_copy(update={"tasks": tasks})), encoding="utf-8")
+    for words in (["report", str(tmp_path)], ["diff", str(tmp_path), str(tmp_path)]):
+        code, _, err = call(*words)
+        assert code == 2
+        assert "report.json is damaged: its parts do not fit (KeyError: 'riddles'); write the report again" in err
+        assert err.count("\n") == 1

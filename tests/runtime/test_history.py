@@ -94,6 +94,13 @@ def test_the_same_samples_are_added_once(tmp_path: Path) -> None:
         past.history(place, console, artifact="", machine="", add=tmp_path / name)
     assert [point.itl_ms for point in history.trends(place)[0].points] == [10.0, 11.0]
     assert "nothing added" in console.file.getvalue()
+    with sqlite3.connect(place) as base:  # damaged, or of another form
+        base.executemany(
+            "INSERT INTO run (time, machine, cpu, edgetune, evidence) VALUES ('t', ?, 'c', '0', ?)",
+            [(history.machine_id(found.machine), blob) for blob in (b"cut", "text", zlib.compress(b"[]"))],
+        )
+    assert history.holds(place, timings(10.0))
+    assert not history.holds(place, timings(12.0))
 
 
 def add(place: Path, day: int) -> None:
@@ -122,6 +129,9 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be used as history"):
         history.record(text, timings(1.0))
     assert text.read_bytes() == before
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ArtifactError, match="folder cannot be used as history: unable to open database file"):
+        history.record(tmp_path / "folder", timings(1.0))
     foreign = tmp_path / "other.sqlite"
     with sqlite3.connect(foreign) as base:
         base.execute("CREATE TABLE mine (x)")

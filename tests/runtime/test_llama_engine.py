@@ -81,6 +81,33 @@ def test_scoring_between_the_rows_of_score_rows_is_refused(engine: LlamaEngine) 
         next(rows)
 
 
+def test_rows_go_on_after_a_context_that_could_not_be_made(
+    tiny_gguf: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("no memory")
+
+    engine = LlamaEngine.load(tiny_gguf.path, n_ctx=64, n_threads=1)
+    rows = [ids_of(0, 5), ids_of(1, 5)]
+    before = engine.prefill_rows(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_context", fail)
+        with pytest.raises(EngineError, match="no memory"):
+            engine.prefill_rows([*rows, ids_of(2, 5)])
+    assert (engine._rows_ctx, engine._n_rows) == (None, 0)  # what is freed is read no more
+    np.testing.assert_allclose(engine.prefill_rows(rows), before, atol=1e-4, rtol=0)
+    engine.close()
+
+
+def test_the_cache_of_a_token_has_heads_of_the_size_that_the_file_names(tmp_path: Path) -> None:
+    from tests.export.test_gguf_families import export, make
+
+    file = export(make(tmp_path / "model", "qwen3"), tmp_path / "gguf")
+    engine = LlamaEngine.load(file.path, n_ctx=16, n_threads=1)
+    assert engine.kv_bytes_per_token == 3 * 2 * (32 + 32) * 2  # layers, heads, keys and values, float16; not 64 / 4
+    engine.close()
+
+
 def test_the_tokenizer_and_its_facts(engine: LlamaEngine, tiny_model: Artifact) -> None:
     golden = Golden.read(tiny_model.path)
     for text in [*golden.conversations, *golden.texts]:

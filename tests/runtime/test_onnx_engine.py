@@ -17,7 +17,7 @@ from edgetune.errors import EngineError
 from edgetune.runtime.engine import TokenRow, load_engine
 from edgetune.runtime.engines import onnx_engine, onnx_folder
 from edgetune.runtime.engines.onnx_engine import OnnxEngine
-from edgetune.runtime.engines.onnx_folder import check_graph
+from edgetune.runtime.engines.onnx_folder import OnnxFolder, check_graph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -170,6 +170,27 @@ def test_a_graph_that_reads_outside_its_folder_is_refused(folder: Path, tmp_path
     hostile.write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match="not in its folder"):
         OnnxEngine.load(hostile.parent, n_ctx=16, n_threads=1)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_table_that_is_only_looked_up_in_is_no_weight_of_a_token(tmp_path: Path, external: bool) -> None:
+    floats = {name: onnx.numpy_helper.from_array(np.ones((9, 4), np.float32), name) for name in ("table", "head")}
+    ends = [onnx.helper.make_tensor_value_info(name, 1, None) for name in ("ids", "logits")]
+    for head, left_out in (("head", 9 * 4 * 4), ("table", 0)):  # a tied head reads the table
+        nodes = [
+            onnx.helper.make_node("Gather", ["table", "ids"], ["x"]),
+            onnx.helper.make_node("Gemm", ["x", head, ""], ["logits"], transB=1),
+        ]
+        graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], initializer=list(floats.values()))
+        place = tmp_path / head / "model.onnx"
+        place.parent.mkdir()
+        onnx.save(
+            onnx.helper.make_model(graph), place, save_as_external_data=external, location="model.onnx.data",
+            size_threshold=0,
+        )  # fmt: skip
+        stored = sum(file.stat().st_size for file in place.parent.iterdir())
+        found = OnnxFolder(place.parent, {"model": {"decoder": {}}}, shares_cache=True)
+        assert found.weight_bytes == stored - left_out
 
 
 def test_a_tensor_that_hides_in_a_subgraph_is_found(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from edgetune.recipe import Bench, Budgets
 from edgetune.runtime import roofline, sensors
-from edgetune.runtime.evidence import Failure, Generation, Latency, LatencyCase, Probes, SweepPoint
+from edgetune.runtime.evidence import CpuState, Failure, Generation, Latency, LatencyCase, Probes, SweepPoint
 from edgetune.runtime.latency import make_prompts, measure, noise_floor
 from edgetune.runtime.probes import crossover
 from edgetune.runtime.report import beside
@@ -33,9 +33,14 @@ def machine(tmp_path: Path) -> Path:
         (folder / "thermal_throttle/core_throttle_count").write_text(f"{throttled}\n")
     zone = tmp_path / "sys/class/powercap/intel-rapl:0"
     zone.mkdir(parents=True)
+    (zone / "name").write_text("package-0\n")
     (zone / "energy_uj").write_text("9000000\n")
     (zone / "max_energy_range_uj").write_text("10000000\n")
     (zone.parent / "intel-rapl:0:0").mkdir()  # a part of the package, which must not count twice
+    platform = zone.parent / "intel-rapl:1"  # and the package is a part of this
+    platform.mkdir()
+    (platform / "name").write_text("psys\n")
+    (platform / "energy_uj").write_text("7000000\n")
     return tmp_path
 
 
@@ -45,6 +50,7 @@ def test_sensors_read_what_the_kernel_tells(machine: Path, tmp_path: Path) -> No
     meter = sensors.EnergyMeter(machine)
     assert meter.why_not is None
     (machine / "sys/class/powercap/intel-rapl:0/energy_uj").write_text("2500000")  # it has wrapped
+    (machine / "sys/class/powercap/intel-rapl:1/energy_uj").write_text("19000000")
     assert meter.joules() == pytest.approx(3.5)
     none = sensors.EnergyMeter(tmp_path / "nowhere")
     assert (none.joules(), none.why_not) == (None, "this machine has no RAPL counter")
@@ -255,6 +261,14 @@ def test_a_sweep_of_one_point_is_said(points: list[tuple[int, int]], lines: list
     said = [line.text for line in beside.probed(one.model_copy(update={"probes": Probes(sweep=lost)}))]
     assert len(said) == 1
     assert "failed (died)" in said[0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 2600.0), (2600.0, None)])
+def test_a_clock_that_is_told_once_is_not_told(before: float | None, after: float | None) -> None:
+    states = [CpuState(mhz=mhz, throttled=None) for mhz in (before, after)]
+    probes = Probes(cpu_before=states[0], cpu_after=states[1])
+    (said,) = beside.probed(swept({}).model_copy(update={"probes": probes}))
+    assert said.text == "clock: not told; throttled not told how often meanwhile"
 
 
 def test_speeds_of_two_devices_have_no_ratio() -> None:

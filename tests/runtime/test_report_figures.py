@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgetune.runtime.evidence import Report
+from edgetune.plan import rows_said
+from edgetune.recipe import Budgets, Recipe
+from edgetune.runtime.diff import compare
+from edgetune.runtime.evidence import Report, TextScore
+from edgetune.runtime.gate import figures_csv, judge_again
 from edgetune.runtime.report import measures, plots
+from edgetune.runtime.report.cells import Cell
 from edgetune.runtime.report.columns import DASH, number, seconds
 from edgetune.runtime.report.html import render_html
 from edgetune.runtime.report.view import View, build_view
-from edgetune.runtime.report.write import write_report
+from edgetune.runtime.report.write import read_report, write_report
 from tests.report_sample import sample_report
 
 
@@ -117,6 +122,57 @@ def test_agreement_perplexity_and_divergence_have_intervals(report: Report, view
     assert row.cells["alike"].value == pytest.approx(100 * (1 - len(parted) / len(score.rows)))
     assert row.cells["parts_at"].value == np.median(parted)
     assert row.cells["parts_at"].note.endswith(f"{len(parted)} rows")
+
+
+def test_few_texts_have_a_perplexity_and_no_interval(report: Report) -> None:
+    def cell(n: int) -> Cell:
+        texts = TextScore(nll=[600.0 + i for i in range(n)], n_tokens=[200] * n)
+        cut = [one.model_copy(update={"text": texts}) for one in report.accuracy]
+        return build_view(report.model_copy(update={"accuracy": cut})).yardsticks[0].cells["ppl"]
+
+    assert (cell(19).low, cell(19).high, cell(19).note) == (None, None, "")
+    assert cell(4).value == pytest.approx(math.exp(601.5 / 200))
+    assert cell(20).low < cell(20).value < cell(20).high  # type: ignore[operator]
+
+
+def test_a_budget_that_allows_no_loss_is_planned_and_shown(report: Report) -> None:
+    strict = {"accuracy": {"metric": "exact_match", "max_loss": 0.0, "confidence": 0.95}}
+    said = build_view(report.model_copy(update={"recipe": report.recipe | {"budgets": strict}})).method
+    (rows,) = [line for line in said if "rows can" in line]
+    assert rows.startswith("500 rows cannot show a loss of at most 1 point; ")
+    assert "of at most 0 points" not in rows
+    data, candidates = {"train": "t", "heldout": "h"}, {"q8": {"export": {"gguf": {"type": "Q8_0"}}}}
+    recipe = {"name": "r", "base": "b", "data": data, "candidates": candidates, "budgets": strict}
+    assert rows_said(Recipe.model_validate(recipe)) is None
+
+
+def test_the_lead_says_what_is_judged(report: Report) -> None:
+    def lead(accuracy: dict[str, Any] | None) -> str:
+        return build_view(report.model_copy(update={"recipe": {"budgets": {"accuracy": accuracy}}})).lead
+
+    held_out = "Judged against reference on 500 held-out rows, with the files that would ship."
+    assert lead({"metric": "slot_f1"}).endswith(held_out)
+    of_a_task = "Judged by accuracy of task moods against reference on 60 rows, with the files that would ship."
+    assert lead({"task": "moods", "metric": "accuracy"}).endswith(of_a_task)
+    assert lead(None).endswith(". No budget judges accuracy.")
+
+
+def test_a_task_of_one_text_has_no_bounds_on_the_page(report: Report, tmp_path: Path) -> None:
+    cut = [task.model_copy(update={"rows": task.rows[:1]}) for task in report.tasks]
+    budgets = Budgets.model_validate({"accuracy": {"task": "manual", "metric": "perplexity", "max_loss": 0.05}})
+    judged = judge_again(report.model_copy(update={"tasks": cut}), budgets)
+    view = build_view(judged)
+    lines = [line for line in view.tasks if line.task == "manual" and line.subject != "reference"]
+    assert {line.bounds for line in lines} == {DASH}
+    (budget,) = view.budgets
+    assert {check.interval for check in budget.checks.values()} == {""}
+    paths = write_report(judged, tmp_path)
+    assert read_report(paths["json"]) == judged
+    without = build_view(report.model_copy(update={"tasks": cut}))  # no verdict has bounds of it
+    assert {line.bounds for line in without.tasks if line.task == "manual"} == {DASH}
+    later = judged.model_copy(update={"tasks": [t.model_copy(update={"figures": t.figures}) for t in cut]})
+    assert any(one.says.endswith("(no bound)") for one in compare(judged, later))
+    assert {line.split(",")[3] for line in figures_csv(judged).splitlines()} > {"exact", "ppl"}
 
 
 def test_latency_has_every_percentile_and_load_apart_from_the_first_run(report: Report, view: View) -> None:

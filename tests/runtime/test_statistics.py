@@ -16,6 +16,7 @@ from edgetune.runtime.statistics import (
     mean_bounds,
     non_inferiority,
     non_inferiority_f1,
+    non_inferiority_t,
     paired_difference_bounds,
     percentile_interval,
     rows_in_words,
@@ -127,9 +128,39 @@ def test_bounds_of_flips_are_tangos_and_bounds_of_many_small_losses_are_normal()
     half = 1.96 * dense.std() / math.sqrt(4000)
     assert found.high - found.value == pytest.approx(half, rel=0.05)
     assert found.value - found.low == pytest.approx(half, rel=0.05)
-    assert mean_bounds([0.0] * 5, 0.95, largest=0.0) == (0, 0, 0)
     mixed = mean_bounds([1e-4, *[-0.5] * 50], 0.95)  # rows that lost are few and tiny
     assert mixed.low < mixed.value < mixed.high < 0
+
+
+def perplexity_rows(rng: np.random.Generator, n: int, rise: float) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of perplexity of texts of several lengths, whose mean rises by `rise` nats: candidate, reference."""
+    weight = rng.gamma(16, 1, n)  # tokens of a text
+    weight /= weight.mean()
+    before = weight * rng.normal(3, 0.4, n)
+    return before + weight * rng.normal(rise, 0.01, n), before
+
+
+@pytest.mark.parametrize("n", [3, 60, 200])
+def test_a_perplexity_at_the_margin_rarely_ships(n: int) -> None:
+    rng, margin = np.random.default_rng(0), math.log1p(0.02)
+    pairs = [perplexity_rows(rng, n, margin) for _ in range(3000)]
+    found = [non_inferiority_t(*pair, margin=margin, confidence=0.95) for pair in pairs]
+    assert 0.02 < sum(one.verdict == "ship" for one in found) / 3000 <= 0.05
+    assert sum(one.verdict == "do not ship" for one in found) / 3000 <= 0.05
+
+
+def test_bounds_of_a_rise_are_students() -> None:
+    from scipy.stats import ttest_rel
+
+    after, before = [3.1, 3.0, 3.4, 2.9], [3.0, 3.0, 3.1, 2.9]
+    found = non_inferiority_t(after, before, margin=0.02, confidence=0.95)
+    low, high = ttest_rel(after, before).confidence_interval(0.9)
+    assert (found.loss, found.low, found.high) == pytest.approx((0.1, low, high))
+    assert found.verdict == "inconclusive"
+    assert found.rows_needed is not None
+    assert found.rows_needed > 4
+    one = non_inferiority_t([3.0], [3.0], margin=0.02, confidence=0.95)
+    assert (one.low, one.high, one.verdict, one.rows_needed) == (-math.inf, math.inf, "inconclusive", None)
 
 
 def test_divergence_of_tokens_has_mean_quantiles_and_intervals_over_rows() -> None:

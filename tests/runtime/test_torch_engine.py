@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,4 +174,16 @@ def test_many_prompts_at_once_go_on_as_each_alone(tiny_model: Artifact) -> None:
     assert engine.continue_rows(prompts, stop, limits) == alone
     assert len({len(row) for row in alone}) > 1
     assert engine.continue_rows([], stop, []) == []
+    engine.close()
+
+
+def test_a_continuation_is_greedy_whatever_the_folder_asks_for(tiny_model: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model.path, tmp_path / "model")
+    asked = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_length": 3}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(asked))
+    engine = TorchEngine.load(tmp_path / "model", n_ctx=64, n_threads=1)
+    prompts = [[5, 6, 7], [9, 30, 31, 32, 33, 34]]
+    alone = [greedy(engine, prompt, frozenset({2}), 24) for prompt in prompts]
+    assert len(set(alone[0])) < len(alone[0])  # it repeats itself
+    assert engine.continue_rows(prompts, frozenset({2}), [24, 24]) == alone
     engine.close()

@@ -147,6 +147,16 @@ def test_a_budget_of_a_task_is_judged_by_its_rows() -> None:
     assert rose.checks[0].value == pytest.approx(math.expm1(0.04495))
     assert rose.reason.startswith("Perplexity of t rises by 4.6% (")
     assert found("perplexity", "perplexity", [3.0] * 100, [3.0] * 100).verdict == "ship"
+    one = found("perplexity", "perplexity", [3.0], [3.0])
+    assert one.verdict == "inconclusive"  # it tells nothing of others
+    assert (one.checks[0].value, one.checks[0].low, one.checks[0].high) == (0, None, None)
+    assert "(no bound at 95% on either side, 1 row), which does not tell" in one.reason
+    assert one.reason.endswith("; one row tells no spread.")
+    few = found("perplexity", "perplexity", [3.0, 3.0, 3000.0], [3.0] * 3)  # a rise that no float holds
+    assert (few.verdict, few.checks[0].high) == ("inconclusive", None)
+    assert few.checks[0].low is not None
+    assert " or more at 95% on either side, 3 rows)" in few.reason
+    Check.model_validate_json(few.checks[0].model_dump_json())
     budget = AccuracyBudget(task="t", metric="auc")
     unmeasured = judge("q4", Budgets(accuracy=budget))
     assert (unmeasured.verdict, unmeasured.checks[0].budget) == ("inconclusive", "t: auc loss")
