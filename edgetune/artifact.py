@@ -1,7 +1,8 @@
 """Artifact folders: a manifest, digests, atomic writing, and the content-addressed store.
 
-An artifact is a folder with `manifest.json`. It is written beside its place and renamed into it, so a
-folder that exists is whole. Manifests hold no time of day: the same inputs give the same bytes.
+An artifact is a folder with `manifest.json`. It is written beside its place and renamed into it, so a folder that
+exists was whole when it was made. Opening one compares sizes; only `Artifact.verify` reads the files and compares
+digests. Manifests hold no time of day: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -56,16 +57,17 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A whole artifact folder."""
+    """An artifact folder with all its files."""
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
-        """Read the manifest and check that each file is there in its size.
+        """Read the manifest and check that each file is there in its size, and within the folder.
 
-        Raises ArtifactError where the folder is no artifact or a file is missing or cut.
+        Raises ArtifactError where the folder is no artifact or a file is missing or cut. A file of the right size is
+        not read, so that changed bytes are not seen here.
         """
         try:
             manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -77,6 +79,8 @@ class Artifact:
             raise ArtifactError(f"{path / MANIFEST} is damaged at {where or 'its start'}: {first['msg']}") from error
         for name, entry in manifest.files.items():
             file = path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts or not _within(file, path):
+                raise ArtifactError(f"{path / MANIFEST} names {name[:80]!r}, which lies outside of its folder")
             size = file.stat().st_size if file.is_file() else None
             if size != entry.size:
                 raise ArtifactError(f"{file} has {size} bytes, its manifest says {entry.size}; make it again")
@@ -120,6 +124,14 @@ class Draft:
         """The finished artifact, after the `with` block."""
         assert self._artifact is not None, "a draft has no artifact before its block ends"
         return self._artifact
+
+
+def _within(file: Path, folder: Path) -> bool:
+    """Tell whether a file lies in a folder once links are followed."""
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long a name, none at all, links in a circle
+        return False
 
 
 def file_digest(path: Path) -> str:
@@ -256,7 +268,7 @@ class Store:
         return self.root / made[:20]
 
     def get(self, made: str) -> Artifact | None:
-        """Give the artifact of that identity if it is there and whole, else None."""
+        """Give the artifact of that identity if it is there and its files have their sizes, else None."""
         path = self.place(made)
         if not path.exists():
             return None
@@ -275,7 +287,8 @@ class Store:
     def once(self, made: str, make: Callable[[Path], Artifact]) -> tuple[Artifact, bool]:
         """Give the artifact of an identity, making it where it is missing; the flag says that it was made now.
 
-        A second process that wants the same one waits for the first. A damaged one is made again.
+        A second process that wants the same one waits for the first. One that lacks a file, or has one of another size,
+        is made again; digests are not compared, which would read gigabytes at each hit.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / f".{made[:20]}.once.lock"):

@@ -10,7 +10,7 @@ from typing import Any
 from edgetune.errors import DiskSpaceError, SourceError, is_full_disk
 from edgetune.progress import Report
 
-SMALL = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+SMALL = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*")
 WEIGHTS = "*.safetensors"
 MB = 10**6
 

@@ -134,6 +134,7 @@ def _gguf(config: GgufExport, source: Artifact, out: Path, weighing: Weighing, c
             return gguf.run(config, source, out, moments=None, calibration_digest=None, progress=progress)
     if source.manifest.kind != "model":
         raise UsageError(f"{source.path} is of kind {source.manifest.kind}; --rows are read by a model")
+    gguf.check(config, read_config(source.path))  # what `run` would refuse, before an hour of calibration
     if weighing.imatrix is not None:
         refuse_existing(weighing.imatrix)
     calibration, rows = config.calibration, weighing.rows

@@ -27,7 +27,7 @@ from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf
 from edgetune.progress import Report, silent
 from edgetune.recipe_export import GgufExport
 
-STAGE = "export.gguf/5"
+STAGE = "export.gguf/6"
 FILE = "model.gguf"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 

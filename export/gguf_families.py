@@ -242,7 +242,7 @@ def family(config: Config) -> Family:
     if window and not found.windows and int(window) < int(config["max_position_embeddings"]):
         raise UnsupportedError(
             f"sliding_window={window} is not applied by llama.cpp for {named}; "
-            "set max_position_embeddings to the window, or export to ONNX"
+            "set max_position_embeddings to the window, or export to ONNX with builder: own"
         )
     hidden, queries = int(config.get("hidden_size") or 0), query_width(config)
     if found.square and queries != hidden:

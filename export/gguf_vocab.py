@@ -57,6 +57,7 @@ class Vocabulary:
 def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     """Read the tokenizer of a model folder whose embedding has `n_vocab` rows.
 
+    Special tokens that were added behind the embedding's end are left out, with a remark: no row stands for them.
     Raises UnsupportedError for a kind of tokenizer that is not written here, SourceError where files are missing.
     """
     tokenizer = _json(folder / "tokenizer.json")
@@ -67,12 +68,24 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     tokens = [f"[PAD{i}]" for i in range(n_vocab)]
     types = [UNUSED] * n_vocab
     added = tokenizer.get("added_tokens", [])
-    last = max([*model["vocab"].values(), *(t["id"] for t in added)])
+    stops = _stop_ids(folder)
+    beyond = [
+        entry
+        for entry in added
+        if entry["special"] and n_vocab <= entry["id"] == model["vocab"].get(entry["content"], entry["id"])
+    ]
+    left_out = {entry["id"] for entry in beyond}
+    added = [entry for entry in added if entry["id"] not in left_out]
+    vocabulary = {text: token for text, token in model["vocab"].items() if token not in left_out}
+    last = max([*vocabulary.values(), *stops, *(t["id"] for t in added)])
     if last >= n_vocab:
         raise SourceError(f"{folder}: the tokenizer has an id {last}, the embedding {n_vocab} rows")
-    for text, token in model["vocab"].items():
+    for text, token in vocabulary.items():
         tokens[token], types[token] = text, _kind(text, model) if pieces else NORMAL
-    remarks = []
+    remarks = [
+        f"added token {entry['content']!r} has no row in the embedding (id {entry['id']}, {n_vocab} rows): left out"
+        for entry in beyond
+    ]
     for entry in added:
         tokens[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
@@ -82,8 +95,7 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     if composed:
         remarks.append(COMPOSED.format("llama.cpp"))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    ids = {**model["vocab"], **{t["content"]: t["id"] for t in added}}
-    stops = _stop_ids(folder)
+    ids = {**vocabulary, **{t["content"]: t["id"] for t in added}}
     special = _special(settings, ids, stops)
     scores = _scores(tokens, merges) if pieces else None
     return Vocabulary(

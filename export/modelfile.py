@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from edgetune.data.golden import Golden
 from edgetune.data.prompt import render_chat
+from edgetune.data.render import CLOCK
 from edgetune.errors import UnsupportedError, UsageError
 
 FILE = "Modelfile"
@@ -50,6 +51,8 @@ def modelfile(golden: Golden, file: str, stop_texts: Sequence[str]) -> str:
 
 def find_turns(golden: Golden) -> Turns:
     """Take a chat template apart. Raises UnsupportedError where turns are more than what stands around them."""
+    if CLOCK in golden.chat_template:
+        raise UnsupportedError(f"the template asks for the day ({CLOCK}), which Ollama does not tell a Modelfile")
 
     def text(*roles: str, ask: bool = False) -> str:
         messages = [{"role": role, "content": _SAID[role]} for role in roles]

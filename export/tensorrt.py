@@ -17,6 +17,7 @@ import numpy as np
 
 from edgetune.artifact import Artifact, draft, identity, require_space, write_text
 from edgetune.backends import require, version
+from edgetune.data.contract import declared_stop_ids
 from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, check_contract
@@ -35,7 +36,7 @@ from edgetune.runtime.engine import why_not_run
 if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
 
-STAGE = "export.tensorrt/1"
+STAGE = "export.tensorrt/2"
 ENGINE, SETTINGS = "model.engine", "tensorrt.json"
 NOT_RUN = "built, not run"
 CHUNK = 512  # most tokens of one run
@@ -86,7 +87,7 @@ def check(config: TensorrtExport, model_config: dict[str, Any], quantized: Gptq 
 
 def planned_identity(config: TensorrtExport, source_identity: str) -> str:
     """Give the identity of what `run` would make."""
-    return identity(STAGE, config.model_dump(mode="json"), [source_identity])
+    return identity(STAGE, config.model_dump(mode="json"), [source_identity], _sources(config))
 
 
 def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progress | None = None) -> Artifact:
@@ -97,14 +98,15 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
     """
     tell = progress or (lambda _done, _total, _what: None)
     _check_source(config, source)
-    module = config.library.replace("-", "_")
+    module = _module(config)
     for backend in ("onnx", "onnxruntime", module):
         require(backend)
     golden = Golden.read(source.path)
+    _hold_stops(golden, source.path)
     require_space(out.parent, 3 * source.size_bytes)
     with draft(
         out, kind="tensorrt", stage=STAGE, config=config.model_dump(mode="json"), parents=[source],
-        versions=_versions(module),
+        sources=_sources(config), versions=_versions(module),
     ) as pending:  # fmt: skip
         graph = pending.work / "model.onnx"
         try:
@@ -116,7 +118,7 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
             if opened.quantized:
                 pending.notes["integers"] = {"layers": prove_blocks(graph, opened.quantized), "differences": 0}
             tell(1, 4, "logits")
-            rows = [conversation.ids for conversation in golden.conversations]
+            rows = [c.ids for c in golden.conversations] + [t.ids for t in golden.texts]
             reference = _reference(source)
             found = parity((torch_logits(reference, ids) for ids in rows), score_rows(graph, rows))
             hold(found, HALF, "the graph of the engine")
@@ -141,6 +143,21 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
         pending.fallbacks = list(source.manifest.fallbacks)
         pending.notes |= {"status": NOT_RUN, "engine": {"layers": built["layers"], **settings}}
     return pending.artifact
+
+
+def _module(config: TensorrtExport) -> str:
+    return config.library.replace("-", "_")
+
+
+def _sources(config: TensorrtExport) -> dict[str, str]:
+    """Name what an engine is made with, and runs with alone: the library and, where it is built for it, this GPU."""
+    found = {"library": f"{config.library} {version(_module(config)) or ''}".rstrip()}
+    if config.library == "tensorrt":
+        import torch
+
+        if torch.cuda.is_available():
+            found["gpu"] = "{} {}.{}".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+    return found
 
 
 def capabilities(config: TensorrtExport) -> list[str]:
@@ -232,11 +249,23 @@ def _reference(source: Artifact) -> Any:
     return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float16, local_files_only=True).float().eval()
 
 
+def _hold_stops(golden: Golden, source: Path) -> None:
+    """Raise ContractError where the source declares other end tokens than those that training used."""
+    declared = declared_stop_ids(source) or golden.stop_ids
+    if set(declared) != set(golden.stop_ids):
+        raise ContractError(
+            f"stop set differs: the checkpoint declares {declared}, training ended answers at {golden.stop_ids}"
+        )
+
+
 def _hold_contract(golden: Golden, folder: Path) -> dict[str, Any]:
+    """Hold what the engine's runtime reads to the golden conversations; it adds no BOS, whatever the tokenizer says."""
     from edgetune.runtime.engines.tensorrt_engine import EngineFiles
 
     files = EngineFiles.read(folder)
-    facts = RuntimeFacts(frozenset(files.settings["stop_ids"]), golden.bos_id, False, files.chat_template())
+    bos = json.loads((folder / "tokenizer_config.json").read_bytes()).get("bos_token")
+    bos_id = files.tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos or "")
+    facts = RuntimeFacts(frozenset(files.settings["stop_ids"]), bos_id, False, files.chat_template())
     return check_contract(golden, facts, files.tokenize)
 
 

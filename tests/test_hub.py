@@ -19,6 +19,7 @@ from edgetune import hub, pipeline, plan, sources
 from edgetune.artifact import Artifact, Store
 from edgetune.errors import DiskSpaceError, SourceError
 from tests.test_pipeline import make_recipe
+from tests.test_sources import shard
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -132,6 +133,17 @@ def test_a_run_tells_of_the_download(served: FakeHub, tmp_path: Path, monkeypatc
     assert told[-1][0] == pytest.approx(n_bytes // 1000, abs=1)
     assert {label for *_, label in told} == {"MB"}
     assert all(done <= total for done, total, _ in told)
+
+
+def test_shards_stay_where_they_are_and_licences_come(served: FakeHub) -> None:
+    shard(served.folder, "a.safetensors", "b.safetensors")
+    (served.folder / "LICENSE").write_text("Do as you like.")
+    planned = sources.find("org/model", weights=False)
+    assert {"LICENSE", sources.INDEX} <= served.taken
+    assert not [name for name in served.taken if name.endswith(".safetensors")]
+    whole = sources.find("org/model")
+    assert whole.identity not in (planned.identity, sources.find(str(served.folder)).identity)
+    assert whole.digest == sources.find("org/model", weights=False).digest == sources.find(str(served.folder)).digest
 
 
 def test_pickles_on_a_hub_are_refused_by_plan(served: FakeHub) -> None:

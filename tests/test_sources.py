@@ -1,12 +1,10 @@
-"""Base models: a folder, a GGUF file or a package becomes the same artifact; damage is one line."""
+"""Base models: a folder, a GGUF file or a package becomes the same artifact; what would lack a part is refused."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import struct
-import tracemalloc
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,13 @@ from edgetune import sources
 from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.errors import SourceError
-from edgetune.gguf_header import read_header
 from edgetune.recipe_export import GgufExport
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -40,12 +43,6 @@ def weights(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
-
-
-def header_end(file: Path) -> int:
-    from gguf import GGUFReader
-
-    return int(GGUFReader(file).data_offset)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -109,6 +106,66 @@ def test_a_gguf_file_gives_the_same_model(tiny_model: Artifact, gguf_file: Path,
     assert golden.stop_ids == reference.stop_ids
     assert golden.chat_template == reference.chat_template
     assert golden.n_bos == reference.n_bos
+
+
+def write_gguf(model: Artifact, file: Path, *, tensors: dict[str, Any], special: dict[str, int], **config: Any) -> str:
+    """Write a GGUF file that nothing verifies, with other tensors (None: without), special tokens or keys."""
+    from edgetune.export import gguf_write
+    from edgetune.export.gguf_vocab import read_vocabulary
+    from edgetune.progress import silent
+
+    settings = gguf_write.read_config(model.path)
+    stored = gguf_write.folder_weights(model.path, settings)
+    vocabulary = read_vocabulary(model.path, settings["vocab_size"])
+    shapes = stored.shapes | {name: tuple(found.shape) for name, found in tensors.items() if found is not None}
+    shapes = {name: shape for name, shape in shapes.items() if tensors.get(name, shape) is not None}
+    weights = gguf_write.Weights(
+        shapes, stored.dtype, lambda name: tensors[name] if name in tensors else stored.get(name)
+    )
+    types = dict.fromkeys(gguf_write.written_shapes(weights, settings | config), "F32")
+    vocabulary = replace(vocabulary, special=vocabulary.special | special)
+    gguf_write.write_gguf(file, weights, settings | config, vocabulary, types, "F32", silent)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"rope_parameters": LINEAR}, r"llama\.rope\.scaling\.type is 'linear', .*; give the safetensors folder"),
+        ({"rope_parameters": LLAMA3}, r"tensor rope_freqs\.weight has no place .*; give the safetensors folder"),
+        ({"num_hidden_layers": 1}, r"llama\.block_count is 1, the tensors are of 2 blocks up to 1; get the file again"),
+        ({"num_hidden_layers": 3}, r"llama\.block_count is 3, the tensors are of 2 blocks up to 1; get the file again"),
+        ({"intermediate_size": 96}, r"Transformers cannot read this GGUF file \(.+\)$"),
+    ],
+)
+def test_a_gguf_file_that_would_lose_what_its_header_says(
+    tiny_model: Artifact, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    file = write_gguf(tiny_model, tmp_path / "m.gguf", tensors={}, special={}, **config)
+    with pytest.raises(SourceError, match=says) as caught:
+        sources.run(sources.find(file), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_that_has_more_tensors_or_fewer(tiny_model: Artifact, tmp_path: Path) -> None:
+    import torch
+
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    for tensors, says in (
+        (bias, r"tensor blk\.0\.attn_q\.bias has no place in Transformers' LlamaForCausalLM; give the safetensors"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is not in it"),
+    ):
+        file = write_gguf(tiny_model, tmp_path / "m.gguf", tensors=tensors, special={})
+        with pytest.raises(SourceError, match=says):
+            sources.run(sources.find(file), tmp_path / "out")
+
+
+def test_all_end_tokens_of_a_gguf_file_end_an_answer(tiny_model: Artifact, tmp_path: Path) -> None:
+    file = write_gguf(tiny_model, tmp_path / "m.gguf", tensors={}, special={"eot": 0, "eom": 4711})
+    made = sources.run(sources.find(file), tmp_path / "out")
+    assert Golden.read(made.path).stop_ids == [0, 2]  # there is no token 4711
+    assert json.loads((made.path / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
 
 
 def test_an_untied_gguf_says_so(tmp_path: Path) -> None:
@@ -180,6 +237,101 @@ def test_pickle_weights_are_refused(folder: Path) -> None:
         sources.find(str(folder))
 
 
+def shard(folder: Path, *names: str) -> None:
+    """Put the weights of a folder into files of these names, with an index."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / sources.WEIGHTS)
+    (folder / sources.WEIGHTS).unlink()
+    where = {tensor: names[place % len(names)] for place, tensor in enumerate(tensors)}
+    for name in names:
+        part = {tensor: tensors[tensor] for tensor, place in where.items() if place == name}
+        save_file(part, folder / name, {"format": "pt"})
+    (folder / sources.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_what_is_read_of_a_folder_are_the_shards_that_its_index_names(folder: Path, tmp_path: Path) -> None:
+    whole = sources.find(str(folder)).n_parameters()
+    shard(folder, "a.safetensors", "b.safetensors")
+    found = sources.find(str(folder))
+    shutil.copyfile(folder / "a.safetensors", folder / "consolidated.safetensors")
+    assert sources.find(str(folder)).digest == found.digest
+    assert found.n_parameters() == whole
+    made = sources.run(found, tmp_path / "out")
+    assert made.manifest.notes["parameters"] == whole
+    with (folder / sources.INDEX).open("a") as index:
+        index.write("\n")
+    assert sources.find(str(folder)).digest != found.digest
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"b\.safetensors is not there; get the model again$"):
+        sources.find(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", "a.bin"])
+def test_an_index_names_safetensors_of_its_folder(folder: Path, name: str) -> None:
+    (folder / sources.WEIGHTS).rename(folder / "a.safetensors")
+    with pytest.raises(SourceError, match=r"weights are needed, as model\.safetensors .*; a\.safetensors is there$"):
+        sources.find(str(folder))
+    (folder / sources.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(SourceError, match="which is no safetensors file of its folder"):
+        sources.find(str(folder))
+    (folder / sources.INDEX).write_text("[]")
+    with pytest.raises(SourceError, match=r"index\.json cannot be read \(.+\); get it again$"):
+        sources.find(str(folder))
+
+
+def test_a_missing_tensor_is_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / sources.WEIGHTS)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / sources.WEIGHTS, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"tensor model\.layers\.1\.mlp\.down_proj\.weight is not in it; get the"):
+        sources.run(sources.find(str(folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generation_config_goes_on_as_it_came(folder: Path, tmp_path: Path) -> None:
+    """Some hubs' hold settings of sampling that Transformers refuses to save once one of them was changed."""
+    came = {"eos_token_id": 0, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(came))
+    made = sources.run(sources.find(str(folder)), tmp_path / "out")
+    wrote = json.loads((made.path / "generation_config.json").read_text())
+    assert wrote.items() >= (came | {"eos_token_id": [0, 2]}).items()
+    assert Golden.read(made.path).stop_ids == [0, 2]
+
+
+def test_licences_and_templates_go_along_and_are_in_the_identity(folder: Path, tmp_path: Path) -> None:
+    seen = {sources.find(str(folder)).identity}
+    (folder / "additional_chat_templates").mkdir()
+    names = ["LICENSE", "NOTICE.txt", "additional_chat_templates/tool_use.jinja"]
+    for name in names:
+        (folder / name).write_text("{{ messages }}")
+        seen.add(sources.find(str(folder)).identity)
+    assert len(seen) == 4
+    made = sources.run(sources.find(str(folder)), tmp_path / "out")
+    (tmp_path / "next").mkdir()
+    sources.copy_tokenizer(made.path, tmp_path / "next")
+    for name in names:
+        assert (tmp_path / "next" / name).read_text() == "{{ messages }}"
+
+
+def test_a_template_that_asks_for_the_day_is_told_the_same_one_always(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from edgetune.data.formats import Row
+    from edgetune.data.render import render
+
+    template = folder / "chat_template.jinja"
+    template.write_text("  {% if 1 %}{{ strftime_now('%-d %b %B %Y') }} {% endif %}\n" + template.read_text())
+    made = sources.run(sources.find(str(folder)), tmp_path / "out")
+    golden = Golden.read(made.path)
+    assert golden.conversations[0].text.startswith("26 Jul July 2024 <|im_start|>user\nName")
+    assert golden.chat_template == template.read_text()
+    row = render(Row((("user", "a"), ("assistant", "b")), None, 1), AutoTokenizer.from_pretrained(made.path), [2])
+    assert row.ids[:8] == tuple(golden.conversations[0].ids[:8])
+
+
 def test_remote_code_is_refused(folder: Path) -> None:
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
     (folder / "modeling.py").write_text("raise SystemExit('ran')")
@@ -219,126 +371,3 @@ def test_a_folder_without_a_tokenizer_leaves_nothing(folder: Path, tmp_path: Pat
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.draft").exists()
-
-
-def read_or_refuse(file: Path) -> bool:
-    """Read a header and its config; only success or a one-line SourceError are answers."""
-    try:
-        sources.gguf_config(read_header(file), file)
-    except SourceError as error:
-        assert "\n" not in str(error), repr(str(error))  # noqa: PT017
-        assert str(file) in str(error)  # noqa: PT017
-        return False
-    return True
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_gguf_file_cut_anywhere_is_refused(gguf_file: Path, tmp_path: Path, seed: int) -> None:
-    whole = gguf_file.read_bytes()
-    rng = random.Random(seed)
-    limit = header_end(gguf_file) if seed % 2 else len(whole)
-    file = tmp_path / "cut.gguf"
-    file.write_bytes(whole[: rng.randrange(limit - 1)])
-    with pytest.raises(SourceError, match=r"cut\.gguf: truncated or damaged GGUF file \(.+\); get it again$"):
-        read_header(file)
-    with pytest.raises(SourceError):
-        sources.find(str(file))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_flipped_header_bytes_are_refused_or_read_and_never_cost_memory(
-    gguf_file: Path, tmp_path: Path, seed: int
-) -> None:
-    whole, end = gguf_file.read_bytes(), header_end(gguf_file)
-    rng = random.Random(seed)
-    file = tmp_path / "flipped.gguf"
-    tracemalloc.start()
-    try:
-        for _ in range(40):
-            data = bytearray(whole)
-            for _ in range(rng.choice([1, 1, 4, 16])):
-                data[rng.randrange(4, rng.choice([24, 400, end]))] = rng.randrange(256)
-            file.write_bytes(data)
-            tracemalloc.reset_peak()
-            start = tracemalloc.get_traced_memory()[0]
-            read_or_refuse(file)
-            assert tracemalloc.get_traced_memory()[1] - start < 4 * len(whole) + 2**20
-    finally:
-        tracemalloc.stop()
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def header(*, keys: bytes = b"", n_keys: int = 0, tensors: bytes = b"", n_tensors: int = 0, version: int = 3) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys) + keys + tensors
-
-
-HUGE = 2**63
-BAD_HEADERS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "4 bytes wanted at byte 0, the file ends at 0"),
-    "not GGUF": (b"PK\x03\x04" + b"\0" * 100, "does not begin with 'GGUF'"),
-    "big endian": (b"GGUF" + struct.pack(">I", 3) + b"\0" * 16, "version 50331648, 2 and 3 are known"),
-    "version 1": (header(version=1), "version 1"),
-    "too many tensors": (header(n_tensors=HUGE), "9223372036854775808 tensors are not plausible"),
-    "too many keys": (header(n_keys=2**24 + 1), "16777217 keys are not plausible"),
-    "a string longer than the file": (header(keys=struct.pack("<Q", HUGE), n_keys=1), "bytes wanted"),
-    "a key that is not UTF-8": (header(keys=struct.pack("<Q", 1) + b"\xff" + b"\0" * 8, n_keys=1), "utf-8"),
-    "unknown value type": (header(keys=text("k") + struct.pack("<I", 77), n_keys=1), "unknown value type 77"),
-    "array longer than the file": (
-        header(keys=text("k") + struct.pack("<IIQ", 9, 4, 2**24), n_keys=1), "67108864 bytes wanted",
-    ),
-    "implausible array": (header(keys=text("k") + struct.pack("<IIQ", 9, 8, HUGE), n_keys=1), "array items are not"),
-    "array of arrays": (header(keys=text("k") + struct.pack("<IIQ", 9, 9, 1), n_keys=1), "unknown array type 9"),
-    "alignment 0": (header(keys=text("general.alignment") + struct.pack("<II", 4, 0), n_keys=1), "alignment 0"),
-    "alignment a text": (
-        header(keys=text("general.alignment") + struct.pack("<I", 8) + text("x"), n_keys=1), "alignment x",
-    ),
-    "no dimensions": (header(tensors=text("t") + struct.pack("<I", 0), n_tensors=1), "tensor t has 0 dimensions"),
-    "many dimensions": (header(tensors=text("t") + struct.pack("<I", 2**31), n_tensors=1), "2147483648 dimensions"),
-    "unknown ggml type": (
-        header(tensors=text("t") + struct.pack("<IQIQ", 1, 32, 999, 0), n_tensors=1), "999 is not a valid",
-    ),
-    "behind the end": (
-        header(tensors=text("t") + struct.pack("<IQIQ", 1, 32, 0, 0), n_tensors=1), "ends behind the end of the file",
-    ),
-    "a tensor of 2^256 bytes": (
-        header(tensors=text("t") + struct.pack("<IQQQQIQ", 4, *[HUGE] * 4, 0, 0), n_tensors=1), "ends behind the end",
-    ),
-    "an offset behind the end": (
-        header(tensors=text("t") + struct.pack("<IQIQ", 1, 1, 0, HUGE), n_tensors=1), "ends behind the end",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_HEADERS)
-def test_each_damage_to_a_header_has_its_reason(tmp_path: Path, case: str) -> None:
-    data, says = BAD_HEADERS[case]
-    file = tmp_path / "x.gguf"
-    file.write_bytes(data)
-    with pytest.raises(SourceError, match=says) as caught:
-        read_header(file)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_header_of_another_architecture_or_of_none(tmp_path: Path) -> None:
-    file = tmp_path / "x.gguf"
-    file.write_bytes(header(keys=text("general.architecture") + struct.pack("<I", 8) + text("bert"), n_keys=1))
-    with pytest.raises(SourceError, match=r"architecture 'bert'; known: llama, qwen2, qwen3"):
-        sources.gguf_config(read_header(file), file)
-    file.write_bytes(header())
-    with pytest.raises(SourceError, match="architecture None"):
-        sources.gguf_config(read_header(file), file)
-    file.write_bytes(header(keys=text("general.architecture") + struct.pack("<I", 8) + text("llama"), n_keys=1))
-    with pytest.raises(SourceError, match=r"the GGUF header lacks what llama needs \('llama.attention.head_count'\)"):
-        sources.gguf_config(read_header(file), file)
-
-
-def test_an_infinite_number_of_heads_is_refused(tmp_path: Path) -> None:
-    keys = text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    keys += text("llama.attention.head_count") + struct.pack("<If", 6, float("inf"))
-    file = tmp_path / "x.gguf"
-    file.write_bytes(header(keys=keys, n_keys=2))
-    with pytest.raises(SourceError):
-        sources.gguf_config(read_header(file), file)

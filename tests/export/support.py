@@ -10,6 +10,7 @@ artifact was written and kept its contract; a number is the note that the plan r
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.artifact import Artifact, write_text
+from edgetune.artifact import MANIFEST, Artifact, draft, write_text
 from edgetune.compress import quantize
 from edgetune.compress.prune import stage as pruning
 from edgetune.data.calibration import CalibrationSet
+from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
 from edgetune.plan import check_candidate
 from edgetune.recipe import Candidate, Prune
@@ -96,6 +98,18 @@ def _export(candidate: Candidate, source: Artifact, out: Path) -> Artifact:
         return onnx.run(export.onnx, source, out)
     assert export.tensorrt is not None, "an export has exactly one key"
     return tensorrt.run(export.tensorrt, source, out)
+
+
+def without_template(model: Artifact, out: Path) -> Artifact:
+    """Copy a model as a base comes that nobody taught to talk: no chat template, no golden conversation; a licence."""
+    with draft(out, kind="model", stage="source/1", config={"of": model.identity}) as pending:
+        shutil.copytree(model.path, pending.path, dirs_exist_ok=True)
+        for name in (MANIFEST, "chat_template.jinja"):
+            (pending.path / name).unlink()
+        (pending.path / "LICENSE").write_text("Do as you like.")
+        silent = {"conversations": [], "chat_template": "", "n_bos": 0}
+        Golden.read(model.path).model_copy(update=silent).write(pending.path)
+    return pending.artifact
 
 
 def page(found: Mapping[str, Mapping[str, Row]]) -> str:

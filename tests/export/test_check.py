@@ -9,12 +9,13 @@ import pytest
 
 from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
-from edgetune.errors import SourceError
+from edgetune.errors import ArtifactError, SourceError
 from edgetune.export import gguf, gguf_child
 from edgetune.export.check import check
 from edgetune.export.gguf_child import run_child
 from edgetune.recipe_export import GgufExport
 from tests.conftest import Call, make_tiny_model
+from tests.export.test_gguf_families import make
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.usefixtures("children_here")
@@ -45,6 +46,23 @@ def broken(path: Path, reference: Artifact, max_kl: float = 1e-6) -> dict[str, s
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_an_export_of_the_reference_holds(request: pytest.FixtureRequest, tiny_model: Artifact, kind: str) -> None:
     assert broken(request.getfixturevalue(kind), tiny_model) == {}
+
+
+def test_a_reference_of_any_family_that_is_exported(tmp_path: Path) -> None:
+    phi = make(tmp_path / "phi", "phi3")
+    made = gguf.run(GgufExport(type="F32", imatrix=False), phi, tmp_path / "gguf", moments=None)
+    assert broken(made.path / gguf.FILE, phi) == {}
+
+
+def test_a_reference_that_lacks_a_tensor_is_refused(file: Path, tiny_model: Artifact, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model.path, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"tensor model\.norm\.weight is missing; make it again$"):
+        check(file, Artifact(folder, tiny_model.manifest), max_kl=0.1)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

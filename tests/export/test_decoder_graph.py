@@ -176,7 +176,7 @@ def test_blocks_refuse_zero_points(tiny_model: Artifact, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not exported.*Llama"),
+        ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not written as a graph.*Llama"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
     ],

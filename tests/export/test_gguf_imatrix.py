@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgetune import single_export
 from edgetune.artifact import Artifact
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_imatrix import write_imatrix
 from edgetune.export.gguf_write import read_config
-from tests.conftest import Call
+from tests.conftest import Call, make_tiny_model
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -75,6 +76,20 @@ def test_the_verb_chooses_codes_by_gptq(call: Call, tiny_model: Artifact, rows: 
     )  # fmt: skip
     assert code == 0, err
     assert Artifact.open(out).manifest.config["gptq"] is True
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_calibrated(
+    call: Call, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(single_export, "calibration_rows", never)
+    narrow = make_tiny_model(tmp_path / "narrow", hidden=48)
+    flags = ("--type", "Q4_0", "--gptq", "--rows", str(rows))
+    code, _, err = call("export", str(narrow.path), "--out", str(tmp_path / "out"), *flags)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "gptq: true needs rows in multiples of 32, hidden_size gives rows of 48" in err
 
 
 @pytest.mark.parametrize(

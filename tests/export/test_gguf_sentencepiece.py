@@ -10,7 +10,7 @@ import pytest
 
 from edgetune.artifact import Artifact, draft
 from edgetune.data.golden import make_golden
-from edgetune.errors import ContractError, UnsupportedError
+from edgetune.errors import ContractError, SourceError, UnsupportedError
 from edgetune.export import gguf
 from edgetune.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, read_vocabulary
 from edgetune.recipe_export import GgufExport
@@ -105,6 +105,22 @@ def test_wrong_scores_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gguf_vocab, "_scores", lambda tokens, merges: [float(i) for i in range(len(tokens))])
     with pytest.raises(ContractError, match="token ids of"):
         export(source, tmp_path / "out")
+
+
+def test_a_special_token_behind_the_embedding_is_left_out(tmp_path: Path) -> None:
+    """Gemma 3 of 1B has one of images; a token that text may hold is refused there."""
+    source = make(tmp_path / "model", NEVER)
+    n_vocab = json.loads((source.path / "config.json").read_bytes())["vocab_size"]
+    path = source.path / "tokenizer.json"
+    raw = json.loads(path.read_bytes())
+    soft = raw["added_tokens"][0] | {"id": n_vocab, "content": "<image_soft_token>"}
+    path.write_text(json.dumps(raw | {"added_tokens": [*raw["added_tokens"], soft]}))
+    made = export(Artifact(source.path, source.manifest), tmp_path / "out")
+    said = f"added token '<image_soft_token>' has no row in the embedding (id {n_vocab}, {n_vocab} rows): left out"
+    assert said in made.manifest.fallbacks
+    path.write_text(json.dumps(raw | {"added_tokens": [*raw["added_tokens"], soft | {"special": False}]}))
+    with pytest.raises(SourceError, match=f"the tokenizer has an id {n_vocab}, the embedding {n_vocab} rows"):
+        read_vocabulary(source.path, n_vocab)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_the_file_carries_stops_and_the_system_turn() -> None:
         ("{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}", "a turn changes those before it"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for", "cannot render"),
+        ("{{ strftime_now('%d %b %Y') }}" + CHATML, "asks for the day .strftime_now., which Ollama does not tell"),
     ],
 )
 def test_what_go_cannot_say_is_refused(template: str, says: str) -> None:

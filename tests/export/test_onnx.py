@@ -27,6 +27,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxruntime_genai")
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}
 MIXED = Allocate(budget=5)
 FP32, INT4 = OnnxExport(precision="fp32"), OnnxExport()
 _made: dict[str, Artifact] = {}  # the builder takes 12 s of CPU: one build of each kind for all tests
@@ -211,7 +212,9 @@ def test_a_builder_that_fails_or_hangs_is_one_line(
         (INT4, LLAMA, Gptq(group_size=-1), "use 64"),
         (INT4, LLAMA, Gptq(static_groups=False), "static_groups: true"),
         (INT4, LLAMA, Gptq(allocate=MIXED), r"2, 3, 4, 8 bits; use precision int4 and allocate.choices: \[4, 8\]"),
-        (INT4, LLAMA | {"architectures": ["FalconForCausalLM"]}, Gptq(), "FalconForCausalLM is not exported.*Llama"),
+        (INT4, LLAMA | {"architectures": ["FalconForCausalLM"]}, Gptq(), "FalconForCausalLM is not written as.*Llama"),
+        (FP32, MISTRAL, None, "sliding_window=4096 of a Mistral model is left out by .*; use builder: own"),
+        (FP32, MISTRAL | {"sliding_window": 64}, None, "sliding_window=64 .*; use builder: own"),
         (INT4, LLAMA | {"hidden_size": 32}, Gptq(), "head size 8"),
         (FP32, {}, None, "without architectures"),
     ],
@@ -225,6 +228,11 @@ def test_check_refuses_before_any_work(
 
 def test_check_lets_pass_what_can_be_done() -> None:
     onnx_export.check(FP32, LLAMA, None)
+    onnx_export.check(FP32, LLAMA | {"sliding_window": 64, "max_position_embeddings": 512}, None)
+    for window in (None, 8192):
+        onnx_export.check(FP32, MISTRAL | {"sliding_window": window}, None)
+    own = OnnxExport(precision="fp32", builder="own")
+    onnx_export.check(own, MISTRAL | {"num_hidden_layers": 2, "vocab_size": 9}, None)
     for size in (32, 64):
         for sym in (True, False):
             onnx_export.check(INT4, LLAMA, Gptq(group_size=size, sym=sym))

@@ -20,6 +20,7 @@ from edgetune.recipe_export import OnnxExport
 from edgetune.recipe_quantize import Recover
 from edgetune.runtime.engine import TokenRow, greedy
 from tests.conftest import make_tiny_model
+from tests.export.support import without_template
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -49,8 +50,16 @@ def exported(narrow: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Arti
 
 def test_the_first_builder_keeps_its_identities() -> None:
     settings = {"precision": "int4", "accuracy_level": 4, "head_bits": 8}  # all there was before there were two
-    assert onnx_export.planned_identity(OnnxExport(), "source") == identity("export.onnx/1", settings, ["source"])
-    assert onnx_export.planned_identity(own("int4"), "source") != identity("export.onnx/1", settings, ["source"])
+    assert onnx_export.planned_identity(OnnxExport(), "source") == identity(onnx_export.STAGE, settings, ["source"])
+    assert onnx_export.planned_identity(own("int4"), "source") != identity(onnx_export.STAGE, settings, ["source"])
+
+
+def test_a_base_without_a_chat_template_is_held_on_the_texts(tiny_model: Artifact, tmp_path: Path) -> None:
+    source = without_template(tiny_model, tmp_path / "model")
+    made = onnx_export.run(own("fp32"), source, tmp_path / "out")
+    n_tokens = sum(len(text.ids) for text in Golden.read(source.path).texts)
+    assert made.manifest.notes["parity"]["fp32"]["n_positions"] == n_tokens > 100
+    assert (made.path / "LICENSE").read_text() == "Do as you like."
 
 
 def test_our_engine_reads_it_in_steps_and_rows(exported: Artifact, narrow: Artifact) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from edgetune.artifact import Artifact
 from edgetune.commands import run_commands
 from edgetune.compress import quantize
+from edgetune.data.golden import Golden
 from edgetune.errors import ContractError, StageError, UnsupportedError
 from edgetune.export import tensorrt
 from edgetune.export.decoder_graph import FusedGraph, PlainGraph
@@ -24,6 +26,8 @@ from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import TensorrtExport
 from edgetune.recipe_quantize import Recover
 from edgetune.runtime.engine import why_not_run
+from edgetune.runtime.engines import tensorrt_engine
+from tests.export.support import without_template
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -55,6 +59,51 @@ def test_an_engine_of_float16_is_built_and_says_that_it_was_not_run(tiny_model: 
     assert not [name for name in manifest.files if name.endswith((".onnx", ".data"))]
     assert str(tmp_path).encode() not in (made.path / "model.engine").read_bytes()
     assert run_commands(made, Path("there"))[0] == "edgetune bench there"
+
+
+def test_a_base_without_a_chat_template_is_held_on_the_texts(tiny_model: Artifact, tmp_path: Path) -> None:
+    source = without_template(tiny_model, tmp_path / "model")
+    notes = tensorrt.run(FP16, source, tmp_path / "engine").manifest.notes
+    assert notes["parity"]["graph in onnxruntime"]["n_positions"] == notes["contract"]["tokens"] > 100
+
+
+def test_the_identity_names_the_library_and_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of one version are refused by another, and those for the GPU of a machine by other GPUs."""
+    import torch
+
+    here, named = TensorrtExport(library="tensorrt"), TensorrtExport()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    first = [tensorrt.planned_identity(config, "source") for config in (here, named)]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B")
+    second = [tensorrt.planned_identity(config, "source") for config in (here, named)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    third = [tensorrt.planned_identity(config, "source") for config in (here, named)]
+    monkeypatch.setattr(tensorrt, "version", lambda _: "99.0")
+    last = [tensorrt.planned_identity(config, "source") for config in (here, named)]
+    assert len({first[0], second[0], third[0], last[0]}) == 4
+    assert first[1] == second[1] == third[1] != last[1]
+
+
+def test_the_stop_set_that_a_checkpoint_declares_is_training_s(tiny_model: Artifact, tmp_path: Path) -> None:
+    source = Artifact(Path(shutil.copytree(tiny_model.path, tmp_path / "model")), tiny_model.manifest)
+    (source.path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    with pytest.raises(ContractError, match=r"the checkpoint declares \[2, 7\], training ended answers at \[2\]"):
+        tensorrt.run(FP16, source, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_the_bos_is_read_from_the_files_that_ship(tiny_model: Artifact, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model.path, tmp_path / "engine"))
+    settings = dict.fromkeys(tensorrt_engine.NEEDED, 0) | {"stop_ids": [2]}
+    (folder / tensorrt.SETTINGS).write_text(json.dumps(settings))
+    golden = Golden.read(folder)
+    assert tensorrt._hold_contract(golden, folder)["n_bos"] == 1
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|endoftext|>"}))
+    with pytest.raises(ContractError, match="training starts a conversation with id 1, the runtime knows 0"):
+        tensorrt._hold_contract(golden, folder)
 
 
 def test_an_engine_of_int4_holds_the_checkpoint(checkpoint: Artifact, tmp_path: Path) -> None:
@@ -137,7 +186,7 @@ def job(folder: Path, profiles: list[Any], *capabilities: str) -> dict[str, Any]
         ({"precision": "int4", "compute_capability": ["7.5", "8.6"]}, {}, Rtn(), "7.5 has no int4"),
         ({"library": "tensorrt", "compute_capability": ["8.6"]}, {}, None, "leave compute_capability out"),
         ({"max_length": 8192}, {}, None, "max_length=8192 is more than the 4096 positions"),
-        ({}, {"architectures": ["FalconForCausalLM"]}, None, "FalconForCausalLM is not exported"),
+        ({}, {"architectures": ["FalconForCausalLM"]}, None, "FalconForCausalLM is not written as a graph"),
     ],
 )
 def test_check_refuses_before_any_work(
