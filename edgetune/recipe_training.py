@@ -275,8 +275,8 @@ class Prefer(Closed):
             raise ValueError(f"generations={self.generations} does not divide the {self.batch_size} answers of a step")
         if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
             raise ValueError("kto compares rows of a batch with one another; give at least 2 rows at once")
-        if self.method == "ipo" and self.beta == 0:
-            raise ValueError("ipo divides by beta, which is 0; give more than 0, such as 0.1")
+        if self.method in ("dpo", "ipo", "kto") and self.beta == 0:
+            raise ValueError(f"{self.method} learns nothing with beta 0; give more than 0, such as 0.1")
         watching = {"eval_steps", "patience", "best_by"} & self.model_fields_set
         if self.eval_rows is None and watching:
             raise ValueError(f"{', '.join(sorted(watching))}: no rows are set aside to look at; set eval_rows")

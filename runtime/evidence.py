@@ -89,7 +89,8 @@ class Accuracy(Record):
 class TaskRow(Record):
     """One row of a task. The mean of `scores` over rows is the figure, and of differences between them its loss.
 
-    Where a figure is no mean of rows (F1, BLEU, AUC), a row's share is its jackknife pseudo-value.
+    Where a figure is no mean of rows (F1, BLEU, AUC), a row's share is its jackknife pseudo-value, moved so
+    that the mean of all is the figure.
     """
 
     gold: str

@@ -64,13 +64,7 @@ def percentile_interval(
     value = float(np.percentile(np.concatenate(arrays), q))
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(arrays), size=(n_resamples, len(arrays)))
-    if len({len(array) for array in arrays}) == 1:
-        table = np.stack(arrays)
-        drawn = np.concatenate(
-            [np.percentile(table[part].reshape(len(part), -1), q, axis=1) for part in np.array_split(picks, 20)]
-        )
-    else:
-        drawn = np.array([np.percentile(np.concatenate([arrays[i] for i in pick]), q) for pick in picks])
+    drawn = _percentiles(arrays, picks, q)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high))
 
@@ -92,11 +86,19 @@ def percentile_ratio(
         if not arrays:
             raise ValueError("a percentile needs at least one sample")
         picks = rng.integers(len(arrays), size=(n_resamples, len(arrays)))
-        drawn = np.array([np.percentile(np.concatenate([arrays[i] for i in pick]), q) for pick in picks])
-        sides.append((float(np.percentile(np.concatenate(arrays), q)), drawn))
+        sides.append((float(np.percentile(np.concatenate(arrays), q)), _percentiles(arrays, picks, q)))
     (value_after, drawn_after), (value_before, drawn_before) = sides
     low, high = np.quantile(drawn_after / drawn_before, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value_after / value_before, float(low), float(high))
+
+
+def _percentiles(arrays: Sequence[Floats], picks: NDArray[np.int64], q: float) -> Floats:
+    """Give the percentile of each resample [n_resamples] of groups, from the groups that it picks."""
+    if len({len(array) for array in arrays}) > 1:
+        return np.array([np.percentile(np.concatenate([arrays[i] for i in pick]), q) for pick in picks])
+    table = np.stack(arrays)
+    parts = np.array_split(picks, 20)
+    return np.concatenate([np.percentile(table[part].reshape(len(part), -1), q, axis=1) for part in parts])
 
 
 def repeatability(runs: Sequence[float], *, confidence: float = 0.95) -> float:

@@ -23,7 +23,13 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 Call = Callable[..., tuple[int, str, str]]
+LONGEST = ("test_quickstart.py", "test_pipeline.py", "test_resume.py")
 WORDS = ["turn", "the", "light", "in", "kitchen", "set", "to", "percent", "at", "what", "temperature", "of", "boiler"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files first that take minutes, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -296,7 +296,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ipo without a beta": (
         raw(prefer={"method": "ipo", "train": "t", "beta": 0}),
-        r"prefer: ipo divides by beta, which is 0; give more than 0, such as 0\.1$",
+        r"prefer: ipo learns nothing with beta 0; give more than 0, such as 0\.1$",
     ),
     "a key that is a number": (raw() | {1: 2}, r"1"),  # type: ignore[dict-item]
 }  # fmt: skip

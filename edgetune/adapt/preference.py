@@ -84,15 +84,15 @@ def run(
 
     golden = Golden.read(source.path)
     tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    if all(talk.trained_ids is None for talk in golden.conversations):  # a base's own, or none
-        shown = [example.rows[0] for example in examples[:GOLDEN_ROWS]]
-        golden = trained_golden(tokenizer, shown, golden.stop_ids)
     rendered = [[render(row, tokenizer, golden.stop_ids) for row in example.rows] for example in examples]
     kept = [i for i, pair in enumerate(rendered) if _fits(config, pair)]
     if not kept:
         shortest = min(max(len(r.ids) for r in pair) for pair in rendered)
         raise DataError(f"{config.train}: every row is longer than prefer.max_length={config.max_length} tokens "
                         f"(shortest {shortest}); raise it")  # fmt: skip
+    if all(talk.trained_ids is None for talk in golden.conversations):  # a base's own, or none
+        shown = [examples[i].rows[0] for i in kept[:GOLDEN_ROWS]]
+        golden = trained_golden(tokenizer, shown, golden.stop_ids)
     aside, order, fallbacks = _split(config, rendered, kept, seed)
     if config.method == "kto" and len({examples[i].label for i in order}) == 1:
         raise DataError(f"{config.train}: all {len(order)} rows to train on have the same label; kto wants both")

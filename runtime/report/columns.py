@@ -177,5 +177,6 @@ BUDGETS = {
 def budget(key: str) -> Budget:
     """Say how a budget is shown; one that is not known is shown as it is stored."""
     if key.endswith(" loss") and ": " in key:  # of a task, whose losses have a table of their own
-        return Budget("", f"{key[0].upper()}{key[1:]}".replace("_", " "), "points", 100.0, 2)
+        unit = "%" if key.endswith("perplexity loss") else "points"  # its loss is a relative rise
+        return Budget("", f"{key[0].upper()}{key[1:]}".replace("_", " "), unit, 100.0, 2)
     return BUDGETS.get(key, Budget("", key, "", 1.0, 3))

@@ -250,6 +250,17 @@ def test_a_cut_model_gives_the_logits_of_the_whole_one(pair: tuple[Artifact, Art
     hold(made.path)
 
 
+def test_licences_go_along(pair: tuple[Artifact, Artifact, list[int]], tmp_path: Path) -> None:
+    source, made, kept = pair
+    folder, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(source.path, folder)
+    (folder / "LICENSE.txt").write_text("mine")
+    out.mkdir()
+    shutil.copyfile(made.path / "config.json", out / "config.json")
+    tokenizer_files.write(folder, out, kept)
+    assert (out / "LICENSE.txt").read_text() == "mine"
+
+
 def test_a_cut_model_passes_the_contract_of_gguf(pair: tuple[Artifact, Artifact, list[int]], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     from edgetune.export import gguf

@@ -65,7 +65,7 @@ def test_several_rows_give_what_each_gives_alone(engine: Engine) -> None:
         for row, ids in enumerate(rows):
             alone = [engine.prefill(ids), engine.decode(7 + row), engine.decode(9 + row)]
             for found, wanted in zip(steps, alone, strict=True):
-                np.testing.assert_allclose(found[row], wanted, atol=2e-4, rtol=0)
+                np.testing.assert_allclose(found[row], wanted, atol=4e-4, rtol=0)
 
 
 def test_an_engine_knows_what_a_token_reads(engine: Engine, tiny_model: Artifact) -> None:

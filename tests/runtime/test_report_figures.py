@@ -166,6 +166,7 @@ def test_a_task_of_one_text_has_no_bounds_on_the_page(report: Report, tmp_path: 
     assert {line.bounds for line in lines} == {DASH}
     (budget,) = view.budgets
     assert {check.interval for check in budget.checks.values()} == {""}
+    assert budget.limit == "at most 5 %"
     paths = write_report(judged, tmp_path)
     assert read_report(paths["json"]) == judged
     without = build_view(report.model_copy(update={"tasks": cut}))  # no verdict has bounds of it
