@@ -138,6 +138,8 @@ class Estimator:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
             return self._distilling(method, after)
+        if isinstance(method, Prune) and not method.cuts_blocks:
+            return Cost(START_S, RUNTIME_MIB + 4 * before.bytes_16 / MIB)
         if isinstance(method, Prune):
             once = self._calibrating(method.calibration, before, solves=False)
             return Cost(once.seconds + self._searching(method, before), once.memory_mib + 4 * before.bytes_16 / MIB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 from edgetune.adapt import merge, preference, sft, trainer
 from edgetune.compress import answers, distill, moments, sensitivity, teacher, update_left
@@ -149,12 +150,19 @@ class Graph:
             return distill.planned_identity(
                 method, student, self.model, said, rows, self.recipe.seed, *([] if written is None else [written])
             )
-        calibration = getattr(method, "calibration", None)
-        digest = self.calibration(calibration, n_tokens).digest if calibration is not None else None
+        shown = self.shown_to(method, n_tokens)
+        digest = shown.digest if shown is not None else None
         measured = self.sensitivity(step, source, n_tokens)
         more = () if measured is None else (measured,)
         planned: str = STAGES[type(method)].planned_identity(method, source, digest, *more, **self.kept_tokens(method))
         return planned
+
+    def shown_to(self, method: Any, n_tokens: int | None) -> CalibrationSet | None:
+        """Give the calibration rows that a compress step reads, None where it reads none."""
+        config = getattr(method, "calibration", None)
+        if config is None or (isinstance(method, Prune) and not method.cuts_blocks):
+            return None
+        return self.calibration(config, n_tokens)
 
     def sensitivity(self, step: CompressStep, source: str, n_tokens: int | None) -> str | None:
         """Identity of what each layer's bits cost `source`, None where a step chooses none."""

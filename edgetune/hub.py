@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import DiskSpaceError, SourceError, is_full_disk
 from edgetune.progress import Report
 
-SMALL = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*")
+SMALL, LICENCES = ("*.json", "*.jinja", "*.txt", "tokenizer.model"), ("LICENSE*", "NOTICE*")
 WEIGHTS = "*.safetensors"
 MB = 10**6
 
@@ -31,11 +32,15 @@ def is_hub_id(base: str) -> bool:
 def download(base: str, revision: str | None, *, weights: bool, progress: Report) -> Snapshot:
     """Download a model; without `weights` what says what it is. Raises SourceError, DiskSpaceError."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError, IncompleteSnapshotError
 
     patterns = [*SMALL, WEIGHTS] if weights else [*SMALL]
+    ask = partial(snapshot_download, base, revision=revision, tqdm_class=_bars(progress))
     try:
-        folder = snapshot_download(base, revision=revision, allow_patterns=patterns, tqdm_class=_bars(progress))
+        try:
+            folder = ask(allow_patterns=[*patterns, *LICENCES])
+        except IncompleteSnapshotError:  # no network, and a cache that was filled without licences
+            folder = ask(allow_patterns=patterns)
     except (HfHubHTTPError, OSError, ValueError) as error:
         if is_full_disk(error):
             raise DiskSpaceError(f"base {base!r}: no space left on the disk of the hub's cache; make room") from error

@@ -25,7 +25,7 @@ from edgetune.runtime.tasks import TaskWork, score_tasks
 from edgetune.runtime.worker import Job
 
 ACCURACY_STAGE = "measure.accuracy/5"
-LATENCY_STAGE = "measure.latency/2"
+LATENCY_STAGE = "measure.latency/3"
 TASKS_STAGE = "measure.tasks/2"
 PACK = "reference.npz"
 ACCURACY = "accuracy.json"

@@ -1,7 +1,8 @@
 """Where a base model comes from: a hub id, a folder, a `.gguf` file or an installed package.
 
 Each becomes the same `model` artifact: bfloat16 safetensors, tokenizer, chat template, generation config, licences and
-golden conversations. Pickle weights and remote code are refused, and so is what would lack a tensor or lose one.
+golden conversations. Pickle weights and remote code are refused, a folder that lacks a tensor, and a `.gguf` file that
+would lose one.
 """
 
 from __future__ import annotations
@@ -147,6 +148,11 @@ def run(source: Source, out: Path, progress: Report = silent) -> Artifact:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy tokenizer, chat templates, generation config and licences from one artifact folder to another."""
     _copy(source, out, _found(source, (*TOKENIZER_FILES, TEMPLATES, *LICENCES)))
+
+
+def copy_beside(source: Path, out: Path) -> None:
+    """Copy further chat templates and licences, which name no token by its id."""
+    _copy(source, out, _found(source, (TEMPLATES, *LICENCES)))
 
 
 def _found(folder: Path, patterns: Collection[str]) -> list[str]:

@@ -67,8 +67,7 @@ class Steps:
         recipe, method = self.recipe, step.method
         if isinstance(method, Distill):
             return self._distill(name, label, method, source, identity, n_tokens)
-        stage, calibration = STAGES[type(method)], getattr(method, "calibration", None)
-        shown = self.graph.calibration(calibration, n_tokens) if calibration is not None else None
+        stage, shown = STAGES[type(method)], self.graph.shown_to(method, n_tokens)
         more: dict[str, Any] = dict(self.graph.kept_tokens(method))
         if (read := self._sensitivity(name, step, source, n_tokens)) is not None:
             more["sensitivity"] = read

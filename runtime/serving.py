@@ -135,8 +135,10 @@ class _Connection:
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     """Give the JSON object of each server-sent event, up to the one that ends the stream.
 
-    Raises HTTPException where the stream was cut before that, and ValueError for what is no object.
+    Some servers send none of those: then one that says why the answer ends. Raises HTTPException where the stream was
+    cut before either, and ValueError for what is no object.
     """
+    finished = False
     for line in response:
         if line.startswith(DATA):
             data = line[len(DATA) :].strip()
@@ -146,7 +148,9 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             if not isinstance(event, dict):
                 raise ValueError(f"an event is no JSON object: {str(event)[:80]!r}")
             yield event
-    raise http.client.HTTPException("the stream ended before [DONE]")
+            finished = finished or any(choice.get("finish_reason") for choice in event.get("choices") or ())
+    if not finished:
+        raise http.client.HTTPException("the stream ended before [DONE]")
 
 
 def _read(event: dict[str, Any]) -> tuple[bool, int | None]:

@@ -115,21 +115,25 @@ def test_a_damaged_artifact_is_refused_and_made_again(tmp_path: Path, damage: An
 
 
 @pytest.mark.parametrize(
-    "name", ["../stranger.bin", "{folder}/stranger.bin", "sub/../../stranger.bin", "link", "linked/x"]
+    "name", ["../stranger.bin", "{folder}/stranger.bin", "sub/../../stranger.bin", "linked/../stranger.bin"]
 )
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     made = make(tmp_path / "out")
     (tmp_path / "stranger.bin").write_text("weights")
     (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "x").write_text("weights")
-    (made.path / "link").symlink_to(tmp_path / "stranger.bin")
     (made.path / "linked").symlink_to(tmp_path / "far")
-    (tmp_path / "beside").symlink_to(made.path)
-    assert Artifact.open(tmp_path / "beside").digest == made.digest
     text = (made.path / MANIFEST).read_text()
     (made.path / MANIFEST).write_text(text.replace('"a.bin"', f'"{name.format(folder=tmp_path)}"'))
     with pytest.raises(ArtifactError, match=r"manifest\.json names '.*', which lies outside of its folder$"):
         Artifact.open(made.path)
+
+
+def test_a_file_may_lie_elsewhere_and_be_linked(tmp_path: Path) -> None:
+    made = make(tmp_path / "out")
+    (made.path / "a.bin").rename(tmp_path / "blob")
+    (made.path / "a.bin").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    (tmp_path / "beside").symlink_to(made.path)
+    assert Artifact.open(tmp_path / "beside").digest == made.digest
 
 
 def test_verify_finds_a_flipped_byte(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def go_on(trainer: Trainer, work: Path) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         return
     trainer.state = state  # the Trainer itself would take one step more
-    if trainer.args.load_best_model_at_end:
+    if trainer.args.load_best_model_at_end and state.best_global_step:
         best = work / f"checkpoint-{state.best_global_step}"  # the path that is stored may be of another mount
         if not _is_whole(best):
             raise StageError(f"{best}, the best checkpoint, is gone; remove {work} and train again")

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from edgetune.adapt import methods, out_of_memory, rewards
 from edgetune.adapt.base import load_base
 from edgetune.adapt.callbacks import CheckpointSeal, ProgressReport, SpeedLog, tensorboard
-from edgetune.adapt.trainer import refuse_diverged
+from edgetune.adapt.curves import diverged
 from edgetune.artifact import Artifact, draft, identity, json_digest
 from edgetune.data.formats import Row, read_rows
 from edgetune.data.golden import GOLDEN_ROWS, Golden, trained_golden
@@ -35,6 +35,7 @@ from edgetune.training_memory import Lengths
 STAGE = "adapt.prefer/3"
 WATCHED = {"loss": "loss", "pair_accuracy": "rewards/accuracies", "reward": "reward"}  # as trl calls them
 PATIENCE = 3
+NONE_GOOD = "no answer is labelled good, and kto learns nothing from bad ones alone"
 SPEED = "prefer-speed.json"  # in the folder of the logs
 
 
@@ -50,7 +51,10 @@ def read(config: Prefer) -> list[Example]:
     """Read the rows that a method trains on. Raises DataError naming file and line."""
     path, form, limit = Path(config.train), config.format, config.train_rows
     if config.method == "kto":
-        return [Example((row.row,), row.label) for row in read_kto(path, form, limit)]
+        found = [Example((row.row,), row.label) for row in read_kto(path, form, limit)]
+        if not any(example.label for example in found):
+            raise DataError(f"{path}: {NONE_GOOD}")
+        return found
     if config.method != "grpo":
         return [Example(row.rows) for row in read_preferences(path, form, limit)]
     rows = read_rows(path, form, limit)
@@ -94,8 +98,8 @@ def run(
         shown = [examples[i].rows[0] for i in kept[:GOLDEN_ROWS]]
         golden = trained_golden(tokenizer, shown, golden.stop_ids)
     aside, order, fallbacks = _split(config, rendered, kept, seed)
-    if config.method == "kto" and len({examples[i].label for i in order}) == 1:
-        raise DataError(f"{config.train}: all {len(order)} rows to train on have the same label; kto wants both")
+    if config.method == "kto" and not any(examples[i].label for i in order):
+        raise DataError(f"{config.train}: {NONE_GOOD} among the {len(order)} rows to train on")
     made = planned_identity(config, source.identity, examples, seed)
     with draft(
         out,
@@ -128,14 +132,14 @@ def run(
 
         least = 2 if config.method == "kto" else 1  # it compares rows of a batch with one another
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress, least=least, evaluates=False)
-        refuse_diverged(trainer.state)
+        lost = diverged(trainer)
         methods.save_adapter(trainer.model, pending.path, source.identity)
         golden.write(pending.path)
         pending.seed = seed
         pending.notes.update(_history(trainer.state))
         pending.notes["rows"] = {"train": len(order), **({"early_stopping": len(aside)} if aside else {})}
         pending.notes["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        pending.fallbacks.extend([*fallbacks, *ran_out])
+        pending.fallbacks.extend([*fallbacks, *ran_out, *lost])
         if len(kept) < len(examples):
             pending.fallbacks.append(
                 f"{len(examples) - len(kept)} rows are longer than prefer.max_length={config.max_length} and left out"

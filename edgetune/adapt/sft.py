@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from edgetune import training_memory
 from edgetune.adapt import methods, out_of_memory, processes
 from edgetune.adapt.callbacks import GradualUnfreezing, KeptWithin, SpeedLog
+from edgetune.adapt.curves import diverged, history
 from edgetune.adapt.ewc import N_TOKENS, Consolidation, general_rows
 from edgetune.adapt.pull import Pull
-from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, history, make_trainer, refuse_diverged
+from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, make_trainer
 from edgetune.artifact import Artifact, identity, json_digest
 from edgetune.compress.checkpoint import read_config
 from edgetune.data.checks import refuse_untaught
@@ -109,7 +110,7 @@ def run(
             return trainer
 
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
-        refuse_diverged(trainer.state)
+        lost = diverged(trainer)
         if processes.is_first():
             if full:
                 trainer.model.to(torch.bfloat16).save_pretrained(pending.path)
@@ -124,7 +125,7 @@ def run(
         if mixture is not None:
             pending.notes["mixture"] = mixture.summary
         pending.seed = seed
-        pending.fallbacks.extend([*data.fallbacks, *ran_out])
+        pending.fallbacks.extend([*data.fallbacks, *ran_out, *lost])
         pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
         pending.notes["trained_parameters"] = sum(

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
 
 from edgetune.adapt import methods, processes
 from edgetune.adapt.allocator import give_back
@@ -31,7 +30,7 @@ from edgetune.adapt.order import GroupedByLength
 from edgetune.data.checks import apart
 from edgetune.data.render import Rendered
 from edgetune.devices import has_fast_bfloat16
-from edgetune.errors import DataError, StageError
+from edgetune.errors import DataError
 from edgetune.packed import TOKENS, Layout, can_pack, multiple, packed_attention, shared_start
 from edgetune.progress import Report
 from edgetune.recipe_training import Training
@@ -116,6 +115,13 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             return super()._get_train_sampler(train_dataset)
         n_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedByLength(n_rows, self.train_dataset.lengths, self.args.seed, lambda: self.state)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Give all rows to each process: shares are filled up with copies, which would count twice."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return torch.utils.data.DataLoader(rows, self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Give the mean loss of all labels, and the share of rows whose every label is the likeliest token.
@@ -370,29 +376,3 @@ def _packs(model: nn.Module, config: Training) -> bool:
     if config.gradient_checkpointing and FusedDecoder.of(methods.causal_of(model)) is None:
         return False
     return can_pack(model) and not methods.is_prefix(model)
-
-
-def refuse_diverged(state: TrainerState) -> None:
-    """Raise StageError where the last loss that was logged is no number: such weights are worth nothing."""
-    for key, what in (("eval_loss", "held-out loss"), ("loss", "loss")):
-        last = next((entry for entry in reversed(state.log_history) if key in entry), None)
-        if last is not None and not math.isfinite(last[key]):
-            raise StageError(
-                f"training diverged: the {what} at step {last['step']} is {last[key]}; lower learning_rate"
-            )
-
-
-def history(state: TrainerState) -> dict[str, Any]:
-    """Curves by step, without times: the manifest must not change from run to run."""
-
-    def curve(key: str) -> list[list[float]]:
-        return [[e["step"], round(float(e[key]), 6)] for e in state.log_history if key in e]
-
-    return {
-        "steps": state.global_step,
-        "loss": curve("loss"),
-        "heldout_loss": curve("eval_loss"),
-        "heldout_exact_match": curve("eval_exact_match"),
-        "learning_rate": [[e["step"], e["learning_rate"]] for e in state.log_history if "learning_rate" in e],
-        "gradient_norm": curve("grad_norm"),
-    }

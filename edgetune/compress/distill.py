@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt import out_of_memory
-from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Rows, Split, history, make_trainer
+from edgetune.adapt.curves import diverged, history
+from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Rows, Split, make_trainer
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress import answers as answering
 from edgetune.compress import pairing
@@ -116,6 +117,7 @@ def run(
             )  # fmt: skip
 
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
+        lost = diverged(trainer)
         model = trainer.model
         if config.hidden_weight:
             delattr(model, PROJECTION)
@@ -124,7 +126,7 @@ def run(
         golden.write(pending.path)
         hold(pending.path)
         pending.seed = seed
-        pending.fallbacks.extend([*data.fallbacks, *ran_out])
+        pending.fallbacks.extend([*data.fallbacks, *ran_out, *lost])
         pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
         pending.notes["parameters"] = sum(p.numel() for p in model.parameters())

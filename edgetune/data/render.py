@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What a template that asks for the day is told, in training and in goldens: Llama's own answer where there is no clock.
 DAY = datetime(2024, 7, 26)
 CLOCK = "strftime_now"  # what templates ask it with
-_DIRECTIVES = [f"%{one}" for one in ("-d", "-m", "-H", "-I", *"aAbBcdDeFHIjmMpSTxXyY")]
+_DIRECTIVES = [f"%{one}" for one in ("-d", "-m", "-H", "-I", *"aAbBcdDefFHIjmMpSTUwxXyYZ%")]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def apply_template(
     template = tokenizer.get_chat_template(tools=list(tools) or None)
     if CLOCK in template:
         told = "".join(f" | replace('{one}', '{DAY.strftime(one)}')" for one in _DIRECTIVES)
-        template = f"{{%- macro {CLOCK}(form) -%}}{{{{ form{told} }}}}{{%- endmacro %}}\n{template}"
+        template = f"{{%- macro {CLOCK}(format) -%}}{{{{ format{told} }}}}{{%- endmacro %}}\n{template}"
     return str(
         tokenizer.apply_chat_template(
             list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generate,
@@ -141,5 +141,5 @@ def _template(tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[dict[
 
     try:
         return apply_template(tokenizer, messages, tools=row.tools, generate=generate)
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, ValueError, TypeError) as error:
         raise DataError(f"line {row.line}: the chat template refuses the row ({error})") from error

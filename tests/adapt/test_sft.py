@@ -259,7 +259,7 @@ def test_the_best_checkpoint_is_found_where_the_store_was_moved(
 
 
 def test_a_training_that_diverged_leaves_no_adapter(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"^training diverged: the .*loss at step \d is nan; lower learning_rate$"):
+    with pytest.raises(StageError, match=r"^training diverged at step \d: its loss is no number; lower learning_rate$"):
         train(tiny_model, tmp_path / "adapter", rows, CONFIG.model_copy(update={"learning_rate": 1e30}))
     assert not (tmp_path / "adapter").exists()
 

@@ -130,6 +130,12 @@ def test_a_request_that_fails_is_counted_and_the_others_go_on(
     assert "\n" not in bad.error
 
 
+def test_a_server_may_end_with_a_reason_alone(scripted: Server) -> None:
+    last = {"choices": [{"text": "", "finish_reason": "length"}]}
+    (case,) = serving.measure(scripted(lambda s: s.stream("a", "b", last, done=False)), PROMPTS, n_tokens=2).cases
+    assert {request.error for request in case.requests} == {None}
+
+
 def test_clients_ask_at_once_and_rates_do_not_wait(scripted: Server) -> None:
     endpoint = scripted(lambda s: s.stream("a", "b", wait_s=0.1))
     one, four, fast = serving.measure(

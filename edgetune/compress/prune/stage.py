@@ -31,7 +31,7 @@ SEARCH_TOP_K = 64  # buckets in which the search compares distributions
 
 
 def planned_identity(
-    config: Prune, source_identity: str, calibration_digest: str, kept_tokens: Sequence[int] | None = None
+    config: Prune, source_identity: str, calibration_digest: str | None, kept_tokens: Sequence[int] | None = None
 ) -> str:
     """Give the identity of the model that `run` would make."""
     return identity(STAGE, _config(config), [source_identity], _sources(config, calibration_digest, kept_tokens))
@@ -42,7 +42,7 @@ def run(
     source: Artifact,
     out: Path,
     *,
-    calibration: CalibrationSet,
+    calibration: CalibrationSet | None,
     kept_tokens: Sequence[int] | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -52,7 +52,7 @@ def run(
 
     Blocks are chosen first, widths then within those that stay, all from one pass over the calibration rows. A search
     that was killed goes on after the last block that it took out. `kept_tokens` are the ids that stay, ascending,
-    where `config.vocabulary` says how many; where nothing else is cut, calibration is not read.
+    where `config.vocabulary` says how many; where nothing else is cut, `calibration` is not read.
     Raises UnsupportedError before any work, StageError where a loss of the search is not finite.
     """
     from edgetune.compress.checkpoint import read_config
@@ -64,20 +64,22 @@ def run(
         tokenizer_files.check_folder(source.path)
         model_config = tokenizer_files.renumbered(model_config, kept_tokens)
     require_space(out.parent, source.size_bytes)
+    ids, digest = (calibration.ids, calibration.digest) if calibration is not None else (None, None)
     with draft(
         out, kind="model", stage=STAGE, config=_config(config), parents=[source],
-        sources=_sources(config, calibration.digest, kept_tokens), versions=_versions(),
+        sources=_sources(config, digest, kept_tokens), versions=_versions(),
     ) as pending:  # fmt: skip
         model = load_model(source)
         before = sum(p.numel() for p in model.parameters())
         state = dict(model.state_dict())  # as stored, whatever the walk casts
         stats = Statistics(int(model_config["num_hidden_layers"]))
         if config.cuts_blocks:
-            stats = measure(model, calibration.ids, model_config, device=device, progress=progress)
+            assert ids is not None, "cutting blocks reads calibration rows"
+            stats = measure(model, ids, model_config, device=device, progress=progress)
             pending.notes["block_influence"] = [float(f"{value:.4g}") for value in stats.influence]
         kept = list(range(len(stats.influence)))
-        if config.layers is not None and config.search == "kl":
-            removed = _search(config, model, calibration.ids, pending.work / "search.json", device, progress)
+        if config.layers is not None and config.search == "kl" and ids is not None:
+            removed = _search(config, model, ids, pending.work / "search.json", device, progress)
             kept = [index for index in kept if index not in {block for block, _ in removed}]
             pending.notes["search"] = [[block, float(f"{loss:.4g}")] for block, loss in removed]
         elif config.layers is not None:
@@ -93,7 +95,7 @@ def run(
         else:
             tokenizer_files.write(source.path, pending.path, kept_tokens)
         hold(pending.path)
-        pending.seed, pending.calibration = seed, calibration.digest if config.cuts_blocks else None
+        pending.seed, pending.calibration = seed, digest if config.cuts_blocks else None
         pending.notes |= {
             "kept_layers": kept,
             "parameters": sum(p.numel() for p in made.parameters()),
@@ -222,8 +224,8 @@ def _read(file: Path) -> Iterator[tuple[int, float]]:
         yield from json.loads(file.read_bytes())
 
 
-def _sources(config: Prune, calibration_digest: str, kept_tokens: Sequence[int] | None) -> dict[str, str]:
-    read = {"calibration": calibration_digest} if config.cuts_blocks else {}
+def _sources(config: Prune, calibration_digest: str | None, kept_tokens: Sequence[int] | None) -> dict[str, str]:
+    read = {"calibration": calibration_digest} if config.cuts_blocks and calibration_digest is not None else {}
     return read if kept_tokens is None else read | {"tokens": json_digest(list(kept_tokens))}
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgetune.sources import Source
 
 TOKENIZER, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
-AS_THEY_ARE = ("special_tokens_map.json", "chat_template.jinja", "LICENSE*", "NOTICE*")  # name tokens by text at most
+AS_THEY_ARE = ("special_tokens_map.json", "chat_template.jinja")  # name tokens by text
 LISTS = (
     "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids",
     "sequence_bias",
@@ -79,6 +79,8 @@ def write(source: Path, out: Path, kept: Sequence[int]) -> None:
     """
     from transformers import AutoTokenizer
 
+    from edgetune.sources import copy_beside
+
     tokenizer = _json(source / TOKENIZER)
     assert tokenizer is not None, "checked before"
     _write(out / TOKENIZER, cut_tokenizer(tokenizer, kept))
@@ -91,8 +93,10 @@ def write(source: Path, out: Path, kept: Sequence[int]) -> None:
         _write(out / ADDED, {text: place[old] for text, old in added.items()})
     if (generation := _json(source / GENERATION)) is not None:
         _write(out / GENERATION, renumbered(generation, kept))
-    for file in (found for pattern in AS_THEY_ARE for found in source.glob(pattern)):
-        shutil.copyfile(file, out / file.name)
+    for name in AS_THEY_ARE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    copy_beside(source, out)
     golden = Golden.read(source)
     tokenizer_here = AutoTokenizer.from_pretrained(out, local_files_only=True)
     rendered_again(golden, tokenizer_here, [place[old] for old in golden.stop_ids]).write(out)
