@@ -85,6 +85,7 @@ def scripted() -> Iterator[Server]:
         server.server_close()
 
 
+@pytest.mark.alone
 def test_each_part_of_the_stream_is_stamped(scripted: Server) -> None:
     usage = {"choices": [], "usage": {"completion_tokens": 4}}
     endpoint = scripted(lambda s: s.stream("a", "", "b", "c", usage, wait_s=0.02))
