@@ -1,8 +1,8 @@
 """What a recipe will cost, before it runs: seconds and resident memory of each stage.
 
 Seconds are arithmetic divided by the speed of this machine's matrix products, which is measured, and by the share of
-that speed which each kind of stage reached in the committed run of the quickstart (`benchmarks/results`). They are
-good to a factor of two and a half on a machine of the same kind; `tests/test_estimate.py` holds them to that. Those of
+that speed which each kind of stage reached in runs of the quickstart, the committed one among them
+(`benchmarks/results`). They are good to a factor of two and a half on a machine of the same kind; `tests/test_estimate.py` holds them to that. Those of
 a step of `adapt` are better where they were measured (`adapt.step_time`).
 """
 
@@ -43,7 +43,9 @@ TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 1.2  # wide products are faster than the
 # What a solver does one element or one column after the other, which no matrix product speed tells of.
 WEIGHT_S, COLUMN_S = 2.3e-7, 6e-5
 HELD_MIB = 512  # of activations between two blocks; what is more is on disk
-SCORING = {"gguf": 0.22, "onnx": 0.3}  # TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's
+# Of integers, between what two machines showed: 0.22 and 0.3 where float32 is fast (a Xeon with AMX), 0.7 and 0.9 where
+# it is not (an EPYC). TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's.
+SCORING = {"gguf": 0.43, "onnx": 0.52}
 DECODING = {
     "torch": 1.5,
     "gguf": 0.6,

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Stages:
             gc.collect()  # models lie in cycles, and the next stage needs their room
             give_back()
         seconds = round(time.monotonic() - began, 1)
-        self.done.append({"name": name, "seconds": seconds, "done_before": not made_now, "identity": made})
+        took = seconds if made_now else self._took_before.get(made, 0.0)
+        self.done.append({"name": name, "seconds": took, "done_before": not made_now, "identity": made})
         self._log(event="end", stage=name, identity=made, seconds=seconds, made_now=made_now)
         for line in artifact.manifest.fallbacks:
             self.fallbacks.setdefault((made, line), name)
@@ -74,9 +76,30 @@ class Stages:
             self.console.print(f"[red]✗[/] {escape(name)}: {escape(reason)}", highlight=False)
             return None
 
+    @cached_property
+    def _took_before(self) -> dict[str, float]:
+        """What an earlier run into this folder took to make an identity, s; a line that a kill cut short is none."""
+        found: dict[str, float] = {}
+        try:
+            lines = self._log_path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return found
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if entry["event"] == "end" and entry["made_now"]:
+                    found[str(entry["identity"])] = float(entry["seconds"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "log.jsonl"
+
     def _log(self, **entry: Any) -> None:
         if not processes.is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
+        with self._log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}) + "\n")

@@ -239,8 +239,8 @@ def _case_check(name: str, figure: str, q: int, limit: float, case: LatencyCase,
     found, floor, groups = case_interval(case, figure, q), noise_floor(case, figure), waits(case, figure)
     alone = _decided(found, limit)
     spread = found.value * (floor or 0.0)
-    low, high = max(0.0, found.value - spread), found.value + spread  # no wait is below nothing
-    found = Interval(found.value, min(found.low, low), max(found.high, high))
+    least = max(0.0, found.value - spread)  # no wait is below nothing
+    found = Interval(found.value, min(found.low, least), max(found.high, found.value + spread))
     chance = f"; runs differ by {floor:.1%} by chance" if floor is not None else ""
     said = (
         f"{name} is {found.value:.3g} ms ({_range(found)} at 95% on either side, {len(groups)} generations, prompts of "

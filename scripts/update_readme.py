@@ -43,8 +43,8 @@ def results(report: Report) -> str:
         if value is not None
     ]
     spent = sum(float(stage["seconds"]) for stage in report.stages)
-    found = sum(bool(stage["done_before"]) for stage in report.stages)
-    before = f" ({found} of {len(report.stages)} stages were found in the store)" if found else ""
+    untimed = sum(not stage["seconds"] and stage["done_before"] for stage in report.stages)
+    before = f" ({untimed} of {len(report.stages)} stages were found in the store)" if untimed else ""
     machine = f"{report.machine.cpu}, {report.machine.cores} cores"
     return "\n".join([
         *lines, "",

@@ -109,6 +109,8 @@ def test_a_recipe_from_base_to_report_and_again(recipe: Recipe, tmp_path: Path) 
     repeated = {stage["name"] for stage in again.stages if not stage["done_before"]}
     assert repeated <= {"latency"}  # which is timed again where the machine was busy
     assert said.count("done before") == len(again.stages) - len(repeated)
+    took = {stage["name"]: stage["seconds"] for stage in report.stages}
+    assert all(took[stage["name"]] == stage["seconds"] for stage in again.stages if stage["done_before"])
     planned = plan.plan(recipe, Store(tmp_path / "store"))
     assert [stage.done for stage in planned] == [True] * 9 + [None] * 10
     assert {stage.name for stage in planned} == {stage["name"] for stage in report.stages}
