@@ -2,8 +2,9 @@
 
 Seconds are arithmetic divided by the speed of this machine's matrix products, which is measured, and by the share of
 that speed which each kind of stage reached in runs of the quickstart, the committed one among them
-(`benchmarks/results`). They are good to a factor of two and a half on a machine of the same kind; `tests/test_estimate.py` holds them to that. Those of
-a step of `adapt` are better where they were measured (`adapt.step_time`).
+(`benchmarks/results`). They are good to a factor of two and a half on a machine of the same kind;
+`tests/test_estimate.py` holds them to that. Those of a step of `adapt` are better where they were measured
+(`adapt.step_time`).
 """
 
 from __future__ import annotations
