@@ -134,6 +134,8 @@ class Estimator:
             return Cost(10 * along[-1].bytes_16 / 1e9, RUNTIME_MIB + along[-1].bytes_16 / MIB)
         if what == SENSITIVITY and candidate.quantizer is not None:
             return self._measuring(candidate.quantizer, along[-1])
+        if what == SENSITIVITY and gguf is not None and gguf.allocate is not None:
+            return self._comparing(gguf.allocate.rows, len(gguf.allocate.choices), along[-1])
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
@@ -169,14 +171,19 @@ class Estimator:
     def _measuring(self, method: Rtn | Gptq, sizes: Sizes) -> Cost:
         """Predict a sensitivity: half of the blocks, and the head, for each choice of each group of layers."""
         assert method.allocate is not None, "only allocate measures"
-        rows, n = method.allocate.rows, len(method.widths)
-        once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
-        seconds = START_S + 4 * sizes.n_layers * n * once / (self.speeds.training * 1e9 * CALIBRATING)
-        memory = 4 * sizes.bytes_16 / MIB
+        n = len(method.widths)
+        looking = self._comparing(method.allocate.rows, n, sizes)
         if not isinstance(method, Gptq):
-            return Cost(seconds, RUNTIME_MIB + memory)
+            return looking
         solving = self._calibrating(method.calibration, sizes, solves=True)
-        return Cost(seconds + n * solving.seconds, solving.memory_mib + memory)
+        memory = looking.memory_mib - RUNTIME_MIB + solving.memory_mib
+        return Cost(looking.seconds + n * solving.seconds, memory)
+
+    def _comparing(self, rows: Calibration, n_choices: int, sizes: Sizes) -> Cost:
+        """Predict how long `n_choices` of each group of layers are looked at."""
+        once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
+        seconds = START_S + 4 * sizes.n_layers * n_choices * once / (self.speeds.training * 1e9 * CALIBRATING)
+        return Cost(seconds, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)

@@ -12,7 +12,7 @@ from edgetune.compress.chain import STAGES, so_far, step_names, vocabulary
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError, UnsupportedError
-from edgetune.export.gguf_types import UNWEIGHED
+from edgetune.export import gguf_sensitivity
 from edgetune.recipe import Candidate, CompressStep, Gptq, Recipe
 from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, GgufExport
@@ -121,6 +121,21 @@ class Graph:
             self.floats(candidate), self.calibration(gguf.calibration, vocabulary(candidate)).digest
         )
 
+    def types_measured(self, candidate: Candidate) -> CalibrationSet | None:
+        """Give the rows that a GGUF export chooses types by, None where it chooses none."""
+        gguf = candidate.export.gguf if candidate.export else None
+        if gguf is None or gguf.allocate is None:
+            return None
+        return self._apart(gguf.allocate.rows, gguf.calibration, vocabulary(candidate))
+
+    def types_sensitivity(self, candidate: Candidate) -> str | None:
+        """Identity of what each type costs a candidate's layers, None where its export chooses none."""
+        rows, moments = self.types_measured(candidate), self.moments(candidate)
+        gguf = candidate.export.gguf if candidate.export else None
+        if rows is None or moments is None or gguf is None or gguf.allocate is None:
+            return None
+        return gguf_sensitivity.planned_identity(gguf.allocate, self.floats(candidate), moments, rows.digest)
+
     def gguf_rows(self, candidate: Candidate) -> CalibrationSet | None:
         """Give the calibration rows that a GGUF export reads, by itself or through its importance matrix."""
         gguf = candidate.export.gguf if candidate.export else None
@@ -177,9 +192,12 @@ class Graph:
         method = step.quantizer
         if method is None or method.allocate is None:
             return None
-        key = method.allocate.rows, method.calibration, n_tokens
+        return self._apart(method.allocate.rows, method.calibration, n_tokens)
+
+    def _apart(self, rows: Calibration, taken: Calibration | None, n_tokens: int | None) -> CalibrationSet:
+        key = rows, taken, n_tokens
         if key not in self._measured:
-            self._measured[key] = self.rendered(n_tokens).apart(key[0], key[1], self.recipe.seed)
+            self._measured[key] = self.rendered(n_tokens).apart(rows, taken, self.recipe.seed)
         return self._measured[key]
 
     def kept_tokens(self, method: object) -> dict[str, tuple[int, ...]]:
@@ -236,7 +254,7 @@ class Graph:
             config = candidate.export.gguf
             rows = self.gguf_rows(candidate)
             digest = rows.digest if rows is not None else None
-            return gguf.planned_identity(config, source, digest)
+            return gguf.planned_identity(config, source, digest, self.types_sensitivity(candidate))
         if candidate.export.tensorrt is not None:
             from edgetune.export import tensorrt
 
@@ -275,6 +293,7 @@ class Graph:
             yield f"{name}: {label}", made
         yield f"{name}: {UPDATE_LEFT}", self.update_left(candidate)
         yield f"{name}: {IMPORTANCE}", self.moments(candidate)
+        yield f"{name}: {SENSITIVITY}", self.types_sensitivity(candidate)
         yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
 
 
@@ -308,6 +327,9 @@ def stage_names(recipe: Recipe) -> list[str]:
         floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
         if (gguf := weighed_export(candidate)) is not None:
             add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
+            if gguf.allocate is not None:
+                asked = gguf.allocate.model_dump_json(exclude={"budget"})
+                add(f"{name}: {SENSITIVITY}", floats, gguf.calibration, asked)
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
     return names
 
@@ -332,7 +354,7 @@ def merges(config: Adapt) -> bool:
 def weighed_export(candidate: Candidate) -> GgufExport | None:
     """Give the GGUF export that reads an importance matrix, None where the candidate has none such."""
     gguf = candidate.export.gguf if candidate.export else None
-    return gguf if gguf is not None and gguf.imatrix and gguf.type not in UNWEIGHED else None
+    return gguf if gguf is not None and gguf.weighed else None
 
 
 def export_name(candidate: Candidate) -> str:
@@ -340,7 +362,9 @@ def export_name(candidate: Candidate) -> str:
     if candidate.export is None:
         return "checkpoint"
     if candidate.export.gguf is not None:
-        return f"gguf {candidate.export.gguf.type}{' gptq' if candidate.export.gguf.gptq else ''}"
+        to_gguf = candidate.export.gguf
+        mixed = f" {to_gguf.allocate.budget:g} bits" if to_gguf.allocate else ""
+        return f"gguf {to_gguf.type}{mixed}{' gptq' if to_gguf.gptq else ''}"
     if candidate.export.tensorrt is not None:
         return f"tensorrt {candidate.export.tensorrt.precision}"
     assert candidate.export.onnx is not None, "an export has exactly one key"

@@ -16,7 +16,7 @@ from edgetune.compress.chain import vocabulary
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.estimate import PROBE
-from edgetune.graph import IMPORTANCE, Graph, export_name, last_hop, scored_steps, why_not_run
+from edgetune.graph import IMPORTANCE, SENSITIVITY, Graph, export_name, last_hop, scored_steps, why_not_run
 from edgetune.outcome import Hop, Outcome
 from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.progress import reporting
@@ -100,7 +100,7 @@ class Pipeline:
         from edgetune.export import gguf
 
         assert export.gguf is not None, "an export has exactly one key"
-        to_gguf, importance, device = export.gguf, None, self.recipe.device
+        to_gguf, importance, device, more = export.gguf, None, self.recipe.device, None
         weighed, rows = self.graph.moments(candidate), self.graph.gguf_rows(candidate)
         if weighed is not None:
             assert rows is not None, "what is weighed is calibrated"
@@ -111,13 +111,34 @@ class Pipeline:
                 lambda out, progress: moments.run(floats, out, calibration=rows, device=device, progress=progress),
             )
             importance = moments.read(found)
+            if to_gguf.allocate is not None:
+                more = self._measure_types(name, candidate, floats, found)
         calibrated: dict[str, Any] = {"calibration_digest": rows.digest} if rows is not None else {}
         if rows is not None and to_gguf.gptq:
             calibrated |= {"rows": rows.ids, "device": device}
         return self.stages.run(
             label,
             made,
-            lambda out, progress: gguf.run(to_gguf, source, out, moments=importance, progress=progress, **calibrated),
+            lambda out, progress: gguf.run(
+                to_gguf, source, out, moments=importance, sensitivity=more, progress=progress, **calibrated
+            ),
+        )
+
+    def _measure_types(self, name: str, candidate: Candidate, floats: Artifact, weighed: Artifact) -> Artifact:
+        """Measure what ggml's types cost each layer, where a GGUF export chooses them by it."""
+        from edgetune.export import gguf_sensitivity
+
+        made, rows = self.graph.types_sensitivity(candidate), self.graph.types_measured(candidate)
+        asked = candidate.export.gguf.allocate if candidate.export and candidate.export.gguf else None
+        assert made is not None, "only what is allocated is measured"
+        assert rows is not None, "by rows"
+        assert asked is not None, "of choices"
+        return self.stages.run(
+            f"{name}: {SENSITIVITY}",
+            made,
+            lambda out, progress: gguf_sensitivity.run(
+                asked, floats, out, moments=weighed, measured=rows, device=self.recipe.device, progress=progress
+            ),
         )
 
     def score(

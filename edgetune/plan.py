@@ -118,8 +118,8 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
         from edgetune.export import gguf
 
         gguf.check(candidate.export.gguf, planned)
-        if candidate.export.gguf.gptq and candidate.quantizer is not None:
-            raise UnsupportedError(gguf.TWICE)
+        if candidate.quantizer is not None and (candidate.export.gguf.gptq or candidate.export.gguf.allocate):
+            raise UnsupportedError(gguf.TWICE if candidate.export.gguf.gptq else gguf.ROUNDED)
         gguf.check_rows(candidate.export.gguf, planned, chain.chosen_sizes(candidate))
         require("llama_cpp")
     if candidate.export.onnx is not None:

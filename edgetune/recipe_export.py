@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from edgetune.closed import Closed, Count, Share, exactly_one
+from edgetune.closed import Closed, Count, Positive, Share, exactly_one
 from edgetune.export.gguf_mixes import WEIGHED
-from edgetune.export.gguf_types import UNWEIGHED
+from edgetune.export.gguf_types import PLAIN, UNWEIGHED
 
 
 class Calibration(Closed):
@@ -46,6 +46,34 @@ GgufType = Literal[
 ]  # fmt: skip
 
 
+BlockType = Literal[
+    "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1",
+    "Q6_K", "Q8_0",
+]  # fmt: skip
+
+
+class AllocateTypes(Closed):
+    """Types where they matter: each group of layers gets the one that its measured divergence is worth."""
+
+    budget: Positive = Field(description="bits a weight, the mean over all linear layers of the blocks, scales counted")
+    choices: Annotated[list[BlockType], Field(min_length=2)] = Field(
+        ["Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"],
+        description="types that a group of layers may get, where their blocks divide its rows; layers that read one "
+        "input are a group",
+    )  # fmt: skip
+    rows: Calibration = Field(
+        Calibration(n_samples=8, n_tokens=128),
+        description="rows that each choice is measured on, none of which calibrates; 8 of 128 tokens if absent",
+    )
+
+    @field_validator("choices")
+    @classmethod
+    def _once(cls, choices: list[BlockType]) -> list[BlockType]:
+        if len(set(choices)) < len(choices):
+            raise ValueError("name each type once")
+        return choices
+
+
 class GgufExport(ExportFormat):
     """A GGUF file for llama.cpp."""
 
@@ -55,7 +83,29 @@ class GgufExport(ExportFormat):
         False, exclude_if=lambda value: not value,
         description="choose the codes by GPTQ, on the scales that llama.cpp found; as many bytes, less lost",
     )  # fmt: skip
+    allocate: AllocateTypes | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="a type for each group of layers; `type` is then that of the embedding and the head",
+    )  # fmt: skip
     calibration: Calibration = Calibration()
+
+    @property
+    def weighed(self) -> bool:
+        """Whether an importance matrix is read."""
+        return self.imatrix and (self.allocate is not None or self.type not in UNWEIGHED)
+
+    @model_validator(mode="after")
+    def _is_allocated_what_can_be(self) -> Self:
+        if self.allocate is None:
+            return self
+        if not self.imatrix:
+            raise ValueError("allocate measures types with an importance matrix; leave imatrix out")
+        if self.type in PLAIN:
+            raise ValueError(f"type {self.type} is written as it is; take a quantized one for embedding and head")
+        others = [kind for kind in self.allocate.choices if kind[:2] not in ("Q4", "Q5", "Q6", "Q8")]
+        if self.gptq and others:
+            raise ValueError(f"gptq: true chooses codes of Q4, Q5 and Q6 and keeps Q8_0; drop {', '.join(others)}")
+        return self
 
     @model_validator(mode="after")
     def _is_weighed_where_it_must(self) -> Self:
@@ -65,7 +115,7 @@ class GgufExport(ExportFormat):
 
     @property
     def unread(self) -> dict[str, str]:
-        if self.gptq:
+        if self.gptq or self.allocate:
             return {}
         if self.type in UNWEIGHED:
             return dict.fromkeys(("imatrix", "calibration"), f"type {self.type}")

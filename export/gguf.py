@@ -17,10 +17,12 @@ from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
 from edgetune.export import modelfile
-from edgetune.export.gguf_child import n_cpus, run_child
+from edgetune.export.gguf_allocation import check_types, layer_types
+from edgetune.export.gguf_child import convert
 from edgetune.export.gguf_codes import choose_codes
 from edgetune.export.gguf_families import common, family, gguf_name, query_width, shared_heads
-from edgetune.export.gguf_types import BLOCK, PLAIN, UNWEIGHED, choose_types
+from edgetune.export.gguf_sensitivity import read as read_sensitivity
+from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
 from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf, written_shapes
@@ -29,6 +31,7 @@ from edgetune.recipe_export import GgufExport
 
 STAGE = "export.gguf/6"
 FILE = "model.gguf"
+ROUNDED = "allocate chooses types for float weights; drop the gptq or rtn step before it"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
 
 
@@ -39,11 +42,13 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
     backends.require("gguf")
     if config.type not in PLAIN:
         backends.require("llama_cpp")
-    if config.gptq or (config.imatrix and config.type not in UNWEIGHED):
+    if config.gptq or config.weighed:
         try:
             check_architecture(dict(model_config))
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}; without gptq and with imatrix: false it can be exported") from error
+    if config.allocate is not None:
+        check_types(config.allocate, model_config)
     if not config.gptq:
         return
     if not config.type.startswith(("Q4", "Q5", "Q6")):
@@ -82,41 +87,51 @@ def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Coll
             )
 
 
-def planned_identity(config: GgufExport, source_identity: str, calibration_digest: str | None) -> str:
-    """Give the identity of what `run` would make."""
-    return artifact.identity(STAGE, config.model_dump(), [source_identity], _sources(calibration_digest))
+def planned_identity(
+    config: GgufExport, source_identity: str, calibration_digest: str | None, sensitivity: str | None = None
+) -> str:
+    """Give the identity of what `run` would make; `sensitivity` is that of the evidence which `allocate` reads."""
+    parents = [source_identity, *([sensitivity] if sensitivity else [])]
+    return artifact.identity(STAGE, config.model_dump(), parents, _sources(calibration_digest))
 
 
 def run(
     config: GgufExport, source: Artifact, out: Path, *, moments: Mapping[str, NDArray[Any]] | None,
-    calibration_digest: str | None = None, rows: NDArray[np.int64] | None = None, device: str = "cpu",
-    progress: Report = silent,
+    calibration_digest: str | None = None, rows: NDArray[np.int64] | None = None, sensitivity: Artifact | None = None,
+    device: str = "cpu", progress: Report = silent,
 ) -> Artifact:  # fmt: skip
     """Write `model.gguf` and hold it to the golden conversations of its source.
 
     `source` is a `model` or `gptq` artifact. `moments` maps module names ("model.layers.0.self_attn.q_proj") to the
     mean squared inputs [C] of the calibration rows whose digest is given; None quantizes without them. `rows` [N, T]
-    are these rows, which GPTQ reads.
+    are these rows, which GPTQ reads. `allocate` needs `sensitivity`.
     Raises UnsupportedError, StageError where llama.cpp fails, ContractError where the file is not the same model.
     """
     assert (moments is None and rows is None) == (calibration_digest is None), "they come with their digest"
     assert (rows is not None) == config.gptq, "GPTQ reads rows, nothing else does"
+    assert (sensitivity is not None) == (config.allocate is not None), "types are allocated by what was measured"
     model_config = read_config(source.path)
     check(config, model_config)
-    if config.gptq and source.manifest.kind != "model":
-        raise UnsupportedError(TWICE)
+    if (config.gptq or config.allocate) and source.manifest.kind != "model":
+        raise UnsupportedError(TWICE if config.gptq else ROUNDED)
     weights = artifact_weights(source, model_config)
     vocabulary = read_vocabulary(source.path, int(model_config["vocab_size"]))
     golden = Golden.read(source.path)
     shapes = written_shapes(weights, model_config)
     of = family(model_config)
     weighed = {gguf_name(f"{module}.weight", of): values for module, values in (moments or {}).items()}
+    given: dict[str, str] = {}
+    if config.allocate is not None and sensitivity is not None:
+        chosen = layer_types(config.allocate, model_config, read_sensitivity(sensitivity))
+        given = {gguf_name(f"{module}.weight", of): kind for module, kind in chosen.items()}
     types, fallbacks = choose_types(
-        shapes, config.type, gptq=config.gptq, n_shared=shared_heads(model_config), weighed=bool(weighed)
+        shapes, config.type, gptq=config.gptq, n_shared=shared_heads(model_config), weighed=bool(weighed), given=given
     )
     require_space(out.parent, _n_bytes(shapes, types))
+    parents = [source, *([sensitivity] if sensitivity is not None else [])]
+    measured = sensitivity.identity if sensitivity is not None else None
     with draft(
-        out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=[source],
+        out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=parents,
         sources=_sources(calibration_digest), versions=_versions(),
     ) as pending:  # fmt: skip
         pending.calibration = calibration_digest
@@ -128,11 +143,12 @@ def run(
             if config.type in PLAIN:
                 write_gguf(file, weights, model_config, vocabulary, types, config.type, progress)
             else:
-                pending.notes["importance"] = _convert(config, source, file, types, weighed, pending.work, progress)
+                used = convert(source, file, types, weighed, target=config.type, work=pending.work, progress=progress)
+                pending.notes["importance"] = f"{used} of {sum(kind != 'F32' for kind in types.values())} matrices"
             if rows is not None:
                 notes, fell_back = choose_codes(
                     file, source, weights, model_config, rows, work=pending.work, device=device, progress=progress,
-                    key=planned_identity(config, source.identity, calibration_digest),
+                    key=planned_identity(config, source.identity, calibration_digest, measured),
                 )  # fmt: skip
                 pending.notes |= notes
                 pending.fallbacks += fell_back
@@ -143,6 +159,8 @@ def run(
         shutil.copyfile(source.path / GOLDEN_FILE, pending.path / GOLDEN_FILE)
         pending.notes["ollama"] = _write_modelfile(pending.path, golden, vocabulary)
         pending.scheme = {"format": "gguf", "type": config.type, "bits_per_weight": _bits(file, shapes)}
+        if given:
+            pending.scheme["type_of"] = given
     return pending.artifact
 
 
@@ -154,23 +172,6 @@ def _write_modelfile(folder: Path, golden: Golden, vocabulary: Vocabulary) -> st
         return f"no Modelfile: {error}"
     (folder / modelfile.FILE).write_text(text, encoding="utf-8")
     return modelfile.FILE
-
-
-def _convert(
-    config: GgufExport, source: Artifact, file: Path, types: Mapping[str, str], moments: Mapping[str, NDArray[Any]],
-    work: Path, progress: Report,
-) -> str:  # fmt: skip
-    """Write a quantized file; say how many matrices were weighed by their inputs."""
-    used = {name: values for name, values in moments.items() if types.get(name, "F32") not in UNWEIGHED}
-    if used:
-        arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in used.items()}
-        np.savez(work / "moments.npz", **arrays)
-    job = {
-        "source": str(source.path), "file": str(file), "types": dict(types), "target": config.type,
-        "moments": str(work / "moments.npz") if used else None, "threads": n_cpus(),
-    }  # fmt: skip
-    run_child("edgetune.export.gguf_convert", job, work / "convert.json", progress)
-    return f"{len(used)} of {sum(kind != 'F32' for kind in types.values())} matrices"
 
 
 def _sources(calibration_digest: str | None) -> dict[str, str]:

@@ -12,10 +12,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.artifact import Artifact
 from edgetune.errors import StageError
+from edgetune.export.gguf_types import UNWEIGHED
 from edgetune.progress import Report, silent
 
 TOLD = "progress "  # what a line of progress begins with
@@ -51,6 +57,27 @@ def run_child(module: str, job: dict[str, Any], job_file: Path, progress: Report
         return result
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     raise StageError(f"{module} on {job.get('file')}: {how}; {said[-1] if said else 'it said nothing'}")
+
+
+def convert(
+    source: Artifact, file: Path, types: Mapping[str, str], moments: Mapping[str, NDArray[Any]], *, target: str,
+    work: Path, progress: Report,
+) -> int:  # fmt: skip
+    """Write a GGUF file with a type for each tensor; give how many were weighed by their inputs.
+
+    `moments` are [C] by GGUF name, `target` is what the header says, `work` a folder for what the child reads.
+    Raises StageError.
+    """
+    used = {name: values for name, values in moments.items() if types.get(name, "F32") not in UNWEIGHED}
+    if used:
+        arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in used.items()}
+        np.savez(work / "moments.npz", **arrays)
+    job = {
+        "source": str(source.path), "file": str(file), "types": dict(types), "target": target,
+        "moments": str(work / "moments.npz") if used else None, "threads": n_cpus(),
+    }  # fmt: skip
+    run_child("edgetune.export.gguf_convert", job, work / "convert.json", progress)
+    return len(used)
 
 
 def tell(done: int, total: int, label: str) -> None:

@@ -33,11 +33,13 @@ def choose_types(
     gptq: bool = False,
     n_shared: int = 1,
     weighed: bool = False,
+    given: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """Give the ggml type of each tensor, and a line for each way in which it is not the target's own.
 
     `shapes` maps GGUF tensor names to [R, C] (or [C] for norms and biases, which stay F32); `gptq` says who rounds,
-    `n_shared` how many query heads read one key/value head, `weighed` whether there is an importance matrix.
+    `n_shared` how many query heads read one key/value head, `weighed` whether there is an importance matrix. Types in
+    `given` were chosen before.
     """
     n_layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
     tied = "output.weight" not in shapes
@@ -46,7 +48,9 @@ def choose_types(
     replaced: Counter[tuple[int, str, str]] = Counter()
     n_matrices = sum(len(shape) > 1 for shape in shapes.values())
     for name, shape in shapes.items():
-        if len(shape) == 1 or name == "position_embd.weight":
+        if given and name in given:
+            types[name] = given[name]
+        elif len(shape) == 1 or name == "position_embd.weight":
             types[name] = "F32"
         elif target in PLAIN:
             types[name] = target

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.compress.scheme import Scheme
 from edgetune.errors import UnsupportedError
 from edgetune.recipe_quantize import Allocate
 
+Choice = TypeVar("Choice", int, str)  # a number of bits, or a type
 RANGE = 1e6  # what the largest divergence is scaled to: the solver's absolute tolerances are 1e-6
 
 
@@ -56,8 +57,8 @@ def layer_bits(
 
 
 def allocate(
-    losses: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], budget: int
-) -> dict[str, int]:
+    losses: Mapping[str, Mapping[Choice, float]], sizes: Mapping[str, Mapping[Choice, int]], budget: int
+) -> dict[str, Choice]:
     """Give each group its choice, so that the losses sum to the least and the sizes to `budget` at most.
 
     `losses` and `sizes` have the same groups, each with the same choices. Raises UnsupportedError where even the

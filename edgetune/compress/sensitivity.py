@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     from edgetune.compress.layerwise import Solve
     from edgetune.compress.pieces import Blocks
-    from edgetune.compress.scheme import Quantized
     from edgetune.data.calibration import CalibrationSet
 
 STAGE = "compress.sensitivity/1"
 FILE = "sensitivity.json"
 TOP_K = 256  # buckets in which distributions are compared: so many tokens by name, and all others
+Choice = TypeVar("Choice", int, str)  # a number of bits, or a type
 Losses = dict[str, dict[int, float]]  # first layer of a group -> bits -> nats a token
 
 
@@ -97,18 +97,20 @@ def read(evidence: Artifact) -> Losses:
 def measure(
     model: Any,
     rows: NDArray[np.int64],
-    solvers: Mapping[int, Solve[Quantized]],
+    solvers: Mapping[Choice, Solve[Any]],
     *,
+    fits: Callable[[Choice, int], bool] = lambda choice, width: True,
     shown: NDArray[np.int64] | None = None,
-    done: Losses | None = None,
-    keep: Callable[[Losses], None] = lambda _: None,
+    done: Mapping[str, dict[Choice, float]] | None = None,
+    keep: Callable[[dict[str, dict[Choice, float]]], None] = lambda _: None,
     device: str = "cpu",
     progress: Report = silent,
-) -> Losses:
-    """Give the divergence that each solver's numbers of bits make, group by group; the model is left as it was.
+) -> dict[str, dict[Choice, float]]:
+    """Give the divergence that each solver makes, group by group; the model is left as it was.
 
-    rows [N, T] measure, `shown` [N, T] calibrate, where a solver wants a Hessian. Groups in `done` are not measured
-    again; `keep` gets all of them after each block.
+    rows [N, T] measure, `shown` [N, T] calibrate, where a solver wants a Hessian. A group of C in-features is measured
+    with the choices for which `fits(choice, C)`. Groups in `done` are not measured again; `keep` gets all of them after
+    each block.
     """
     import torch
 
@@ -145,7 +147,9 @@ def measure(
             floats = [layer.weight.data for layer in layers]
             stacked, sizes = torch.cat(floats).float(), [len(weight) for weight in floats]
             found[names[0]] = {}
-            for bits, solve in solvers.items():
+            for choice, solve in solvers.items():
+                if not fits(choice, stacked.shape[1]):
+                    continue
                 try:
                     quantized, _ = solve(names, stacked, hessians.get(group[0]), None)
                 except EdgetuneError as error:
@@ -154,9 +158,11 @@ def measure(
                     layer.weight.data = made.to(floats[0].dtype)
                 nats = loss(hidden, index)
                 if not math.isfinite(nats):
-                    raise StageError(f"{' + '.join(names)}: with {bits} bits the model's outputs are not finite; "
-                                     "leave that choice out")  # fmt: skip
-                found[names[0]][bits] = float(f"{nats:.6g}")
+                    what = f"{choice} bits" if isinstance(choice, int) else choice
+                    raise StageError(
+                        f"{' + '.join(names)}: with {what} the model's outputs are not finite; leave that choice out"
+                    )
+                found[names[0]][choice] = float(f"{nats:.6g}")
             for layer, weight in zip(layers, floats, strict=True):
                 layer.weight.data = weight
         hidden = blocks.run(index, hidden)

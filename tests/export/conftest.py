@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgetune.errors import EdgetuneError, StageError
-from edgetune.export import gguf, gguf_adapter, gguf_child, gguf_convert, gguf_probe, gguf_verify
+from edgetune.export import gguf_adapter, gguf_child, gguf_convert, gguf_probe, gguf_verify
 from edgetune.export.gguf_child import run_child
 from edgetune.progress import Report, silent
 
@@ -34,6 +34,6 @@ def run_here(module: str, job: dict[str, Any], job_file: Path, progress: Report 
 def children_here() -> Iterator[None]:
     """Spare a test the start of llama.cpp's children, which test_gguf.py and the pipelines do start."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gguf, gguf_adapter, gguf_child, gguf_verify):
+        for module in (gguf_adapter, gguf_child, gguf_verify):
             patch.setattr(module, "run_child", run_here)
         yield
