@@ -36,7 +36,7 @@ from edgetune.runtime.engine import why_not_run
 if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
 
-STAGE = "export.tensorrt/2"
+STAGE = "export.tensorrt/3"
 ENGINE, SETTINGS = "model.engine", "tensorrt.json"
 NOT_RUN = "built, not run"
 CHUNK = 512  # most tokens of one run
@@ -141,7 +141,7 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
         pending.scheme = dict(source.manifest.scheme or {}) or {"format": "tensorrt", "bits_per_weight": 16.0}
         pending.seed, pending.calibration = source.manifest.seed, source.manifest.calibration
         pending.fallbacks = list(source.manifest.fallbacks)
-        pending.notes |= {"status": NOT_RUN, "engine": {"layers": built["layers"], **settings}}
+        pending.notes |= {"status": NOT_RUN, "engine": {"layers": built["layers"], **settings}, "build": built["log"]}
     return pending.artifact
 
 

@@ -6,13 +6,17 @@ GPU that is there) and `profiles`, each a mapping of input name to its smallest,
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgetune.backends import require
 from edgetune.errors import EdgetuneError, StageError
 from edgetune.export.gguf_child import answer, read_job
+
+MOST_WARNINGS = 20
 
 # What the parser or builder says, and what avoids it.
 ADVICE = {
@@ -26,7 +30,7 @@ ADVICE = {
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Write `out`; give the number of layers and the versions. Raises StageError in one line for a refusal."""
+    """Write `out`; give the number of layers, the version and `log_summary`. Raises StageError in one line."""
     trt: Any = require(job["library"])
     log = _log(trt)
     builder = trt.Builder(log)
@@ -50,7 +54,20 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         said = log.errors[-1] if log.errors else "it said nothing"
         raise StageError(f"TensorRT built no engine: {_short(said)}; {advice(said)}")
     Path(job["out"]).write_bytes(plan)
-    return {"layers": network.num_layers, "version": trt.__version__}
+    return {"layers": network.num_layers, "version": trt.__version__, "log": log_summary(log.infos, log.warnings)}
+
+
+def log_summary(infos: Sequence[str], warnings: Sequence[str]) -> dict[str, Any]:
+    """Give what a build's log says of the GPU's memory, in bytes, and each different warning once.
+
+    Activations are those of the profile that takes most. What this version does not say is left out.
+    """
+    said = "\n".join(infos)
+    found: dict[str, Any] = {}
+    for key, what in (("weights_bytes", "Weights"), ("activation_bytes", "Activation")):
+        if sizes := [int(n) for n in re.findall(rf"Total {what} Memory: (\d+) bytes", said)]:
+            found[key] = max(sizes)
+    return found | {"warnings": [_short(line) for line in dict.fromkeys(warnings)][:MOST_WARNINGS]}
 
 
 def refusal(error: Any, n_errors: int) -> str:
@@ -77,16 +94,22 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _log(trt: Any) -> Any:
-    """Give a logger that keeps errors for us, and lets nothing else through."""
+    """Give a logger that keeps what is said, by severity, and shows nothing."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
+            self.infos: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+            elif severity == trt.ILogger.INFO:
+                self.infos.append(message)
 
     return Log()
 

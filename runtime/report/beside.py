@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgetune.runtime import serving
 from edgetune.runtime.evidence import Accuracy, Energy, Failure, Latency, Report, Served, SweepPoint
@@ -30,6 +30,9 @@ class Line(NamedTuple):
 
 def lines(report: Report) -> Iterator[Line]:
     """Give what was measured beside, subject by subject; at the end what other machines timed."""
+    for name, manifest in report.artifacts.items():
+        if (text := built(manifest.get("notes", {}).get("build"))) is not None:
+            yield Line(name, text, f"artifacts.{name}.notes.build")
     base = next(((i, one) for i, one in enumerate(report.latency) if one.subject.name == report.reference), None)
     for i, one in enumerate(report.latency):
         for said in probed(one):
@@ -51,6 +54,21 @@ def lines(report: Report) -> Iterator[Line]:
             for said in _served(served):
                 text = f"as {served.url} serves it, asked from {place}: {said.text}"
                 yield Line(name, text, f"elsewhere[{i}].served[{j}].{said.field}")
+
+
+def built(log: dict[str, Any] | None) -> str | None:
+    """Say what the build of a TensorRT engine told of it, None where it told nothing."""
+    if log is None:
+        return None
+    sizes = [
+        f"{log[key] / MB:,.0f} MB of {what}"
+        for key, what in (("weights_bytes", "weights"), ("activation_bytes", "activations"))
+        if key in log
+    ]
+    said = [f"on the GPU {' and '.join(sizes)}, and its cache beside them"] if sizes else []
+    if (n := len(log["warnings"])) > 0:
+        said.append(f"{n} {'warnings' if n > 1 else 'warning'}, the first: {log['warnings'][0]}")
+    return f"TensorRT's build log: {'; '.join(said)}" if said else None
 
 
 def probed(one: Latency) -> Iterator[Said]:

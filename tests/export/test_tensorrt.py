@@ -21,13 +21,15 @@ from edgetune.export.decoder_layers import FloatLayers, NBitsLayers
 from edgetune.export.decoder_source import open_source
 from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
-from edgetune.export.tensorrt_build import refusal
+from edgetune.export.tensorrt_build import log_summary, refusal
 from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import TensorrtExport
 from edgetune.recipe_quantize import Recover
 from edgetune.runtime.engine import why_not_run
 from edgetune.runtime.engines import tensorrt_engine
+from edgetune.runtime.report.beside import built, lines
 from tests.export.support import without_template
+from tests.report_sample import sample_report
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -54,6 +56,10 @@ def test_an_engine_of_float16_is_built_and_says_that_it_was_not_run(tiny_model: 
     assert manifest.notes["status"] == "built, not run"
     assert manifest.notes["engine"]["compute_capability"] == ["8.0", "8.6", "8.9", "12.0"]
     assert manifest.notes["engine"]["layers"] > 100
+    build = manifest.notes["build"]
+    assert 100e3 < build["weights_bytes"] < 2e6  # float16, the tied embedding once or twice
+    assert build["activation_bytes"] > 0
+    assert "MB of weights and" in (built(build) or "")
     assert manifest.notes["parity"]["graph in onnxruntime"]["mean_kl"] < 1e-4
     assert {"model.engine", "tensorrt.json", "tokenizer.json", "golden.json"} <= set(manifest.files)
     assert not [name for name in manifest.files if name.endswith((".onnx", ".data"))]
@@ -160,6 +166,25 @@ def test_a_refusal_of_the_builder_is_one_line(checkpoint: Artifact, tmp_path: Pa
         run_child("edgetune.export.tensorrt_build", job(tmp_path, shapes, "7.5"), tmp_path / "job.json")
 
 
+def test_a_build_log_is_summed_up() -> None:
+    infos = [
+        "Total Activation Memory: 12 bytes",
+        "Total Weights Memory: 7 bytes",
+        "Total Activation Memory: 8000000 bytes",
+    ]
+    found = log_summary(infos, ["a  cast", "b", "a  cast"])
+    assert found == {"weights_bytes": 7, "activation_bytes": 8_000_000, "warnings": ["a cast", "b"]}
+    said = "TensorRT's build log: on the GPU 0 MB of weights and 8 MB of activations, and its cache beside them; "
+    assert built(found) == f"{said}2 warnings, the first: a cast"
+    assert built(log_summary(["something new"], [])) is None
+    assert built(None) is None
+    report = sample_report()
+    name = next(iter(report.artifacts))
+    report.artifacts[name] |= {"notes": {"build": found}}
+    (line,) = [one for one in lines(report) if one.source == f"artifacts.{name}.notes.build"]
+    assert (line.subject, line.text) == (name, built(found))
+
+
 def test_a_refusal_without_names_is_told_all_the_same() -> None:
     error = SimpleNamespace(node=lambda: 3, node_name=lambda: "", node_operator=lambda: "Foo",
                             desc=lambda: "No importer registered\n for op")  # fmt: skip
@@ -238,5 +263,5 @@ def test_the_real_model_is_built_for_four_generations(precision: Any, tmp_path: 
     size = (made.path / "model.engine").stat().st_size
     found = made.manifest.notes
     print(json.dumps({"precision": precision, "seconds": round(time.monotonic() - began, 1), "bytes": size,
-                      "layers": found["engine"]["layers"], "parity": found["parity"]}))  # fmt: skip
+                      "layers": found["engine"]["layers"], "build": found["build"], "parity": found["parity"]}))  # fmt: skip
     assert 100e6 < size < (600e6 if precision == "fp16" else 200e6)
