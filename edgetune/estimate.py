@@ -135,7 +135,9 @@ class Estimator:
         if what == SENSITIVITY and candidate.quantizer is not None:
             return self._measuring(candidate.quantizer, along[-1])
         if what == SENSITIVITY and gguf is not None and gguf.allocate is not None:
-            return self._comparing(gguf.allocate.rows, len(gguf.allocate.choices), along[-1])
+            n = len(gguf.allocate.choices)
+            found = self._comparing(gguf.allocate.rows, n, along[-1])
+            return Cost(found.seconds + n * EXPORT_S_PER_GB / 2 * along[-1].bytes_16 / 1e9, found.memory_mib)
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
@@ -182,7 +184,7 @@ class Estimator:
     def _comparing(self, rows: Calibration, n_choices: int, sizes: Sizes) -> Cost:
         """Predict how long `n_choices` of each group of layers are looked at."""
         once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
-        seconds = START_S + 4 * sizes.n_layers * n_choices * once / (self.speeds.training * 1e9 * CALIBRATING)
+        seconds = START_S + self._seconds(4 * sizes.n_layers * n_choices * once, CALIBRATING)
         return Cost(seconds, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
 
     def _seconds(self, flop: float, share: float) -> float:

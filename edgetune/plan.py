@@ -117,10 +117,10 @@ def check_candidate(candidate: Candidate, model_config: dict[str, Any]) -> None:
     if candidate.export.gguf is not None:
         from edgetune.export import gguf
 
-        gguf.check(candidate.export.gguf, planned)
         if candidate.quantizer is not None and (candidate.export.gguf.gptq or candidate.export.gguf.allocate):
             raise UnsupportedError(gguf.TWICE if candidate.export.gguf.gptq else gguf.ROUNDED)
         gguf.check_rows(candidate.export.gguf, planned, chain.chosen_sizes(candidate))
+        gguf.check(candidate.export.gguf, planned)
         require("llama_cpp")
     if candidate.export.onnx is not None:
         from edgetune.export import onnx

@@ -22,7 +22,7 @@ from edgetune.export.gguf_child import convert
 from edgetune.export.gguf_codes import choose_codes
 from edgetune.export.gguf_families import common, family, gguf_name, query_width, shared_heads
 from edgetune.export.gguf_sensitivity import read as read_sensitivity
-from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types
+from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types, n_bytes
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
 from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf, written_shapes
@@ -46,12 +46,13 @@ def check(config: GgufExport, model_config: Mapping[str, Any]) -> None:
         try:
             check_architecture(dict(model_config))
         except UnsupportedError as error:
-            raise UnsupportedError(f"{error}; without gptq and with imatrix: false it can be exported") from error
+            without = "without gptq and allocate" if config.allocate else "without gptq"
+            raise UnsupportedError(f"{error}; {without} and with imatrix: false it can be exported") from error
     if config.allocate is not None:
         check_types(config.allocate, model_config)
     if not config.gptq:
         return
-    if not config.type.startswith(("Q4", "Q5", "Q6")):
+    if config.allocate is None and not config.type.startswith(("Q4", "Q5", "Q6")):
         raise UnsupportedError(
             f"gptq: true chooses codes of Q4, Q5 and Q6 types, {config.type} is none; drop gptq, or take one of these"
         )
@@ -127,7 +128,7 @@ def run(
     types, fallbacks = choose_types(
         shapes, config.type, gptq=config.gptq, n_shared=shared_heads(model_config), weighed=bool(weighed), given=given
     )
-    require_space(out.parent, _n_bytes(shapes, types))
+    require_space(out.parent, n_bytes(shapes, types))
     parents = [source, *([sensitivity] if sensitivity is not None else [])]
     measured = sensitivity.identity if sensitivity is not None else None
     with draft(
@@ -181,13 +182,6 @@ def _sources(calibration_digest: str | None) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     found = {name: backends.version(name) for name in ("gguf", "llama_cpp")}
     return {name: version for name, version in found.items() if version}
-
-
-def _n_bytes(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> int:
-    """Bytes of the tensors on the disk."""
-    gguf = backends.require("gguf")
-    sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for name, kind in types.items()}
-    return sum(int(np.prod(shape)) // sizes[name][0] * sizes[name][1] for name, shape in shapes.items())
 
 
 def _bits(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> float:

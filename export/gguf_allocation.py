@@ -5,6 +5,7 @@ A type is offered to a group of layers where its blocks divide their rows; nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_types import BLOCK
 from edgetune.recipe_export import AllocateTypes
 
+SMALL = 32  # columns of the smallest blocks
 Losses = Mapping[str, Mapping[str, float]]  # first layer of a group -> type -> nats a token
 
 
@@ -23,16 +25,19 @@ def check_types(config: AllocateTypes, model_config: Mapping[str, Any]) -> None:
     sizes = _sizes(config, dict(model_config))
     shapes = linear_shapes(dict(model_config))
     for first, of in sizes.items():
+        width = shapes[first][1]
+        if not of and width % SMALL:
+            raise UnsupportedError(f"{first} has rows of {width}, which no type packs; leave allocate out")
         if not of:
             raise UnsupportedError(
-                f"allocate.choices: none packs rows of {shapes[first][1]}, which {first} has; add one of 32 columns a "
-                f"block: {', '.join(kind for kind, n in BLOCK.items() if n == 32)}"
+                f"allocate.choices: none packs rows of {width}, which {first} has; add one of Q4_0, Q4_1, Q5_0, Q5_1, "
+                "Q8_0"
             )
     n = sum(R * C for R, C in shapes.values())
-    least = sum(min(of.values()) for of in sizes.values()) / n
+    least = math.ceil(1e4 * sum(min(of.values()) for of in sizes.values()) / n) / 1e4
     if least > config.budget:
         raise UnsupportedError(
-            f"allocate.budget={config.budget:g}: the smallest choices take {least:.4g} bits a weight; raise it, or add "
+            f"allocate.budget={config.budget:g}: the smallest choices take {least:g} bits a weight; raise it, or add "
             "smaller choices"
         )
 

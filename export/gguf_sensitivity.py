@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from edgetune import backends
 from edgetune.artifact import Artifact, draft, identity, require_space, write_text
 from edgetune.compress import moments as moments_stage
-from edgetune.compress.architectures import linear_shapes
 from edgetune.errors import ArtifactError
 from edgetune.export.gguf_allocation import offered
 from edgetune.export.gguf_child import convert
 from edgetune.export.gguf_families import change, family, gguf_name
-from edgetune.export.gguf_types import fitting
-from edgetune.export.gguf_write import artifact_weights, read_config, tensors, written_shapes
+from edgetune.export.gguf_types import fitting, n_bytes
+from edgetune.export.gguf_write import Weights, artifact_weights, read_config, tensors, written_shapes
 from edgetune.progress import Report, silent
 
 if TYPE_CHECKING:
@@ -71,27 +70,22 @@ def run(
     from edgetune.compress.layerwise import load_model
     from edgetune.compress.sensitivity import measure
 
-    model_config = read_config(source.path)
     versions = {name: metadata.version(name) for name in ("edgetune", "torch", "transformers")}
     versions |= {name: backends.version(name) or "" for name in ("gguf", "llama_cpp")}
-    n_weights = sum(R * C for R, C in linear_shapes(model_config).values())
     with draft(
         out, kind="evidence", stage=STAGE, config=_config(config), parents=[source, moments],
         sources={"measured": measured.digest}, versions=versions,
     ) as pending:  # fmt: skip
         kept = pending.work / FILE
         done = read_losses(kept) if kept.is_file() else {}
-        require_space(out.parent, len(config.choices) * n_weights)  # a byte a weight, the most of any type
-        weighed = moments_stage.read(moments)
-        rounded: dict[str, Solve[Any]] = {
-            kind: _rounded(kind, source, model_config, weighed, pending.work, progress) for kind in config.choices
-        }
-        found = measure(
-            load_model(source), measured.ids, rounded, fits=offered, done=done,
-            keep=lambda so_far: write_text(kept, json.dumps(so_far)), device=device, progress=progress,
-        )  # fmt: skip
-        for kind in config.choices:
-            _file(pending.work, kind).unlink()
+        try:
+            rounded = _round(config.choices, source, moments_stage.read(moments), pending.work, progress)
+            found = measure(
+                load_model(source), measured.ids, rounded, fits=offered, done=done,
+                keep=lambda so_far: write_text(kept, json.dumps(so_far)), device=device, progress=progress,
+            )  # fmt: skip
+        finally:
+            _clear(pending.work)
         write_text(pending.path / FILE, json.dumps(found, indent=1) + "\n")
     return pending.artifact
 
@@ -109,22 +103,37 @@ def read_losses(file: Path) -> dict[str, dict[str, float]]:
     return {name: {kind: float(nats) for kind, nats in of.items()} for name, of in stored.items()}
 
 
-def _rounded(
-    kind: str, source: Artifact, model_config: Mapping[str, Any], moments: Mapping[str, NDArray[np.float32]],
-    work: Path, progress: Report,
-) -> Solve[Any]:  # fmt: skip
-    """Write a file whose layers are all of one type, and give what reads them back from it."""
+def _round(
+    kinds: Sequence[str], source: Artifact, moments: Mapping[str, NDArray[np.float32]], work: Path, progress: Report
+) -> dict[str, Solve[Any]]:
+    """Write a file of each type, and give what reads layers back from it."""
+    model_config = read_config(source.path)
+    weights, of = artifact_weights(source, model_config), family(model_config)
+    weighed = {gguf_name(f"{module}.weight", of): values for module, values in moments.items()}
+    shapes = written_shapes(weights, model_config)
+    types = {
+        kind: {
+            name: "F32" if len(shape) == 1 else fitting(kind if name.startswith("blk.") else "Q8_0", shape[-1])
+            for name, shape in shapes.items()
+        }
+        for kind in kinds
+    }
+    _clear(work)  # what a killed run left
+    require_space(work, sum(n_bytes(shapes, of_one) for of_one in types.values()))
+    found = {}
+    for kind, of_one in types.items():
+        file = work / f"{kind}.gguf"
+        convert(source, file, of_one, weighed, target="Q8_0", work=work, progress=progress)
+        found[kind] = _reader(file, weights, model_config)
+    return found
+
+
+def _reader(file: Path, weights: Weights, model_config: Mapping[str, Any]) -> Solve[Any]:
+    """Give what takes layers of a model from a file, whatever their weights are."""
     import torch
 
     gguf, of = backends.require("gguf"), family(model_config)
-    weights = artifact_weights(source, model_config)
-    types = {
-        name: "F32" if len(shape) == 1 else fitting(kind if name.startswith("blk.") else "Q8_0", shape[-1])
-        for name, shape in written_shapes(weights, model_config).items()
-    }
-    weighed = {gguf_name(f"{module}.weight", of): values for module, values in moments.items()}
-    convert(source, _file(work, kind), types, weighed, target="Q8_0", work=work, progress=progress)
-    written = {tensor.name: tensor for tensor in gguf.GGUFReader(_file(work, kind)).tensors}
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     stored = {hf: written[name] for name, hf in tensors(weights, model_config)}
 
     def weight_of(name: str) -> NDArray[np.float32]:
@@ -141,8 +150,10 @@ def _rounded(
     return solve
 
 
-def _file(work: Path, kind: str) -> Path:
-    return work / f"{kind}.gguf"
+def _clear(work: Path) -> None:
+    """Remove the files of rounded weights: large, and quicker made again than trusted."""
+    for file in work.glob("*.gguf"):
+        file.unlink()
 
 
 def _config(config: AllocateTypes) -> dict[str, Any]:

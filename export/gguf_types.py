@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import prod
 
+from edgetune.backends import require
 from edgetune.export.gguf_mixes import GPTQ_MIXES, MIXES, NARROW_MIXES, At, of_mix
 
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "IQ4_NL": 32, "Q4_1": 32, "Q4_0": 32}
@@ -67,6 +69,13 @@ def choose_types(
         why = "" if width % BLOCK[asked] else " (the other rows are no multiple of 256, so all get the same bits)"
         lines.append(f"{count} of {n_matrices} matrices have rows of {width}: {found} instead of {asked}{why}")
     return types, lines
+
+
+def n_bytes(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str]) -> int:
+    """Give the bytes that tensors of these types take in a file."""
+    gguf = require("gguf")
+    sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for name, kind in types.items()}
+    return sum(prod(shape) // sizes[name][0] * sizes[name][1] for name, shape in shapes.items())
 
 
 def fitting(wanted: str, width: int) -> str:

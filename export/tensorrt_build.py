@@ -58,7 +58,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_summary(infos: Sequence[str], warnings: Sequence[str]) -> dict[str, Any]:
-    """Give what a build's log says of the GPU's memory, in bytes, and each different warning once.
+    """Give what a build's log says of the GPU's memory, in bytes, how many different warnings it has, and the first.
 
     Activations are those of the profile that takes most. What this version does not say is left out.
     """
@@ -67,7 +67,8 @@ def log_summary(infos: Sequence[str], warnings: Sequence[str]) -> dict[str, Any]
     for key, what in (("weights_bytes", "Weights"), ("activation_bytes", "Activation")):
         if sizes := [int(n) for n in re.findall(rf"Total {what} Memory: (\d+) bytes", said)]:
             found[key] = max(sizes)
-    return found | {"warnings": [_short(line) for line in dict.fromkeys(warnings)][:MOST_WARNINGS]}
+    different = list(dict.fromkeys(map(_short, warnings)))
+    return found | {"n_warnings": len(different), "warnings": different[:MOST_WARNINGS]}
 
 
 def refusal(error: Any, n_errors: int) -> str:

@@ -335,7 +335,7 @@ class Report(Record):
     artifacts: dict[str, dict[str, Any]]  # candidate -> manifest
     commands: dict[str, list[str]]  # candidate -> exact commands that run it
     warnings: list[str]
-    stages: list[dict[str, Any]]  # name, seconds (0 where made elsewhere before), done_before, identity
+    stages: list[dict[str, Any]]  # name, seconds (null where not known), done_before, identity
     training: dict[str, Any] | None
     texts: list[RowText] = []  # of the held-out rows, in their order
     tasks: list[TaskScore] = []

@@ -42,8 +42,8 @@ def results(report: Report) -> str:
         for name, value in (("base", exact.get("base")), (report.reference, exact.get(report.reference)))
         if value is not None
     ]
-    spent = sum(float(stage["seconds"]) for stage in report.stages)
-    untimed = sum(not stage["seconds"] and stage["done_before"] for stage in report.stages)
+    spent = sum(float(stage["seconds"] or 0) for stage in report.stages)
+    untimed = sum(stage["seconds"] is None for stage in report.stages)
     before = f" ({untimed} of {len(report.stages)} stages were found in the store)" if untimed else ""
     machine = f"{report.machine.cpu}, {report.machine.cores} cores"
     return "\n".join([

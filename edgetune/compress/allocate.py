@@ -39,10 +39,10 @@ def stored_bits(model_config: dict[str, Any], group_size: int, bits: int) -> dic
 def check_budget(config: Allocate, group_size: int, model_config: dict[str, Any]) -> None:
     """Raise UnsupportedError where not even the fewest bits for all layers keep the budget."""
     n = sum(R * C for R, C in linear_shapes(model_config).values())
-    least = sum(stored_bits(model_config, group_size, config.choices[0]).values()) / n
+    least = math.ceil(1e4 * sum(stored_bits(model_config, group_size, config.choices[0]).values()) / n) / 1e4
     if least > config.budget:
         raise UnsupportedError(f"allocate.budget={config.budget:g}: {config.choices[0]} bits for all layers take "
-                               f"{least:.4g} with group_size={group_size}; raise it, or group_size")  # fmt: skip
+                               f"{least:g} with group_size={group_size}; raise it, or group_size")  # fmt: skip
 
 
 def layer_bits(

@@ -20,11 +20,13 @@ HEAD_POSITIONS = 256  # positions in one pass through the output head, to bound 
 class Blocks:
     """The float model in pieces that can be left out: embedded rows, single blocks, and the logits at the end.
 
-    Blocks and head are moved to `device` and its compute dtype, and stay there.
+    Blocks and head are moved to `device` and to `dtype` (the device's compute dtype if absent), and stay there.
     """
 
-    def __init__(self, model: Any, rows: NDArray[np.int64], *, device: str = "cpu") -> None:
-        dtype = compute_dtype(device)
+    def __init__(
+        self, model: Any, rows: NDArray[np.int64], *, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        dtype = dtype or compute_dtype(device)
         self._blocks = decoder_blocks(model)
         self._batches = enter(model, rows, device, dtype, Spill(None))
         self._norm, self._head = model.model.norm, model.get_output_embeddings()

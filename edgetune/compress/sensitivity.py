@@ -3,7 +3,8 @@
 Measured, not estimated: a group is quantized as its step will do it, on what the float model shows it, and the blocks
 from there on are run again; those before it keep their outputs. What a step does beyond that is left out: GPTAQ's share
 for inputs that are quantized already, since here none are, factors of the Hessian in bfloat16, scales that are learned
-afterwards, and corrections beside the integers.
+afterwards, and corrections beside the integers. All of it is computed in float32: the noise of bfloat16, 0.001 to 0.002
+nats, is as large as what five bits cost a group.
 Shapes: B rows of a batch, T tokens, C in-features, N positions.
 """
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from edgetune.compress.pieces import Blocks
     from edgetune.data.calibration import CalibrationSet
 
-STAGE = "compress.sensitivity/1"
+STAGE = "compress.sensitivity/2"
 FILE = "sensitivity.json"
 TOP_K = 256  # buckets in which distributions are compared: so many tokens by name, and all others
 Choice = TypeVar("Choice", int, str)  # a number of bits, or a type
@@ -117,8 +118,8 @@ def measure(
     from edgetune.compress.divergence import bucket_log_probs, summed_kl, top_tokens
     from edgetune.compress.pieces import Blocks
 
-    blocks, found = Blocks(model, rows, device=device), dict(done or {})
-    calibrating = None if shown is None else Blocks(model, shown, device=device)
+    blocks, found = Blocks(model, rows, device=device, dtype=torch.float32), dict(done or {})
+    calibrating = None if shown is None else Blocks(model, shown, device=device, dtype=torch.float32)
     n = len(model.model.layers)
 
     def at_the_end(hidden: list[Tensor], first: int) -> list[Tensor]:

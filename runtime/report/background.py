@@ -136,11 +136,11 @@ def _rows_in_words(report: Report, budget: measures.Judged) -> Iterator[str]:
 
 
 def stage_line(stage: dict[str, Any]) -> tuple[str, str, str, str]:
-    took, before = stage.get("seconds"), bool(stage.get("done_before"))
+    took = stage.get("seconds")
     return (
         str(stage.get("name", DASH)),
-        DASH if took is None or (before and not took) else seconds(float(took)),
-        "made before" if before else "made now",
+        DASH if took is None else seconds(float(took)),
+        "made before" if stage.get("done_before") else "made now",
         str(stage.get("identity") or DASH)[:12],
     )
 

@@ -66,7 +66,7 @@ def built(log: dict[str, Any] | None) -> str | None:
         if key in log
     ]
     said = [f"on the GPU {' and '.join(sizes)}, and its cache beside them"] if sizes else []
-    if (n := len(log["warnings"])) > 0:
+    if (n := log["n_warnings"]) > 0:
         said.append(f"{n} {'warnings' if n > 1 else 'warning'}, the first: {log['warnings'][0]}")
     return f"TensorRT's build log: {'; '.join(said)}" if said else None
 

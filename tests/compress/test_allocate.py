@@ -212,7 +212,7 @@ def test_a_budget_counts_scales_and_zero_points(tiny_model: Artifact) -> None:
     of_group = sum(R * C * 4 + R * (C // 32) * (16 + 4) for R, C in (q, k, v))
     assert stored_bits(config, 32, 4)["model.layers.0.self_attn.q_proj"] == of_group
     check_budget(Allocate(budget=2.5625, choices=[2, 8]), 32, config)
-    with pytest.raises(UnsupportedError, match=r"allocate\.budget=2\.5: 2 bits for all layers take 2\.562 with group"):
+    with pytest.raises(UnsupportedError, match=r"allocate\.budget=2\.5: 2 bits for all layers take 2\.5625 with group"):
         check(Rtn(group_size=32, allocate=Allocate(budget=2.5)), config)
 
 

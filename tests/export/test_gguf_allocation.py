@@ -18,7 +18,7 @@ from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.layerwise import load_model
 from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import ArtifactError, RecipeError, UnsupportedError
-from edgetune.export import gguf, gguf_sensitivity
+from edgetune.export import gguf, gguf_child, gguf_sensitivity
 from edgetune.export.gguf_families import family, gguf_name
 from edgetune.export.gguf_write import read_config
 from edgetune.graph import stage_names
@@ -27,6 +27,7 @@ from edgetune.recipe_export import AllocateTypes, GgufExport
 from edgetune.stages import Stages
 from edgetune.steps import Steps
 from tests.conftest import make_tiny_model
+from tests.export.conftest import run_child
 from tests.test_pipeline import make_recipe
 
 pytest.importorskip("gguf")
@@ -90,7 +91,7 @@ def test_divergences_are_those_of_the_whole_model_with_one_group_in_that_type(
         assert set(found[first]) == {"Q4_0", "Q8_0"}, "no rows are of 256 columns"
         for kind, nats in found[first].items():
             expected = float((plain.exp() * (plain - log_probs(layers, kind))).sum(-1).mean())
-            assert nats == pytest.approx(expected, rel=0.05, abs=3e-5), (first, kind)
+            assert nats == pytest.approx(expected, rel=0.05, abs=1e-7), (first, kind)
         assert found[first]["Q8_0"] < found[first]["Q4_0"]
     (made.path / gguf_sensitivity.FILE).write_text("[]")
     with pytest.raises(ArtifactError, match=r"sensitivity\.json is damaged"):
@@ -144,6 +145,34 @@ def test_a_measurement_that_was_stopped_goes_on(model: Artifact, weighed: Artifa
     assert gguf_sensitivity.read(measured(model, weighed, tmp_path / "cut")) == whole
 
 
+def test_what_a_killed_run_left_is_no_reason_to_want_more_disk(
+    model: Artifact, weighed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    (work / "Q4_0.gguf").write_bytes(b"half")
+    asked: list[tuple[list[Path], int]] = []
+    monkeypatch.setattr(
+        gguf_sensitivity, "require_space", lambda where, n: asked.append((list(where.glob("*.gguf")), n))
+    )
+    measured(model, weighed, tmp_path / "out", ["Q4_0", "Q8_0"])
+    ((left, n_bytes),) = asked
+    assert not left
+    n = sum(R * C for R, C in linear_shapes(read_config(model.path)).values())
+    assert n * (4.5 + 8.5) / 8 < n_bytes < 1.6 * n * (4.5 + 8.5) / 8  # and two embeddings
+
+
+def test_llama_cpp_rounds_in_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types of blocks of 256 columns, some of which are made with an importance matrix only."""
+    monkeypatch.setattr(gguf_child, "run_child", run_child)
+    wide = make_tiny_model(tmp_path / "wide", layers=1, hidden=256)
+    found = moments.run(wide, tmp_path / "moments", calibration=SHOWN)
+    choices = ["IQ2_S", "IQ3_XXS", "Q6_K"]
+    for nats in gguf_sensitivity.read(measured(wide, found, tmp_path / "measured", choices)).values():
+        assert list(nats) == choices
+        assert nats["IQ2_S"] > nats["IQ3_XXS"] > nats["Q6_K"]
+
+
 def test_a_recipe_measures_once_for_two_budgets(tmp_path: Path, model: Artifact) -> None:
     rows = {"n_samples": 2, "n_tokens": 16}
     candidates = {
@@ -184,6 +213,13 @@ def test_what_cannot_be_allocated_is_refused(model: Artifact) -> None:
     wide = GgufExport(allocate=AllocateTypes(budget=5, choices=["Q4_K", "Q6_K"]))
     with pytest.raises(UnsupportedError, match="none packs rows of 64, which model"):
         gguf.check(wide, model_config)
+    with pytest.raises(UnsupportedError, match="has rows of 80, which no type packs; leave allocate out"):
+        gguf.check(config(9), model_config | {"intermediate_size": 80})
+    eight = GgufExport(type="Q8_0", gptq=True, allocate=AllocateTypes(budget=5, choices=["Q4_0", "Q8_0"]))
+    gguf.check(eight, model_config)  # the type of the embedding alone
+    granite = model_config | {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+    with pytest.raises(UnsupportedError, match="without gptq and allocate and with imatrix: false"):
+        gguf.check(eight, granite)
     quantized: Any = {"compress": [{"rtn": {"group_size": 32}}], "export": {"gguf": {"allocate": {"budget": 8}}}}
     with pytest.raises(UnsupportedError, match="drop the gptq or rtn step before it"):
         plan.check_candidate(parse_as(Candidate, quantized, "recipe"), model_config)

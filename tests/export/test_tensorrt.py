@@ -172,8 +172,8 @@ def test_a_build_log_is_summed_up() -> None:
         "Total Weights Memory: 7 bytes",
         "Total Activation Memory: 8000000 bytes",
     ]
-    found = log_summary(infos, ["a  cast", "b", "a  cast"])
-    assert found == {"weights_bytes": 7, "activation_bytes": 8_000_000, "warnings": ["a cast", "b"]}
+    found = log_summary(infos, ["a  cast", "b", "a cast"])
+    assert found == {"weights_bytes": 7, "activation_bytes": 8_000_000, "n_warnings": 2, "warnings": ["a cast", "b"]}
     said = "TensorRT's build log: on the GPU 0 MB of weights and 8 MB of activations, and its cache beside them; "
     assert built(found) == f"{said}2 warnings, the first: a cast"
     assert built(log_summary(["something new"], [])) is None
