@@ -27,7 +27,7 @@ from edgetune.training_memory import (
 
 TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits trl makes at once
 TILE_BYTES = 29  # of a logit of a tile on its way back on a CPU, beside itself; on a GPU a kernel works in place
-LOGITS = 5  # copies of all logits that ORPO's way back holds
+LOGITS = {"cpu": 4, "cuda": 5}  # copies of all logits that ORPO's way back holds; five follow from its code
 TRL = 100 * MIB  # what trl imports beside what every training does
 
 
@@ -47,7 +47,7 @@ def preference_bytes(config: Prefer, shape: Shape, lengths: Lengths, device: str
     kept = tokens * module_bytes(config.adapter, shape, shape.Q, device, b)
     blocks = shape.n_layers * shape.C * b * tokens + kept if config.gradient_checkpointing else shape.n_layers * kept
     if config.method == "orpo":
-        head = LOGITS * b * tokens * shape.V
+        head = LOGITS["cuda" if gpu else "cpu"] * b * tokens * shape.V
     else:
         rows, words = min(labels if gpu else tokens, TILE[0]), min(shape.V, TILE[1])
         head = rows * words * (b if gpu else b + TILE_BYTES)

@@ -119,7 +119,7 @@ NARROW_MIXES: dict[str, Mix] = {
 GPTQ_MIXES = NARROW_MIXES | {"Q4_K_M": Mix("Q5_0", "Q8_0")}
 
 # Targets whose smallest blocks llama.cpp does not make without an importance matrix.
-WEIGHED = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
+WEIGHED = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
 
 
 def of_mix(mix: Mix, name: str, at: At, *, tied: bool) -> str:

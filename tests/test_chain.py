@@ -225,8 +225,7 @@ def test_a_chain_from_base_to_report(tmp_path: Path, tiny_model_wide: Artifact) 
     recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
     report, _ = run(recipe, tmp_path)
     assert not report.failures, report.failures
-    hops = [*(f"student: {name}" for name in NAMES[:2]), f"student: {NAMES[2]}, gguf Q4_0"]
-    assert [seam.hop for seam in report.seams] == ["base", *hops]
+    assert [seam.hop for seam in report.seams] == ["base", *(f"student: {name}" for name in [*NAMES, "gguf Q4_0"])]
     store, made = Store(tmp_path / "store"), {stage["name"]: stage["identity"] for stage in report.stages}
     weighed = store.get(made["student: importance matrix"])
     assert weighed is not None

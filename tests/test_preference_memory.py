@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_peaks_within_15_percent_of_the_prediction(tmp_path: Path, name: str) -> None:

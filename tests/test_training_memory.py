@@ -151,6 +151,7 @@ MIXED = [(n, n // 3) for n in range(45, 135)] * 5  # 20 steps of 16 rows meet ab
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_smollm2_peaks_within_15_percent_of_the_prediction(smollm2: Artifact, name: str) -> None:
@@ -159,12 +160,14 @@ def test_smollm2_peaks_within_15_percent_of_the_prediction(smollm2: Artifact, na
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
 def test_a_run_of_rows_of_many_lengths_stays_within_15_percent(smollm2: Artifact) -> None:
     held(smollm2, Adapt(max_steps=20, batch_size=16, eval_rows=16, report_to=[]), MIXED)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_a_wider_model_within_15_percent(wide: Artifact, method: str) -> None:

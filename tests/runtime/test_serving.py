@@ -137,6 +137,7 @@ def test_a_server_may_end_with_a_reason_alone(scripted: Server) -> None:
     assert {request.error for request in case.requests} == {None}
 
 
+@pytest.mark.alone
 def test_clients_ask_at_once_and_rates_do_not_wait(scripted: Server) -> None:
     endpoint = scripted(lambda s: s.stream("a", "b", wait_s=0.1))
     one, four, fast = serving.measure(
