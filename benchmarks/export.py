@@ -7,8 +7,9 @@
 The model is SmolLM2 off the grid that its file came from (`folded.py`). Rows of 512 tokens: the first half of Python's
 language reference calibrates, of its second half the divergence is measured, in llama.cpp, from torch's float32.
 Stock: `llama-imatrix` and `llama-quantize` of the same llama.cpp (`peers.py`), on the float16 file of our writer.
-Ours: `type: Q4_K_M` as recipes name it, and the same with `gptq: true`. Ratios are those of the latter; all four files
-are read with the same threads; no GGUF file is timed. The ONNX part: `onnx_sides.py`.
+Ours: `type: Q4_K_M` as recipes name it, the same with `gptq: true`, and that with `allocate` at no more bits, measured
+on text that neither calibrates nor measures. Ratios are those of `gptq: true`, but for `gguf_allocated_kl_ratio`, of
+the last to it. All files are read with the same threads; no GGUF file is timed. The ONNX part: `onnx_sides.py`.
 """
 
 from __future__ import annotations
@@ -31,32 +32,40 @@ from folded import folded
 from numpy.typing import NDArray
 
 from edgetune.artifact import Artifact, write_text
-from edgetune.compress.layerwise import load_model, second_moments
+from edgetune.backends import require
+from edgetune.compress import moments
+from edgetune.compress.layerwise import load_model
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.general import general_text
-from edgetune.export import gguf
-from edgetune.recipe_export import GgufExport
+from edgetune.export import gguf, gguf_sensitivity
+from edgetune.recipe_export import AllocateTypes, GgufExport
 from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.machine import describe
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
 TYPE, TOKENS, ROUNDS = "Q4_K_M", 512, 12
+ROWS_THAT_CHOOSE, TOKENS_THAT_CHOOSE = 8, 128
+CHOICES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 PACKAGES = ("edgetune", "torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
 
 
-def make_rows(model: Path, n_calibration: int, n_measured: int) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-    """Give rows [N, T] that calibrate and that measure, and the former as text."""
+def make_rows(
+    model: Path, n_calibration: int, n_measured: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], str]:
+    """Give rows [N, T] that calibrate, that choose types and that measure, and the first as text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
 
-    def first(part: str, n: int) -> NDArray[np.int64]:
+    def rows(part: str, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first n rows, and the ids behind them."""
         ids = np.asarray(tokenizer(general_text(None, part))["input_ids"], np.int64)
         n = min(n, len(ids) // TOKENS)
-        return ids[: n * TOKENS].reshape(n, TOKENS)
+        return ids[: n * TOKENS].reshape(n, TOKENS), ids[n * TOKENS :]
 
-    calibration = first("calibrate", n_calibration)
-    return calibration, first("measure", n_measured), tokenizer.decode(calibration.reshape(-1).tolist())
+    (calibration, rest), (measured, _) = rows("calibrate", n_calibration), rows("measure", n_measured)
+    choosing = rest[: ROWS_THAT_CHOOSE * TOKENS_THAT_CHOOSE].reshape(-1, TOKENS_THAT_CHOOSE)
+    return calibration, choosing, measured, tokenizer.decode(calibration.reshape(-1).tolist())
 
 
 def stock(plain: Path, folder: Path, text: str | None, threads: int) -> Path:
@@ -73,15 +82,31 @@ def stock(plain: Path, folder: Path, text: str | None, threads: int) -> Path:
     return out
 
 
-def ours(model: Artifact, folder: Path, rows: NDArray[np.int64], *, gptq: bool) -> Path:
-    """Export as a recipe does."""
-    calibration = CalibrationSet(rows)
-    moments = {name: found.numpy() for name, found in second_moments(load_model(model), rows).items()}
-    made = gguf.run(
-        GgufExport(type=TYPE, gptq=gptq), model, folder / f"ours-{gptq}", moments=moments,
-        calibration_digest=calibration.digest, rows=rows if gptq else None,
-    )  # fmt: skip
-    return made.path / gguf.FILE
+def ours(model: Artifact, folder: Path, rows: NDArray[np.int64], choosing: NDArray[np.int64]) -> dict[str, Path]:
+    """Export as recipes do."""
+    shown = CalibrationSet(rows)
+    weighed = moments.run(model, folder / "moments", calibration=shown)
+
+    def export(name: str, config: GgufExport, sensitivity: Artifact | None = None) -> Path:
+        made = gguf.run(
+            config, model, folder / name, moments=moments.read(weighed), calibration_digest=shown.digest,
+            rows=rows if config.gptq else None, sensitivity=sensitivity,
+        )  # fmt: skip
+        return made.path / gguf.FILE
+
+    plain, chosen = (export(f"ours-{gptq}", GgufExport(type=TYPE, gptq=gptq)) for gptq in (False, True))
+    allocate = AllocateTypes(budget=block_bits(chosen), choices=list(CHOICES))
+    sensitivity = gguf_sensitivity.run(
+        allocate, model, folder / "sensitivity", moments=weighed, measured=CalibrationSet(choosing)
+    )
+    allocated = export("ours-allocated", GgufExport(type=TYPE, gptq=True, allocate=allocate), sensitivity)
+    return {"ours": plain, "ours, gptq": chosen, "ours, gptq, allocated": allocated}
+
+
+def block_bits(file: Path) -> float:
+    """Give the bits a weight of the matrices of all blocks."""
+    found = [t for t in require("gguf").GGUFReader(file).tensors if t.name.startswith("blk.") and len(t.shape) > 1]
+    return 8 * sum(int(t.n_bytes) for t in found) / sum(int(np.prod(t.shape)) for t in found)
 
 
 def divergence(
@@ -107,25 +132,27 @@ def divergence(
 
 
 def compare_gguf(
-    model: Artifact, folder: Path, calibration: NDArray[np.int64], measured: NDArray[np.int64], text: str, threads: int
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Make the four files and measure them; give the totals, and every row's figure."""
+    model: Artifact, folder: Path, calibration: NDArray[np.int64], choosing: NDArray[np.int64],
+    measured: NDArray[np.int64], text: str, threads: int,
+) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
+    """Make the files and measure them; give the totals, and every row's figure."""
     plain = gguf.run(GgufExport(type="F16", imatrix=False), model, folder / "plain", moments=None).path / gguf.FILE
     files = {
         "stock": stock(plain, folder, None, threads),
         "stock, imatrix": stock(plain, folder, text, threads),
-        "ours": ours(model, folder, calibration, gptq=False),
-        "ours, gptq": ours(model, folder, calibration, gptq=True),
+        **ours(model, folder, calibration, choosing),
     }
     sizes = {name: file.stat().st_size for name, file in files.items()}
     rows = divergence(files, model, measured, threads)
     kl = {name: float(np.mean(found)) for name, found in rows.items()}
     for name in files:
-        print(f"{name:<16} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
+        print(f"{name:<21} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
     totals = {
         "gguf_kl_ratio": kl["ours, gptq"] / kl["stock, imatrix"],
         "gguf_kl_ratio_without": kl["ours, gptq"] / kl["stock"],
         "gguf_bytes_ratio": sizes["ours, gptq"] / sizes["stock, imatrix"],
+        "gguf_allocated_kl_ratio": kl["ours, gptq, allocated"] / kl["ours, gptq"],
+        "gguf_allocated_bytes_ratio": sizes["ours, gptq, allocated"] / sizes["ours, gptq"],
     }
     return totals, {"type": TYPE, "bytes": sizes, "kl": rows}
 
@@ -133,12 +160,12 @@ def compare_gguf(
 def benchmark(n_calibration: int, n_measured: int, threads: int, only: str | None, out: Path) -> None:
     """Measure both parts, or one, and write every row's figure."""
     began, model = time.monotonic(), folded()
-    calibration, measured, text = make_rows(model.path, n_calibration, n_measured)
+    calibration, choosing, measured, text = make_rows(model.path, n_calibration, n_measured)
     before = json.loads(out.read_bytes()) if only and out.is_file() else {"totals": {}}
     totals, parts = before["totals"], {name: before[name] for name in ("gguf", "onnx") if name in before}
     with tempfile.TemporaryDirectory(prefix="edgetune-export-") as temporary:
         if only != "onnx":
-            found, parts["gguf"] = compare_gguf(model, Path(temporary), calibration, measured, text, threads)
+            found, parts["gguf"] = compare_gguf(model, Path(temporary), calibration, choosing, measured, text, threads)
             totals |= found
         if only != "gguf":
             found, parts["onnx"] = onnx_sides.compare(
