@@ -19,6 +19,12 @@ class Calibration(Closed):
     general_share: Share = 0.25
 
 
+MeasuredRows = Annotated[
+    Calibration,
+    Field(description="rows that each choice is measured on, none of which calibrates; 8 of 128 tokens if absent"),
+]
+
+
 class ExportFormat(Closed):
     """One format. A key that it does not read may not be set, and is no part of the identity."""
 
@@ -61,10 +67,7 @@ class AllocateTypes(Closed):
         description="types that a group of layers may get, where their blocks divide its rows; layers that read one "
         "input are a group",
     )  # fmt: skip
-    rows: Calibration = Field(
-        Calibration(n_samples=8, n_tokens=128),
-        description="rows that each choice is measured on, none of which calibrates; 8 of 128 tokens if absent",
-    )
+    rows: MeasuredRows = Calibration(n_samples=8, n_tokens=128)
 
     @field_validator("choices")
     @classmethod

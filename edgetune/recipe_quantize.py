@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from edgetune.closed import Closed, Count, Positive, Share
-from edgetune.recipe_export import Calibration
+from edgetune.recipe_export import Calibration, MeasuredRows
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GptqBits = Literal[2, 3, 4, 8]  # those of AutoGPTQ's format
@@ -57,10 +57,7 @@ class Allocate(Closed):
     choices: Annotated[list[GptqBits], Field(min_length=2)] = Field(
         [2, 3, 4, 8], description="bits that a group may get; layers that read the same input are one group"
     )
-    rows: Calibration = Field(
-        Calibration(n_samples=8, n_tokens=128),
-        description="rows that each choice is measured on, none of which calibrates; 8 of 128 tokens if absent",
-    )
+    rows: MeasuredRows = Calibration(n_samples=8, n_tokens=128)
 
     @field_validator("choices")
     @classmethod
