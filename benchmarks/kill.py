@@ -3,6 +3,7 @@
     python benchmarks/kill.py            # 50 kills at random moments, and one before and one after each rename
     python benchmarks/kill.py --one-side # the same with one side of each rename, drawn: half of them is left out
     python benchmarks/kill.py --quick    # 6 kills
+    python benchmarks/kill.py --add      # only the kills that the result of an earlier, stopped call lacks
 
 A random moment that comes after the run's end kills nothing and is drawn again until there are as many kills as asked.
 Each run is forked from a process that has imported torch, so that kills are spent on work and not on imports. Each kill
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,189 +24,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
+from killed_run import LIVE, Kill, Moment, finish, kill_group, last_line, run_until
 from tiny import PACKAGES, make_recipe
 
 from edgetune import measure
-from edgetune.artifact import MANIFEST, Artifact, Store, file_digest, write_text
+from edgetune.artifact import MANIFEST, Artifact, file_digest, write_text
 from edgetune.errors import ArtifactError
 
 RESULT = Path(__file__).resolve().parent / "results" / "kill.json"
 SHIPS = ("model", "adapter", "gptq", "gguf", "onnx")
-RUN_TIMEOUT_S, ORPHAN_TIMEOUT_S = 600, 20
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["edgetune.pipeline", "edgetune.export.gguf", "edgetune.export.onnx"])
-LIVE: set[ForkServerProcess] = set()  # runs that a stopped benchmark takes with it
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When to kill: seconds after the start, or before or after the k-th rename (counted from 0)."""
-
-    seconds: float | None = None
-    rename: int | None = None
-    side: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.seconds:.2f} s" if self.seconds is not None else f"{self.side} rename {self.rename}"
-
-
-@dataclass
-class Kill:
-    """One kill and what came of it."""
-
-    moment: Moment
-    killed: bool = False  # else the run had ended before its moment came
-    where: str = ""  # the stage, or what was renamed
-    whole_at_kill: int = 0
-    orphans: int = 0  # engine processes that were alive after ORPHAN_TIMEOUT_S
-    lost: list[str] = field(default_factory=list)
-    different_bytes: list[str] = field(default_factory=list)
-    second_run_s: float = 0.0
-
-    @property
-    def outcome(self) -> str:
-        if not self.killed:
-            return "ended before"
-        return "lost" if self.lost else "different bytes" if self.different_bytes else "same bytes"
-
-
-def child(recipe: Path, home: Path, rename: int | None, side: str) -> None:
-    """Be the run, in a process group of its own: wrap every rename, note it, and die at the one that is asked for."""
-    os.setsid()
-    output = os.open(home / "output.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    made = 0
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(source: Any, target: Any, **kwargs: Any) -> Any:
-            nonlocal made
-            k, made = made, made + 1
-            with (home / "renames.log").open("a", encoding="utf-8") as stream:
-                stream.write(_told(target, home) + "\n")
-            if k == rename and side == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(source, target, **kwargs)
-            if k == rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return call
-
-    # Path.rename, Path.replace and shutil.move look these up in `os` when they are called
-    os.rename, os.replace = wrap(os.rename), wrap(os.replace)
-
-    from rich.console import Console
-
-    from edgetune import pipeline
-    from edgetune.recipe import load_recipe
-
-    pipeline.run(load_recipe(recipe), home / "run", Store(home / "store"), Console(width=200))
-
-
-def _told(target: Any, home: Path) -> str:
-    """Name a renamed file without the names that change from run to run."""
-    path = Path(os.fsdecode(target))
-    return str(path.relative_to(home)) if path.is_relative_to(home) else path.name
-
-
-def start(recipe: Path, home: Path, moment: Moment) -> ForkServerProcess:
-    """Start a run."""
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "renames.log").unlink(missing_ok=True)
-    process = FORKS.Process(target=child, args=(recipe, home, moment.rename, moment.side))
-    process.start()
-    LIVE.add(process)
-    return process
-
-
-def finish(recipe: Path, home: Path) -> tuple[bool, float]:
-    """Run to the end; gives whether it came there, and the seconds."""
-    began = time.monotonic()
-    process = start(recipe, home, Moment())
-    process.join(RUN_TIMEOUT_S)
-    if process.exitcode is None:
-        _kill_group(process)
-    LIVE.discard(process)
-    return process.exitcode == 0, round(time.monotonic() - began, 2)
-
-
-def _kill_group(process: ForkServerProcess) -> int:
-    """SIGKILL the process group; gives how many descendants outlive it."""
-    below = _below(process)
-    try:
-        os.killpg(_pid(process), signal.SIGKILL)
-    except ProcessLookupError:  # it has not made its group yet, or is gone
-        process.kill()
-    process.join()
-    return _outlive(below)
-
-
-def _pid(process: ForkServerProcess) -> int:
-    assert process.pid is not None, "it was started"
-    return process.pid
-
-
-def _below(process: ForkServerProcess) -> list[psutil.Process]:
-    try:
-        return psutil.Process(_pid(process)).children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _outlive(below: list[psutil.Process]) -> int:
-    _, alive = psutil.wait_procs(below, timeout=ORPHAN_TIMEOUT_S)
-    for orphan in alive:
-        orphan.kill()
-    return len(alive)
-
-
-def run_until(recipe: Path, home: Path, moment: Moment, kill: Kill) -> None:
-    """Start a run and let it die at its moment."""
-    process = start(recipe, home, moment)
-    if moment.seconds is not None:
-        process.join(moment.seconds)
-        if process.exitcode is None:
-            kill.orphans = _kill_group(process)
-    else:
-        below: list[psutil.Process] = []
-        deadline = time.monotonic() + RUN_TIMEOUT_S
-        while process.exitcode is None:  # it kills itself, so who is below it must be asked before
-            if time.monotonic() > deadline:
-                _kill_group(process)
-                kill.lost.append(f"no end within {RUN_TIMEOUT_S} s")
-                break
-            below = _below(process) or below
-            process.join(0.05)
-        process.join()
-        kill.orphans = _outlive(below)
-    LIVE.discard(process)
-    kill.killed = process.exitcode == -signal.SIGKILL
-    if not kill.killed and process.exitcode != 0:
-        kill.lost.append(f"first run ended with {process.exitcode}: {_last_line(home)}")
-    renamed = (home / "renames.log").read_text().splitlines() if (home / "renames.log").exists() else []
-    kill.where = renamed[-1] if moment.rename is not None and renamed else _stage(home / "run" / "log.jsonl")
-
-
-def _stage(log: Path) -> str:
-    """Name the stage that a run was in, by its log."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    if not lines:
-        return "before the first stage"
-    last = json.loads(lines[-1])
-    return str(last["stage"]) if last["event"] == "start" else f"after {last['stage']}"
-
-
-def _last_line(home: Path) -> str:
-    return ((home / "output.log").read_text(errors="replace").strip().splitlines() or [""])[-1][:300]
 
 
 def in_store(store: Path) -> tuple[dict[str, Artifact], list[str]]:
@@ -251,7 +84,7 @@ def attempt(recipe: Path, home: Path, moment: Moment, expected: dict[str, str]) 
     kill.lost += torn
     ended, kill.second_run_s = finish(recipe, home)
     if not ended:
-        kill.lost.append(f"the second run failed: {_last_line(home)}")
+        kill.lost.append(f"the second run failed: {last_line(home)}")
     after, torn = in_store(home / "store")
     kill.lost += torn
     for name, digest in digests.items():
@@ -263,8 +96,11 @@ def attempt(recipe: Path, home: Path, moment: Moment, expected: dict[str, str]) 
     return kill
 
 
-def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Path, *, one_side: bool) -> int:
+def benchmark(
+    n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Path, *, one_side: bool, add: bool
+) -> int:
     """Do all kills and write the result after each; gives the exit code."""
+    earlier = json.loads(out.read_text(encoding="utf-8")) if add else {}
     began, load_before = time.monotonic(), os.getloadavg()
     busy_before = psutil.cpu_percent(1) / 100
     with tempfile.TemporaryDirectory(prefix="edgetune-kill-") as temporary:
@@ -272,16 +108,20 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
         recipe = make_recipe(folder)
         ended, duration = finish(recipe, folder / "whole")
         if not ended:
-            print(f"the uninterrupted run failed: {_last_line(folder / 'whole')}", file=sys.stderr)
+            print(f"the uninterrupted run failed: {last_line(folder / 'whole')}", file=sys.stderr)
             return 1
         expected = shipped(folder / "whole" / "store")
         kinds = {name.split()[0] for name in expected}
         assert kinds == set(SHIPS), f"the recipe ships {kinds}"
         renames = (folder / "whole" / "renames.log").read_text().splitlines()
         print(f"uninterrupted: {duration:.1f} s, {len(renames)} renames, {len(expected)} files", flush=True)
-        kills: list[Kill] = []
-        rng = random.Random(seed)
+        if add and earlier["renames"] != renames:
+            print(f"the runs of {out} make other renames: do them again without --add", file=sys.stderr)
+            return 1
+        kills = [_read_kill(kill) for kill in earlier.get("kills", ())]
+        rng = random.Random(seed + len(kills))
         pending = _moments(rng, n_kills, n_renames, len(renames), duration, one_side=one_side)
+        pending = _lacking(pending, kills, one_side=one_side)
 
         def one(numbered: tuple[int, Moment]) -> Kill:
             home = folder / f"kill-{numbered[0]}"
@@ -301,12 +141,13 @@ def benchmark(n_kills: int, n_renames: int | None, seed: int, jobs: int, out: Pa
                         load = {"before": load_before, "after": os.getloadavg(), "busy_share_before": busy_before}
                         asked = {"seed": seed, "jobs": jobs, "one_side": one_side}
                         seconds = time.monotonic() - began
-                        write_text(out, _result(kills, duration, renames, expected, asked, load, seconds))
+                        result = _result(kills, duration, renames, expected, asked, load, seconds)
+                        write_text(out, json.dumps(result | _parts(earlier), indent=1) + "\n")
                     pending = _drawn(rng, _missed(kills[-len(pending) :]), duration)
             except SystemExit:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(LIVE):
-                    _kill_group(process)
+                    kill_group(process)
                 raise
     totals = _totals(kills)
     print(f"kills={totals['kills']} lost={totals['lost']} different_bytes={totals['different_bytes']}")
@@ -334,6 +175,30 @@ def _moments(
     return moments + around
 
 
+def _read_kill(kill: dict[str, Any]) -> Kill:
+    moment = Moment(**kill["moment"])
+    return Kill(**{key: value for key, value in kill.items() if key not in ("moment", "outcome")} | {"moment": moment})
+
+
+def _lacking(moments: list[Moment], kills: list[Kill], *, one_side: bool) -> list[Moment]:
+    """Leave out the moments that earlier kills have met: as many random ones, and a rename's side or either side."""
+    met = {kill.moment for kill in kills if kill.killed}
+    sides = {(moment.rename, "" if one_side else moment.side) for moment in met}
+    at_random = [moment for moment in moments if moment.seconds is not None]
+    left = max(0, len(at_random) - sum(moment.seconds is not None for moment in met))
+    around = [m for m in moments if m.seconds is None and (m.rename, "" if one_side else m.side) not in sides]
+    return at_random[:left] + around
+
+
+def _parts(earlier: dict[str, Any]) -> dict[str, Any]:
+    """Keep what an earlier call said of itself, beside its kills."""
+    if not earlier:
+        return {}
+    kept = ("seed", "jobs", "one_side", "seconds", "uninterrupted_s", "machine", "versions", "load_average")
+    part = {key: earlier[key] for key in kept} | {"kills": len(earlier["kills"])}
+    return {"earlier_calls": [*earlier.get("earlier_calls", ()), part]}
+
+
 def _totals(kills: list[Kill]) -> dict[str, int]:
     return {
         "kills": sum(kill.killed for kill in kills),
@@ -348,10 +213,10 @@ def _totals(kills: list[Kill]) -> dict[str, int]:
 def _result(
     kills: list[Kill], duration: float, renames: list[str], expected: dict[str, str],
     asked: dict[str, Any], load: dict[str, Any], seconds: float,
-) -> str:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     from edgetune.runtime.machine import describe
 
-    found = {
+    return {
         "benchmark": "kill",
         "totals": _totals(kills),
         **asked,
@@ -364,7 +229,6 @@ def _result(
         "load_average": load,
         "kills": [asdict(kill) | {"outcome": kill.outcome} for kill in kills],
     }
-    return json.dumps(found, indent=1) + "\n"
 
 
 def _version(name: str) -> str | None:
@@ -383,16 +247,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="3 random moments and 3 renames")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="kills at the same time, each with a store of its own")
+    parser.add_argument("--add", action="store_true", help="keep the kills of the result there is, do what it lacks")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that runs and temporary folders go too
     given.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        counts = (3, 3) if given.quick else (given.kills, given.renames)
-        return benchmark(*counts, given.seed, given.jobs, given.out, one_side=given.one_side)
+        n_kills, n_renames = (3, 3) if given.quick else (given.kills, given.renames)
+        return benchmark(n_kills, n_renames, given.seed, given.jobs, given.out, one_side=given.one_side, add=given.add)
     finally:
         for process in list(LIVE):  # of a benchmark that is told to stop
-            _kill_group(process)
+            kill_group(process)
 
 
 if __name__ == "__main__":

@@ -65,15 +65,15 @@ def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     kill: ModuleType, recipe: Path, tmp_path: Path
 ) -> None:
     whole, home = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted = kill.FORKS.Process(target=build, args=(recipe, whole))
+    uninterrupted = kill.killed_run.FORKS.Process(target=build, args=(recipe, whole))
     uninterrupted.start()
     process = kill.start(recipe, home, kill.Moment())
     deadline = time.monotonic() + DEADLINE_S
     while not list((home / "store").glob(f".*.work/checkpoint-*/{SEAL}")):
-        assert process.exitcode is None, kill._last_line(home)
+        assert process.exitcode is None, kill.last_line(home)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert kill._kill_group(process) == 0
+    assert kill.kill_group(process) == 0
     before, torn = kill.in_store(home / "store")
     assert torn == []
     assert [found.manifest.stage for found in before.values()] == [sources.STAGE]  # the adapter is half done
@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     for one in runs:
         one.join(DEADLINE_S)
     kill.LIVE.clear()
-    assert [one.exitcode for one in runs] == [0, 0], kill._last_line(home)
+    assert [one.exitcode for one in runs] == [0, 0], kill.last_line(home)
     shipped = kill.shipped(home / "store")
     assert {name.split()[0] for name in shipped} == {"model", "adapter", "gguf"}
     assert shipped == kill.shipped(whole / "store")
@@ -124,13 +124,21 @@ def test_a_moment_after_the_end_is_drawn_again(
     monkeypatch.setattr(kill, "attempt", attempt)
     monkeypatch.setattr(kill, "shipped", lambda _: {f"{kind} x": "" for kind in kill.SHIPS})
     out = tmp_path / "kill.json"
-    assert kill.benchmark(20, None, 0, 2, out, one_side=True) == 0
+    assert kill.benchmark(20, None, 0, 2, out, one_side=True, add=False) == 0
     found = json.loads(out.read_text())
     assert found["totals"]["at_random_moments"] == 20
     assert found["totals"]["ended_before"] > 0
     assert found["totals"]["kills"] == 22
     assert found["one_side"] is True
     assert "kills=22 lost=0" in capsys.readouterr().out
+
+    assert kill.benchmark(23, None, 0, 2, out, one_side=False, add=True) == 0  # three moments and two sides are lacking
+    more = json.loads(out.read_text())
+    assert more["kills"][: len(found["kills"])] == found["kills"]
+    assert more["totals"]["at_random_moments"] == 23
+    around = [(k["moment"]["rename"], k["moment"]["side"]) for k in more["kills"] if k["moment"]["seconds"] is None]
+    assert sorted(around) == [(k, side) for k in (0, 1) for side in ("after", "before")]
+    assert more["earlier_calls"][0]["kills"] == len(found["kills"])
 
 
 def test_a_run_that_fails_by_itself_is_not_drawn_again(kill: ModuleType) -> None:
