@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     kill: ModuleType, recipe: Path, tmp_path: Path
 ) -> None:
     whole, home = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted = kill.killed_run.FORKS.Process(target=build, args=(recipe, whole))
+    uninterrupted = importlib.import_module("killed_run").FORKS.Process(target=build, args=(recipe, whole))
     uninterrupted.start()
     process = kill.start(recipe, home, kill.Moment())
     deadline = time.monotonic() + DEADLINE_S
