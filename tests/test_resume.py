@@ -65,9 +65,10 @@ def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     kill: ModuleType, recipe: Path, tmp_path: Path
 ) -> None:
     whole, home = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted = importlib.import_module("killed_run").FORKS.Process(target=build, args=(recipe, whole))
+    killed_run = importlib.import_module("killed_run")  # kill.py has imported it
+    uninterrupted = killed_run.FORKS.Process(target=build, args=(recipe, whole))
     uninterrupted.start()
-    process = kill.start(recipe, home, kill.Moment())
+    process = killed_run.start(recipe, home, kill.Moment())
     deadline = time.monotonic() + DEADLINE_S
     while not list((home / "store").glob(f".*.work/checkpoint-*/{SEAL}")):
         assert process.exitcode is None, kill.last_line(home)
@@ -80,7 +81,7 @@ def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     uninterrupted.join(DEADLINE_S)
     assert uninterrupted.exitcode == 0
 
-    runs = [kill.start(recipe, home, kill.Moment()) for _ in range(2)]
+    runs = [killed_run.start(recipe, home, kill.Moment()) for _ in range(2)]
     for one in runs:
         one.join(DEADLINE_S)
     kill.LIVE.clear()
