@@ -1,4 +1,4 @@
-"""The verb group `data`: what is in a set of rows, before a model learns it."""
+"""The verb group `data`: what is in a set of rows, before a model learns it, and rows that a model writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from edgetune.cli import DEFAULT_STORE, StoreFolder, app
+from edgetune.cli import DEFAULT_STORE, MAX_SEED, StoreFolder, app
 from edgetune.errors import UsageError
 from edgetune.terminal import console, quiet
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from edgetune.recipe_training import Prefer
 
 MAX_LENGTH = 512
-data = typer.Typer(help="Look at rows before a model learns them.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(
+    help="Look at rows before a model learns them, or let it write some.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data, name="data")
 
 
@@ -69,6 +71,37 @@ def check(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path.with_stem(path.stem + ending), text)
     raise typer.Exit(3 if over else 0)
+
+
+@data.command()
+def write(
+    model: Annotated[str, typer.Argument(help="base as in a recipe, or a model artifact's folder")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; it must not exist")],
+    tokens: Annotated[int, typer.Option(min=1, help="tokens in all rows together")] = 16_384,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens of a question, and of an answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.01, help="lower is more of a kind")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of what is drawn")] = 0,
+    device: str = "cpu",
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Let a model write questions and answers, or plain text where it has no chat template, to calibrate it with."""
+    quiet()
+    from edgetune.artifact import Store
+    from edgetune.compress import written
+    from edgetune.devices import check_device
+    from edgetune.progress import reporting
+    from edgetune.single import open_model, refuse_existing
+
+    refuse_existing(out)
+    check_device(device)
+    source = open_model(model, Store(store), console())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with reporting(console(), "write") as progress:
+        n = written.write(
+            source, out, n_tokens=tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            device=device, progress=progress,
+        )  # fmt: skip
+    typer.echo(f"{out}: {n} rows")
 
 
 def _preferred(prefer: Prefer, form: Format) -> Input:

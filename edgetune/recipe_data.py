@@ -109,6 +109,11 @@ class Data(Closed):
     split: Split | None = Field(None, description="takes the held-out rows out of train, where heldout is absent")
     mix: Mix | None = Field(None, description="how sources become one set of rows; each row once if absent")
     general: str | None = Field(None, description="general text; the prose of Python's own manual if absent")
+    calibration: str | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="rows or texts that calibrate in the place of general text, such as `data write` makes; none of "
+        "them may be held out",
+    )  # fmt: skip
     general_probe: str | None = Field(
         PROBE, exclude_if=lambda value: value == PROBE,
         description="multiple-choice rows that the base and the trained model are asked, for what was forgotten; "

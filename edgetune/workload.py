@@ -40,24 +40,27 @@ class Workload:
     mixture: Mixture  # where each training row comes from
     golden: Golden
     calibration_text: list[int]  # general text that calibrates
+    beside_rows: list[int]  # what calibrates beside training rows: that text, or rows that the recipe names
+    beside: str  # what messages call it
     measured_text: list[int]  # general text that measures; shares nothing with the former
     tokenizer: Path  # folder of the tokenizer that rendered all this
 
     def calibration(self, config: Calibration, seed: int) -> CalibrationSet:
         return make_calibration(
             _Ids(self.train),
-            self.calibration_text,
+            self.beside_rows,
             n_samples=config.n_samples,
             n_tokens=config.n_tokens,
             general_share=config.general_share,
             seed=seed,
+            called=self.beside,
         )
 
     def apart(self, config: Calibration, taken: Calibration | None, seed: int) -> CalibrationSet:
         """Give rows to choose by, which `taken` does not show and which are not held out."""
         return make_apart(
-            _Ids(self.train), self.calibration_text, config, taken=taken,
-            heldout={tuple(row.ids) for row in self.heldout}, seed=seed,
+            _Ids(self.train), self.beside_rows, config, taken=taken,
+            heldout={tuple(row.ids) for row in self.heldout}, seed=seed, called=self.beside,
         )  # fmt: skip
 
     def text_rows(self) -> list[tuple[int, ...]]:
@@ -82,11 +85,28 @@ def check_files(data: Data, *, trained: bool) -> None:
 
     Raises DataError.
     """
-    train = mixture.compose(data).train
+    composed = mixture.compose(data)
+    train = composed.train
     if trained and all(entry.form != "text" for entry in train):  # a long text becomes several rows
         checks.refuse_few(len(train), data.places)
     if data.general is not None:
         general_text(Path(data.general), "calibrate")
+    _named(data, composed.heldout)
+
+
+def _named(data: Data, heldout: Sequence[Row]) -> list[Row]:
+    """Read the rows that a recipe names to calibrate with, if any. Raises DataError where one of them is held out."""
+    if data.calibration is None:
+        return []
+    held = {checks.prompt_digest(row) for row in heldout}
+    rows = read_rows(Path(data.calibration))
+    for row in rows:
+        if checks.prompt_digest(row) in held:
+            raise DataError(
+                f"{data.calibration} line {row.line} is held out, and nothing but the verdict may look at that; "
+                "remove it here or there"
+            )
+    return rows
 
 
 def train_rows(data: Data) -> Iterator[Row]:
@@ -129,13 +149,17 @@ def load_for(data: Data, folder: Path) -> Workload:
     talks = list(islice((row for row in different if row.text is None), GOLDEN_ROWS))
     held = [paths[entry.source] for entry in composed.split] or [Path(str(data.heldout))] * len(composed.heldout)
     general = Path(data.general) if data.general else None
+    general_ids = token_ids(tokenizer, general_text(general, "calibrate"))
+    named = [render_row(row, tokenizer, stop, Path(str(data.calibration))) for row in _named(data, composed.heldout)]
     return Workload(
         train=train,
         heldout=[render_row(row, tokenizer, stop, path) for row, path in zip(composed.heldout, held, strict=True)],
         n_too_long=n_too_long,
         mixture=describe(data, composed, kept),
         golden=_golden(tokenizer, talks, stop),
-        calibration_text=token_ids(tokenizer, general_text(general, "calibrate")),
+        calibration_text=general_ids,
+        beside_rows=[token for row in named for token in row.ids] or general_ids,
+        beside=data.calibration or "general text",
         measured_text=token_ids(tokenizer, general_text(general, "measure")),
         tokenizer=folder,
     )

@@ -18,6 +18,7 @@ from edgetune.data.provenance import FILE, Mixture
 from edgetune.data.render import render
 from edgetune.errors import DataError
 from edgetune.recipe import Adapt
+from edgetune.recipe_export import Calibration
 from edgetune.sources import GOLDEN
 from tests.data.test_formats import ANSWERED, ASKED
 from tests.data.test_mixture import make, rows, save
@@ -103,3 +104,25 @@ def test_a_split_is_rendered(tiny_model: Artifact, tmp_path: Path) -> None:
     assert (len(work.train), len(work.heldout)) == (16, 4)
     asked = [row.prompt for row in workload.heldout_rows(data)]
     assert [one.drawn for one in work.mixture.split] == [sum(f"user: {name} " in a for a in asked) for name in "ab"]
+
+
+def test_rows_of_its_own_calibrate_in_the_place_of_general_text(tiny_model: Artifact, tmp_path: Path) -> None:
+    train, own = save(tmp_path, "a", rows("a", 9)), save(tmp_path, "own", rows("own", 40))
+    plain = workload.load(make(tmp_path, train), tiny_model)
+    named = workload.load(make(tmp_path, train, calibration=own), tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
+    stream = [token for row in read_rows(Path(own)) for token in render(row, tokenizer, [2]).ids]
+    config = Calibration(n_samples=4, n_tokens=16, general_share=0.5)
+    assert named.calibration(config, 0).ids[2:].tolist() == [stream[:16], stream[-16:]]
+    assert (named.calibration(config, 0).ids[:2] == plain.calibration(config, 0).ids[:2]).all()
+    with pytest.raises(DataError, match=r"wants 400 x 16 tokens of .*own\.jsonl, \d+ are there"):
+        named.calibration(Calibration(n_samples=400, n_tokens=16, general_share=1.0), 0)
+    assert plain.calibration(config, 0).ids[2].tolist() == plain.calibration_text[:16]
+    assert (named.calibration_text, named.text_rows()) == (plain.calibration_text, plain.text_rows())
+
+
+def test_a_held_out_row_calibrates_nothing(tmp_path: Path) -> None:
+    own = save(tmp_path, "own", [*rows("own", 3), *rows("held", 1)])
+    data = make(tmp_path, save(tmp_path, "a", rows("a", 9)), calibration=own)
+    with pytest.raises(DataError, match=r"own\.jsonl line 4 is held out"):
+        workload.check_files(data, trained=True)

@@ -32,15 +32,17 @@ def make_calibration(
     n_tokens: int,
     general_share: float,
     seed: int,
+    called: str = "general text",
 ) -> CalibrationSet:
     """Pack task rows (shuffled by `seed`) and general text into N rows of T tokens.
 
-    Task rows are repeated where there are too few of them. Raises DataError where the general text is too short.
+    Task rows are repeated where there are too few of them. Raises DataError where the general text, `called` so or by
+    its file, is too short.
     """
     n_general = round(n_samples * general_share)
     if n_general * n_tokens > len(general):
         raise DataError(
-            f"calibration wants {n_general} x {n_tokens} tokens of general text, {len(general)} are there; "
+            f"calibration wants {n_general} x {n_tokens} tokens of {called}, {len(general)} are there; "
             "lower general_share or n_samples"
         )
     stream: list[int] = []
@@ -60,6 +62,7 @@ def make_apart(
     taken: Calibration | None,
     heldout: Collection[tuple[int, ...]],
     seed: int,
+    called: str = "general text",
 ) -> CalibrationSet:
     """Pack task rows and general text that `make_calibration` does not take for `taken` and this seed, each once.
 
@@ -83,7 +86,7 @@ def make_apart(
         if row not in shown:
             stream += row
             shown.add(row)
-    for what, left, wanted in (("training rows", len(stream), n_task), ("general text", len(free) * T, n_general * T)):
+    for what, left, wanted in (("training rows", len(stream), n_task), (called, len(free) * T, n_general * T)):
         if left < wanted:
             raise DataError(
                 f"calibration leaves {left} tokens of {what} to measure on, {wanted} are wanted; lower its n_samples, "
