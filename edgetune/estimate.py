@@ -16,6 +16,7 @@ from typing import Any
 from edgetune.compress.answers import CHUNK_ROWS
 from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.counts import NOTHING, UNKNOWN, Counts, Sizes, Speeds
+from edgetune.export.gguf_allocation import offered
 from edgetune.graph import (
     ANSWERS,
     IMPORTANCE,
@@ -135,8 +136,9 @@ class Estimator:
         if what == SENSITIVITY and candidate.quantizer is not None:
             return self._measuring(candidate.quantizer, along[-1])
         if what == SENSITIVITY and gguf is not None and gguf.allocate is not None:
-            n = len(gguf.allocate.choices)
-            found = self._comparing(gguf.allocate.rows, n, along[-1])
+            widths = 3 * [along[-1].hidden] + [along[-1].intermediate]  # of a block's four groups of layers
+            tried = sum(offered(kind, width) for kind in gguf.allocate.choices for width in widths) / len(widths)
+            found, n = self._comparing(gguf.allocate.rows, tried, along[-1]), len(gguf.allocate.choices)
             return Cost(found.seconds + n * EXPORT_S_PER_GB / 2 * along[-1].bytes_16 / 1e9, found.memory_mib)
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
@@ -181,7 +183,7 @@ class Estimator:
         memory = looking.memory_mib - RUNTIME_MIB + solving.memory_mib
         return Cost(looking.seconds + n * solving.seconds, memory)
 
-    def _comparing(self, rows: Calibration, n_choices: int, sizes: Sizes) -> Cost:
+    def _comparing(self, rows: Calibration, n_choices: float, sizes: Sizes) -> Cost:
         """Predict how long `n_choices` of each group of layers are looked at."""
         once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
         seconds = START_S + self._seconds(4 * sizes.n_layers * n_choices * once, CALIBRATING)

@@ -78,6 +78,15 @@ def test_a_sensitivity_takes_longer_with_more_choices_and_more_rows() -> None:
     assert seconds(choices=[4, 8]) < seconds() < seconds(rows={"n_samples": 64, "n_tokens": 128})
 
 
+def test_a_type_that_few_groups_are_offered_takes_less_than_one_that_all_are() -> None:
+    def seconds(*choices: str) -> float:
+        export = {"gguf": {"allocate": {"budget": 8, "choices": ["Q4_0", *choices]}}}
+        recipe = parse_recipe(RECIPE | {"candidates": {"a": {"export": export}}})
+        return estimator(recipe).cost("a: sensitivity of layers").seconds
+
+    assert seconds("Q5_0", "Q8_0") > seconds("Q8_0", "Q4_K") > seconds("Q8_0")  # of SmolLM2's widths one fits 256
+
+
 def test_repeated_runs_sweeps_and_probes_take_longer() -> None:
     def seconds(**bench: object) -> float:
         raw = json.loads(json.dumps(RECIPE))
