@@ -321,9 +321,10 @@ def rows_in_words(
     `confidence` is that of all candidates together; the rows are those that the first of them to pass needs.
     """
     needed = rows_needed(margin, discordance, level_of_each(n_candidates, confidence), power=power)
-    assert needed is not None, "a margin above zero can be shown"
-    unit = 10 ** max(0, len(str(needed)) - 2)
     points = f"{100 * margin:.3g} point{'' if math.isclose(margin, 0.01) else 's'}"
+    if needed is None:
+        return f"no number of rows can show a loss of at most {points}"
+    unit = 10 ** max(0, len(str(needed)) - 2)
     enough = f"{math.ceil(needed / unit) * unit:,}"
     said = f"{n_rows:,} rows cannot show a loss of at most {points}; {enough} can"
     if n_rows >= needed:

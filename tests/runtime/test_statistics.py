@@ -226,6 +226,7 @@ def test_the_plan_of_rows_in_words() -> None:
     assert rows_in_words(2000, 0.02, 0.03, 0.95).startswith(
         "2,000 rows can show a loss of at most 2 points; 470 would do"
     )
+    assert rows_in_words(500, 1e-12, 0.03, 0.95) == "no number of rows can show a loss of at most 1e-10 points"
     four = rows_in_words(500, 0.02, 0.03, 0.95, n_candidates=4)
     assert four.startswith("500 rows cannot show a loss of at most 2 points; 720 can")
     assert "0.95 confidence of 4 candidates together, 80% power" in four
