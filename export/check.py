@@ -18,7 +18,7 @@ import numpy as np
 from edgetune.artifact import Artifact
 from edgetune.backends import require
 from edgetune.data.golden import Golden
-from edgetune.errors import ArtifactError, ContractError, SourceError, StageError, UnsupportedError
+from edgetune.errors import ContractError, SourceError, StageError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, checks
 from edgetune.export.gguf_vocab import composes
 from edgetune.export.parity import Logits, Tolerance, hold, parity, torch_logits
@@ -71,7 +71,11 @@ def _tried(name: str, one: Callable[[], int]) -> Check:
 
 
 def _logits(reference: Artifact, rows: list[list[int]], found: Iterable[Logits], max_kl: float) -> Check:
-    model = _load(reference.path)
+    import torch
+
+    from edgetune.compress.layerwise import load_whole
+
+    model = load_whole(reference.path, torch.float32)
     try:
         result = parity((torch_logits(model, row) for row in rows), found)
         said = (
@@ -82,23 +86,6 @@ def _logits(reference: Artifact, rows: list[list[int]], found: Iterable[Logits],
     except ContractError as error:
         return Check("logits", False, str(error))
     return Check("logits", True, said)
-
-
-def _load(folder: Path) -> Any:
-    """Load a reference of any family that Transformers knows, in float32. Raises ArtifactError."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ArtifactError(f"{folder}: tensor {missing[0]} is missing; make it again")
-    return model.eval()
 
 
 Opened = tuple[RuntimeFacts, Callable[[str], list[int]], Iterable[Logits]]

@@ -258,10 +258,9 @@ def _reference(config: OnnxExport, source: Artifact, graph: Path, notes: dict[st
     import torch
 
     if config.precision in ("fp32", "fp16"):
-        from transformers import AutoModelForCausalLM
+        from edgetune.compress.layerwise import load_whole
 
-        stored = torch.float32 if config.precision == "fp32" else torch.float16
-        return AutoModelForCausalLM.from_pretrained(source.path, dtype=stored, local_files_only=True).float().eval()
+        return load_whole(source.path, torch.float32 if config.precision == "fp32" else torch.float16).float()
     from edgetune.compress.checkpoint import load_dequantized, read_layers
 
     packed = read_packed(graph)

@@ -244,9 +244,9 @@ def _reference(source: Artifact) -> Any:
         from edgetune.compress.checkpoint import load_dequantized
 
         return load_dequantized(source.path, torch.float16).float()
-    from transformers import AutoModelForCausalLM
+    from edgetune.compress.layerwise import load_whole
 
-    return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float16, local_files_only=True).float().eval()
+    return load_whole(source.path, torch.float16).float()
 
 
 def _hold_stops(golden: Golden, source: Path) -> None:

@@ -32,6 +32,7 @@ from edgetune.compress import teacher as teaching
 from edgetune.compress.checkpoint import read_config
 from edgetune.compress.coach import Coach, Taps
 from edgetune.compress.divergence import bucket_log_probs, divergence
+from edgetune.compress.layerwise import load_whole
 from edgetune.compress.on_policy import Sampler
 from edgetune.compress.relations import relation_loss, rows_of
 from edgetune.compress.teacher_pack import TeacherPack
@@ -78,8 +79,6 @@ def run(
     same machine. Raises UnsupportedError where the two have other tokenizers or do not fit what is compared, DataError
     where there are too few rows.
     """
-    from transformers import AutoModelForCausalLM
-
     if kept_tokens is None:
         check_tokenizers(student, teacher)
     of_tokenizer = teacher if kept_tokens is None else student
@@ -101,7 +100,7 @@ def run(
 
         def build(config: Distill, progress: Report) -> DistillTrainer:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32, local_files_only=True)
+            model: Any = load_whole(student.path, torch.float32)
             model.to(device).train()
             coach = insides.coach(teacher, device, kept_tokens) if config.compares or config.on_policy else None
             if coach is not None and config.hidden_weight:

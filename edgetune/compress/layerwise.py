@@ -82,15 +82,22 @@ class _CapturedError(Exception):
 
 def load_model(source: Artifact) -> nn.Module:
     """Load a `model` artifact in the dtype of its file. Raises ArtifactError, UnsupportedError."""
+    open_config(source.path)
+    return load_whole(source.path, "auto")
+
+
+def load_whole(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+    """Load any model that Transformers knows, no tensor of which may be missing. Raises ArtifactError."""
     from transformers import AutoModelForCausalLM
 
-    open_config(source.path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     if info["missing_keys"]:
-        raise ArtifactError(f"{source.path} lacks the tensor {sorted(info['missing_keys'])[0]}; make it again")
+        raise ArtifactError(f"{folder} lacks the tensor {sorted(info['missing_keys'])[0]}; make it again")
     model.eval()
     return model  # type: ignore[no-any-return]
 
