@@ -61,6 +61,14 @@ def build(recipe: Path, home: Path) -> None:
         assert line.build(name, candidate) is not None
 
 
+def sealed(store: Path) -> bool:
+    """Whether some training has a whole checkpoint."""
+    try:
+        return any(store.glob(f".*.work/checkpoint-*/{SEAL}"))
+    except FileNotFoundError:  # a folder that went while it was being looked into
+        return False
+
+
 def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     kill: ModuleType, recipe: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +78,7 @@ def test_a_killed_run_goes_on_in_two_runs_at_once_to_the_same_bytes(
     uninterrupted.start()
     process = killed_run.start(recipe, home, kill.Moment())
     deadline = time.monotonic() + DEADLINE_S
-    while not list((home / "store").glob(f".*.work/checkpoint-*/{SEAL}")):
+    while not sealed(home / "store"):
         assert process.exitcode is None, kill.last_line(home)
         assert time.monotonic() < deadline
         time.sleep(0.01)
