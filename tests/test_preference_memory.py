@@ -47,10 +47,10 @@ def test_what_is_unset_is_no_part_of_an_identity() -> None:
 
 
 def rows_of(folder: Path, method: str, n_words: int) -> str:
-    """Write rows of about so many tokens, whose lengths differ."""
+    """Write rows of about so many tokens, whose lengths differ; of GRPO, which asks one a step, all are the longest."""
     lines: list[dict[str, Any]] = []
     for n in range(16):
-        n_turns = (n_words - n * 7 % (n_words // 2)) // 7
+        n_turns = (n_words - (0 if method == "grpo" else n * 7 % (n_words // 2))) // 7
         prompt = f"{n} " + "turn the kitchen light on now please " * n_turns
         good, bad = f'{{"level":{n}}}' + " light" * n_turns, "what is the" + " light" * n_turns
         if method == "kto":
