@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,8 @@ def benchmark(
         assert kinds == set(SHIPS), f"the recipe ships {kinds}"
         renames = (folder / "whole" / "renames.log").read_text().splitlines()
         print(f"uninterrupted: {duration:.1f} s, {len(renames)} renames, {len(expected)} files", flush=True)
-        if add and earlier["renames"] != renames:
-            print(f"the runs of {out} make other renames: do them again without --add", file=sys.stderr)
+        if add and (other := _other_rename(earlier["renames"], renames)):
+            print(f"{other}: do the kills of {out} again without --add", file=sys.stderr)
             return 1
         kills = [_read_kill(kill) for kill in earlier.get("kills", ())]
         rng = random.Random(seed + len(kills))
@@ -173,6 +175,15 @@ def _moments(
     if n_renames is not None and n_renames < len(around):
         around = sorted(rng.sample(around, n_renames), key=lambda m: (m.rename or 0, m.side))
     return moments + around
+
+
+def _other_rename(earlier: list[str], renames: list[str]) -> str | None:
+    """Say where two runs rename other things, whatever the identities in the names."""
+    for k, pair in enumerate(zip_longest(earlier, renames)):
+        was, now = (re.sub(r"[0-9a-f]{16,}", "...", name or "nothing") for name in pair)
+        if was != now:
+            return f"rename {k} was {was}, and is {now}"
+    return None
 
 
 def _read_kill(kill: dict[str, Any]) -> Kill:
