@@ -30,8 +30,8 @@ GENERAL = tuple(range(300, 500)) * 32  # tokens that ewc guards
 def highest(predicted: float, *arguments: str) -> float:
     """Give the highest peak in MiB of such children; one that comes within 15 % of the prediction is enough.
 
-    Peaks of the same small training lie up to 330 MiB apart (1,007 to 1,336 MiB in six runs), by when the loader's copy
-    of the weights is freed.
+    Peaks of the same small training lie up to 330 MiB apart (1,007 to 1,336 MiB in six runs), probably by when the
+    loader's copy of the weights is freed.
     """
     found = 0.0
     for _ in range(TIMES):
