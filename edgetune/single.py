@@ -101,9 +101,8 @@ def generate(path: Path, prompt: str, system: str | None, max_new_tokens: int, t
         kinds = ", ".join(ENGINE_OF_KIND)
         raise UsageError(f"{path} is of kind {artifact.manifest.kind}, which no engine runs; known: {kinds}")
     golden = Golden.read(path)
-    first = golden.conversations[0].messages[0] if golden.conversations else {"role": "user"}
-    if system is None and first["role"] == "system":
-        system = first["content"]
+    if system is None:
+        system = golden.system
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     text = render_chat(golden, messages)

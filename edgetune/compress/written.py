@@ -70,9 +70,7 @@ def write(
 class _Writer:
     """Writes a few rows at a time, each with numbers of its own."""
 
-    def __init__(
-        self, network: Any, model: Artifact, max_new_tokens: int, temperature: float, seed: int
-    ) -> None:  # fmt: skip
+    def __init__(self, network: Any, model: Artifact, max_new_tokens: int, temperature: float, seed: int) -> None:
         self._network, self._temperature, self._seed = network, temperature, seed
         self._golden = Golden.read(model.path)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
@@ -97,7 +95,8 @@ class _Writer:
         return [(json.dumps({"text": text}, ensure_ascii=False), n) for text, n in written if text]
 
     def _talks(self, numbers: np.ndarray[Any, Any]) -> list[tuple[str, int]]:
-        before = self._system()
+        system = self._golden.system
+        before = [{"role": "system", "content": system}] if system else []
         opening = render_chat(self._golden, [*before, {"role": "user", "content": QUESTION}])
         if QUESTION not in opening:
             raise DataError("the chat template does not show a user's turn as it is written; give rows of your own")
@@ -116,11 +115,6 @@ class _Writer:
             for turn, prompt, (text, n) in zip(turns, prompts, answers, strict=True)
             if text
         ]
-
-    def _system(self) -> list[dict[str, str]]:
-        """The system turn that training had, if it had one."""
-        first = self._golden.conversations[0].messages[:1] if self._golden.conversations else []
-        return [{"role": "system", "content": str(turn["content"])} for turn in first if turn["role"] == "system"]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -71,6 +71,12 @@ class Golden(BaseModel):
     chat_template: str
     special_tokens: dict[str, str] = {}  # those that the template names, such as bos_token
 
+    @property
+    def system(self) -> str | None:
+        """The system turn of the first conversation, which is that of training where it had one."""
+        first = self.conversations[0].messages[0] if self.conversations else {"role": "user"}
+        return str(first["content"]) if first["role"] == "system" else None
+
     @classmethod
     def read(cls, folder: Path) -> Golden:
         """Read the golden conversations of an artifact folder. Raises ArtifactError."""
