@@ -7,6 +7,8 @@ A case is a metric and a number of rows. `coverage` is the share of two-sided 95
 `false_passes` the share of trials in which a candidate that loses exactly the margin ships at 95 %, `family_passes`
 that any of four such candidates ships under Holm's correction. Of latency a case is a kind of waits and a number of
 generations, and the limit is the true p95. `rare_passes` is what no statistic of so few generations can prevent.
+`shown` are the intervals that tables show and nothing is judged by: divergence, agreement and slot F1 of rows, p50 and
+p95 of waits; `shown_min` is the least coverage of any.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tiny import ROOT
 from edgetune.artifact import write_text
 from edgetune.runtime.machine import LoadMeter, describe
 from edgetune.runtime.statistics import holm, non_inferiority
+from tests import simulated_rows
 from tests import simulated_waits as waits
 from tests.simulated import METRICS, coverage, exact_rows, false_passes, trials
 
@@ -58,6 +61,18 @@ def latency(kind: str, n: int, times: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shown(n: int, times: int) -> list[dict[str, Any]]:
+    """Hold what tables show of n rows to the truth."""
+    found = simulated_rows.coverage(n, times=times, seed=n)
+    return [{"figure": name, "n_rows": n, "trials": times, "coverage": share} for name, share in found.items()]
+
+
+def shown_waits(kind: str, n: int, q: int, times: int) -> dict[str, Any]:
+    """Hold what tables show of n generations to the truth."""
+    share = simulated_rows.waits_coverage(kind, n, q, times=times, seed=n)
+    return {"figure": f"p{q}", "waits": kind, "n_generations": n, "trials": times, "coverage": share}
+
+
 def family(n: int, times: int) -> dict[str, Any]:
     """Four candidates that all lose the margin, judged together."""
     rng = np.random.default_rng(n)
@@ -86,11 +101,19 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(case, metric, n, times) for metric in METRICS for n in ROWS]
         timing = [pool.submit(latency, kind, n, times) for kind in (*waits.KINDS, "rare") for n in GENERATIONS]
+        tables = [pool.submit(shown, n, times) for n in ROWS[:3]]
+        percentiles = [
+            pool.submit(shown_waits, kind, n, q, times) for kind in waits.KINDS for n in GENERATIONS for q in (50, 95)
+        ]
         together = pool.submit(family, 500, times)
         cases, corrected, timed = [job.result() for job in jobs], together.result(), [job.result() for job in timing]
     for one in cases:
         print(f"{one['metric']:12} {one['n_rows']:5} rows: coverage {one['coverage']:.4f}, "
               f"false passes {one['false_passes']:.4f}")  # fmt: skip
+    in_tables = [one for job in tables for one in job.result()] + [job.result() for job in percentiles]
+    for one in in_tables:
+        of = f"{one['n_rows']:5} rows" if "n_rows" in one else f"{one['n_generations']:5} generations, {one['waits']}"
+        print(f"{one['figure']:12} {of}: coverage {one['coverage']:.4f}")
     for one in timed:
         print(f"{one['waits']:12} {one['n_generations']:5} generations: false passes {one['false_passes']:.4f}, "
               f"false stops {one['false_stops']:.4f}, bounded {one['bounded']:.4f}")  # fmt: skip
@@ -104,10 +127,11 @@ def main() -> None:
         "family_passes": corrected["family_passes"], "without_correction": corrected["without_correction"],
         "latency_passes_max": max(one["false_passes"] for one in seen),
         "latency_stops_max": max(one["false_stops"] for one in seen),
+        "shown_min": min(one["coverage"] for one in in_tables),
         "rare_passes": max(one["false_passes"] for one in timed if one["waits"] == "rare"),
     }  # fmt: skip
     result = {
-        "keys": keys, "cases": cases, "latency": timed, "family": corrected,
+        "keys": keys, "cases": cases, "latency": timed, "shown": in_tables, "family": corrected,
         "seconds": round(time.monotonic() - began, 1),
         "machine": describe().model_dump(), "load": meter.stop().model_dump(),
         "versions": {name: metadata.version(name) for name in ("edgetune", "numpy", "scipy")}

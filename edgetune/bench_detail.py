@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.table import Table
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from edgetune.runtime import serving
 from edgetune.runtime.evidence import CaseFigures, Failure, Latency, ServedCase
+from edgetune.runtime.report.columns import interval_text, number
 from edgetune.runtime.report.measures import PERCENTILES, case_figures
 from edgetune.runtime.statistics import Interval
 
@@ -71,10 +73,12 @@ def _table(title: str, *heads: str) -> Table:
 
 def _percentiles(found: Callable[[int], Interval | tuple[float, float | None, float | None]]) -> Iterator[str]:
     for q in PERCENTILES:
-        value, low, high = found(q)
-        interval = f" ({_ms(low)} to {_ms(high)})" if low is not None and high is not None else ""
-        yield _ms(value) + (interval if q in WITH_INTERVAL else "")
+        value, *ends = found(q)
+        low, high = (None if end is None or math.isinf(end) else end for end in ends)
+        interval = interval_text(low, high, _digits(value))
+        said = number(value, _digits(value)) + (f" ({interval})" if interval and q in WITH_INTERVAL else "")
+        yield said.replace(",", "")  # for want of columns
 
 
-def _ms(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
+def _digits(value: float) -> int:
+    return 2 if value < 10 else 1 if value < 1000 else 0

@@ -90,17 +90,22 @@ def probe(name: str, code: str) -> Finding:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Finding(name, "broken", f"gave no answer within {TIMEOUT_S} s")
+        return Finding(
+            name, "broken", f"gave no answer within {TIMEOUT_S} s; try on an idle machine, then {_again(name)}"
+        )
     if ended.returncode == 0:
         return Finding(name, "ok", (ended.stdout.strip().splitlines() or [""])[-1])
     if ended.returncode < 0:
         died = signal.Signals(-ended.returncode).name
-        hint = (
-            AMX if name == "llama_cpp" else f"install {BACKENDS[name].distribution if name in BACKENDS else name} again"
-        )
-        return Finding(name, "broken", f"died of {died}; {hint}")
+        return Finding(name, "broken", f"died of {died}; {AMX if name == 'llama_cpp' else _again(name)}")
     last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-    return Finding(name, "broken", f"{last}; version {version(name) if name in BACKENDS else 'unknown'}")
+    known = f"version {version(name)}; " if name in BACKENDS else ""
+    return Finding(name, "broken", f"{last}; {known}{_again(name)}")
+
+
+def _again(name: str) -> str:
+    """Say what to do about a backend that does not work: the version that was tried with the rest, once more."""
+    return f"install {BACKENDS[name].distribution if name in BACKENDS else name} again"
 
 
 def probe_llama() -> str:

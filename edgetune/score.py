@@ -16,12 +16,12 @@ from edgetune.errors import ArtifactError, UsageError
 from edgetune.measure import PACK
 from edgetune.progress import reporting
 from edgetune.runtime import accuracy as scoring
+from edgetune.runtime.clustered import token_intervals
 from edgetune.runtime.evidence import Accuracy, Timings
 from edgetune.runtime.machine import describe
 from edgetune.runtime.reference import ReferencePack
 from edgetune.runtime.reference_rows import FILE as ROWS
 from edgetune.runtime.reference_rows import ReferenceRows
-from edgetune.runtime.statistics import token_intervals
 
 
 def score(
@@ -67,7 +67,8 @@ def figures(scored: Accuracy) -> Table:
     said = {"rows": f"{len(rows)}, with {n_tokens} answer tokens"}
     for name in ("mean", "p50", "p99"):
         value, low, high = spread[name]
-        said[f"KL {'median' if name == 'p50' else name}"] = f"{value:.3g} ({low:.3g} to {high:.3g}) nats"
+        interval = f"{low:.3g} to {high:.3g}" if math.isfinite(high - low) else "too few rows for an interval"
+        said[f"KL {'median' if name == 'p50' else name}"] = f"{value:.3g} ({interval}) nats"
     said |= {
         "KL max": f"{spread['max'].value:.3g} nats",
         "top-1 agreement": f"{sum(row.n_agree or 0 for row in rows) / n_tokens:.2%} of the answer tokens",

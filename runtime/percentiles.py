@@ -58,25 +58,34 @@ def effective_size(groups: Sequence[Floats], q: float) -> float:
     """Give how many independent samples those of all groups are worth at a percentile: N / (1 + (m - 1) ICC), Kish's
     design effect, with m weighted by itself.
 
-    The intra-class correlation is that of lying above the percentile, by one-way analysis of variance, at the upper
-    end of what the groups allow: few groups rarely show all of it. One group alone tells nothing of others and is worth
-    one sample.
+    The intra-class correlation is that of lying above the percentile.
     """
-    samples, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
-    if len(groups) in (1, len(samples)):
-        return float(len(groups))
-    above = (samples > np.percentile(samples, q)).astype(np.float64)
-    return float(len(samples) / (1 + (np.sum(sizes**2) / len(samples) - 1) * _correlation(above, sizes)))
+    samples = np.concatenate(groups)
+    limit = np.percentile(samples, q)
+    above = np.array([float((group > limit).sum()) for group in groups])
+    return worth(above, np.array([float(len(group)) for group in groups]))
 
 
-def _correlation(values: Floats, sizes: NDArray[np.int64]) -> float:
-    """Give the one-sided upper bound of the intra-class correlation at SURE; `values` are group by group."""
+def worth(hits: Floats, sizes: Floats) -> float:
+    """Give how many independent samples those of k groups are worth for the share of hits among them; [k] each.
+
+    The intra-class correlation of a hit is that of a one-way analysis of variance, at the upper end of what the groups
+    allow: few groups rarely show all of it. One group alone tells nothing of others and is worth one sample.
+    """
+    k, total = len(sizes), float(sizes.sum())
+    if k == 1 or total == k:
+        return float(k)
+    return total / (1 + (float(np.sum(sizes**2)) / total - 1) * _correlation(hits, sizes))
+
+
+def _correlation(hits: Floats, sizes: Floats) -> float:
+    """Give the one-sided upper bound of the intra-class correlation of a hit, at SURE."""
     from scipy.stats import f
 
-    k, total = len(sizes), len(values)
-    means = np.add.reduceat(values, np.r_[0, np.cumsum(sizes)[:-1]]) / sizes
-    between = float(np.sum(sizes * (means - values.mean()) ** 2) / (k - 1))
-    within = float(np.sum((values - np.repeat(means, sizes)) ** 2) / (total - k))
+    k, total = len(sizes), float(sizes.sum())
+    shares = hits / sizes
+    between = float(np.sum(sizes * (shares - hits.sum() / total) ** 2) / (k - 1))
+    within = float(np.sum(hits * (1 - shares)) / (total - k))
     m = (total - np.sum(sizes**2) / total) / (k - 1)
     least = float(f.ppf(1 - SURE, k - 1, total - k)) * within  # of `between`, were there no correlation
     return max(0.0, float((between - least) / (between + (m - 1) * least))) if between > 0 else 0.0

@@ -23,7 +23,8 @@ import numpy as np
 
 from edgetune.errors import EngineError, UsageError
 from edgetune.runtime.evidence import Served, ServedCase, ServedRequest
-from edgetune.runtime.statistics import Interval, percentile_interval
+from edgetune.runtime.percentiles import percentile_bounds
+from edgetune.runtime.statistics import Interval
 
 Progress = Callable[[int, int], None]  # requests answered, requests in all
 DATA = b"data:"
@@ -231,8 +232,8 @@ def _case(
     return ServedCase(concurrency=concurrency, rate=rate, seconds=ended - began, requests=shifted)
 
 
-def figure(case: ServedCase, name: str, q: float, *, seed: int = 0) -> Interval:
-    """Give a percentile of `ttft_ms`, `itl_ms` or `tpot_ms` over the requests that were answered.
+def figure(case: ServedCase, name: str, q: float) -> Interval:
+    """Give a percentile of `ttft_ms`, `itl_ms` or `tpot_ms` of the answered requests, with its 95 % interval.
 
     Raises EngineError where none was.
     """
@@ -247,7 +248,7 @@ def figure(case: ServedCase, name: str, q: float, *, seed: int = 0) -> Interval:
         raise EngineError(
             f"no request was answered with enough tokens for {name}: {errors[0] if errors else 'too few'}"
         )
-    return percentile_interval(groups, q, seed=seed)
+    return percentile_bounds(groups, q, confidence=0.975)
 
 
 def has_waits(case: ServedCase) -> bool:

@@ -50,25 +50,6 @@ class Flips(NamedTuple):
     p_value: float
 
 
-def percentile_interval(
-    groups: Sequence[Sequence[float]], q: float, *, seed: int, confidence: float = 0.95, n_resamples: int = 2000
-) -> Interval:
-    """Give a percentile of all samples with a bootstrap interval over whole groups.
-
-    Tokens of one generation share its disturbances, so generations are resampled, not tokens. It shows a spread and
-    decides nothing: no resample exceeds the largest sample, so of few it does not hold (`percentiles` has what does).
-    """
-    arrays = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]
-    if not arrays:
-        raise ValueError("a percentile needs at least one sample")
-    value = float(np.percentile(np.concatenate(arrays), q))
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(arrays), size=(n_resamples, len(arrays)))
-    drawn = _percentiles(arrays, picks, q)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(low), float(high))
-
-
 def percentile_ratio(
     after: Sequence[Sequence[float]],
     before: Sequence[Sequence[float]],
@@ -114,55 +95,6 @@ def repeatability(runs: Sequence[float], *, confidence: float = 0.95) -> float:
     return float(quantile * values.std(ddof=1) * math.sqrt(2) / values.mean())
 
 
-def token_intervals(
-    groups: Sequence[Sequence[float]], *, seed: int, confidence: float = 0.95, n_resamples: int = 1000
-) -> dict[str, Interval]:
-    """Give mean, median and p99 of all tokens' values, each with a bootstrap interval over whole rows, and their max.
-
-    Tokens of one row hang together, so rows are resampled: a resample is a weight for each row. A quantile is the
-    smallest value that at least that share of the tokens does not exceed. No interval of a maximum holds: its own is
-    the value itself.
-    """
-    sizes = np.array([len(group) for group in groups], dtype=np.float64)
-    sums = np.array([math.fsum(group) for group in groups])
-    values = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])
-    if not len(values):
-        raise ValueError("an interval needs at least one value")
-    order = np.argsort(values, kind="stable")
-    values, row_of = values[order], np.repeat(np.arange(len(groups)), sizes.astype(np.int64))[order]
-
-    def figures(weight: Floats) -> tuple[float, float, float]:
-        heap = np.cumsum(weight[row_of])
-        median, p99 = values[np.searchsorted(heap, np.array([0.5, 0.99]) * heap[-1])]
-        return float(weight @ sums / (weight @ sizes)), float(median), float(p99)
-
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_resamples).astype(np.float64)
-    drawn = np.array([figures(weight) for weight in weights if weight @ sizes])
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    found, largest = figures(np.ones(len(groups))), float(values[-1])
-    made = {"max": Interval(largest, largest, largest)}
-    for i, name in enumerate(("mean", "p50", "p99")):
-        made[name] = Interval(found[i], float(low[i]), float(high[i]))
-    return made
-
-
-def ratio_interval(
-    top: Sequence[float], bottom: Sequence[float], *, seed: int, confidence: float = 0.95, n_resamples: int = 2000
-) -> Interval:
-    """Give sum(top) / sum(bottom) over rows, [n] each, with a bootstrap interval over whole rows.
-
-    Raises ValueError where `bottom` is zero in every row.
-    """
-    tops, bottoms = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
-    if not bottoms.any():
-        raise ValueError("a ratio needs a row to divide by")
-    picks = np.random.default_rng(seed).integers(len(tops), size=(n_resamples, len(tops)))
-    above, below = tops[picks].sum(1), bottoms[picks].sum(1)
-    low, high = np.quantile(above[below > 0] / below[below > 0], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(tops.sum() / bottoms.sum()), float(low), float(high))
-
-
 def f1_differences(candidate: Sequence[SlotCounts] | Floats, reference: Sequence[SlotCounts] | Floats) -> Floats:
     """Give numbers, one a row, whose mean is micro F1 of the reference minus that of the candidate, exactly.
 
@@ -201,6 +133,17 @@ def mean_bounds(losses: Sequence[float] | Floats, confidence: float) -> Interval
         found.append((h, paired_difference_bounds(harmful, beneficial, n, confidence)))
     (h_low, lower), (h_high, upper) = found
     return Interval(total / n, h_low * lower.low, h_high * min(1.0, upper.high + 0.5 / n))
+
+
+def wilson(share: float, n: float, confidence: float) -> Interval:
+    """Give a share of n samples with Wilson's two-sided score interval (J. Am. Stat. Assoc. 22:209, 1927).
+
+    Of shares of tokens n is what they are worth, and no whole number.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def paired_difference_bounds(harmful: float, beneficial: float, n: int, confidence: float) -> Interval:

@@ -83,17 +83,19 @@ def method(report: Report) -> list[str]:
                 "ISO 5725-1 of their medians, and no verdict on latency is finer than it."
             )
         said.append(
-            "A latency budget is judged by order statistics, which bound a percentile whatever the distribution, each "
-            "bound one-sided at 95 %; tokens of one generation count for fewer samples than they are (Kish's design "
-            "effect)."
+            "Percentiles have bounds by order statistics, which hold whatever the distribution. Tokens of one "
+            "generation count for fewer samples than they are (Kish's design effect), so the bounds are wide, and of "
+            "few generations a high percentile has none above. Tables show 95 % intervals; a budget takes each bound "
+            "one-sided at 95 %."
         )
     accuracy = measures.accuracy_budget(report)
     said.append(
         "Exact match has Wilson's score interval at 95 %. A loss has one-sided bounds: Tango's score bounds for exact "
         "match and, with effective counts of flips, for slot F1 and tasks, Student's t for the perplexity of a task. "
-        "Percentiles have 95 % bootstrap intervals over whole generations, because tokens of one generation share its "
-        "disturbances; divergence, agreement and slot F1 over whole rows; perplexity over whole texts where there are "
-        f"{measures.FEW_TEXTS} or more."
+        "Agreement and slot F1 have Wilson's interval at what their tokens and slots are worth, since those of one row "
+        "hang together (Korn and Graubard); the mean divergence has a bootstrap-t interval over whole rows, its median "
+        f"and p99 order statistics; perplexity a bootstrap-t over whole texts where there are {measures.FEW_TEXTS} or "
+        "more. All at 95 %."
     )
     if any(seam.exact_rows is not None for seam in report.seams):
         said.append("A change from hop to hop has Tango's two-sided 95 % interval over the rows that both hops scored.")

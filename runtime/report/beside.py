@@ -117,8 +117,9 @@ def probed(one: Latency) -> Iterator[Said]:
 def crossed(small: Latency, large: Latency) -> Iterator[Said]:
     """Say how the speed of smaller weights over larger ones changes with the rows that share a read of them.
 
-    Faster is what lies beyond the interval of the ratio and, where runs were repeated, beyond their noise floor. Of two
-    that ran on different devices there is no such ratio: the devices would make it, not the weights.
+    Faster is what lies beyond the interval of the ratio and beyond the noise floor; without repeated runs there is
+    none, and nothing is called faster. Of two that ran on different devices there is no such ratio: the devices would
+    make it, not the weights.
     """
     points = list(crossover(small, large))
     if not points:
@@ -127,11 +128,14 @@ def crossed(small: Latency, large: Latency) -> Iterator[Said]:
         ours, theirs = ("a GPU" if one.subject.on_gpu else "the CPU" for one in (small, large))
         yield Said(f"no speed over {large.subject.name}: it ran on {theirs} and this one on {ours}", "subject")
         return
-    floors = [floor for one in (small, large) for case in one.cases if (floor := noise_floor(case, "itl_ms"))]
-    faster = [n for n, _, low, _ in points if low > 1 + max(floors, default=0.0)]
+    floors = [noise_floor(case, "itl_ms") for one in (small, large) for case in one.cases]
+    known = [floor for floor in floors if floor is not None]
+    faster = [n for n, _, low, _ in points if low > 1 + max(known, default=0.0)]
     shown = ", ".join(f"{n}: {value:.2f} ({low:.2f} to {high:.2f})" for n, value, low, high in points)
     ends = next((n for n, *_ in points if n > max(faster, default=0)), None)  # and at all larger numbers
-    if ends is None:
+    if len(known) < len(floors):
+        said = "without repeated runs (bench.runs) that may be chance"
+    elif ends is None:
         said = f"still faster at {points[-1][0]}"
     elif faster:
         said = f"no longer faster from {ends} rows on"

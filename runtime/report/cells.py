@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgetune.runtime.report.columns import BY_KEY, DASH, number
+from edgetune.runtime.report.columns import BY_KEY, DASH, interval_text, number
 from edgetune.runtime.report.measures import Figure
 
 EVIDENCE = "report.json"
@@ -28,9 +28,8 @@ def figure_cell(figure: Figure, digits: int, *, signed: bool = False, source: st
     if figure.value is None:
         return Cell()
     said = []
-    if figure.low is not None and figure.high is not None:
-        low, high = (number(x, digits, signed=signed) for x in (figure.low, figure.high))
-        said.append(f"{low} to {high}")
+    if interval := interval_text(figure.low, figure.high, digits, signed=signed):
+        said.append(interval)
     if figure.n_rows is not None:
         said.append(f"{figure.n_rows:,} rows")
     text = number(figure.value, digits, signed=signed)

@@ -142,6 +142,14 @@ def number(value: float | None, digits: int, *, signed: bool = False) -> str:
     return text.replace("-", "−")
 
 
+def interval_text(low: float | None, high: float | None, digits: int, *, signed: bool = False) -> str:
+    """Write an interval, or the one bound that it has; nothing where it has none."""
+    below, above = (number(x, digits, signed=signed) for x in (low, high))
+    if low is None or high is None:
+        return f"{below} or more" if low is not None else f"{above} or less" if high is not None else ""
+    return f"{below} to {above}"
+
+
 def seconds(value: float) -> str:
     """Write a duration as people say it: 4.2 s, 12 min 05 s, 1 h 03 min."""
     if value < 60:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgetune.runtime import statistics
+from edgetune.runtime import clustered, statistics
 from edgetune.runtime.evidence import Accuracy, Check, Latency, LatencyCase, Report, RowScore, Seam
 from edgetune.runtime.metrics import SlotCounts
+from edgetune.runtime.percentiles import percentile_bounds
 
 LEVEL = 0.95  # of intervals that no budget names, two-sided
 PERCENTILES = (50, 90, 95, 99)
@@ -64,10 +65,10 @@ def accuracy_figures(
     counts = [counted for row in rows if (counted := slots_of(row)) is not None]
     if any(counted.predicted + counted.gold for counted in counts):
         doubled, slots = [2 * c.true_positives for c in counts], [c.predicted + c.gold for c in counts]
-        found = statistics.ratio_interval(doubled, slots, seed=seed, confidence=LEVEL)
+        found = clustered.share_interval(doubled, slots, confidence=LEVEL)
         made["slot_f1"] = _percent(found)._replace(n_rows=len(counts))
     if score.text is not None and sum(score.text.n_tokens) > 0:
-        found = statistics.ratio_interval(score.text.nll, score.text.n_tokens, seed=seed, confidence=LEVEL)
+        found = clustered.mean_interval(score.text.nll, score.text.n_tokens, seed=seed, confidence=LEVEL)
         value, low, high = (math.exp(min(700.0, x)) for x in found)
         made["ppl"] = Figure(value, low, high) if len(score.text.nll) >= FEW_TEXTS else Figure(value)
     if score is reference or not n or not paired(score, reference):
@@ -81,17 +82,16 @@ def accuracy_figures(
     if len(kl) == n:
         made["kl"] = Figure(sum(kl) / n_tokens)
     if len(tokens) == n:  # evidence of an earlier version has sums only
-        spread = statistics.token_intervals(tokens, seed=seed, confidence=LEVEL)
-        made |= {key: Figure(*spread[name]) for key, name in KL.items()}
+        spread = clustered.token_intervals(tokens, seed=seed, confidence=LEVEL)
+        made |= {key: _bounded(spread[name]) for key, name in KL.items()}
         made["kl_max"] = Figure(spread["max"].value)
     if len(agree) == n:
-        found = statistics.ratio_interval(agree, [row.n_tokens for row in rows], seed=seed, confidence=LEVEL)
+        found = clustered.share_interval(agree, [row.n_tokens for row in rows], confidence=LEVEL)
         made["agree"] = _percent(found)
         parted = [[row.first_divergence + 1.0] for row in rows if row.first_divergence is not None]
         made["alike"] = share_interval(n - len(parted), n)
         if parted:
-            found = statistics.percentile_interval(parted, 50, seed=seed, confidence=LEVEL)
-            made["parts_at"] = Figure(found.value, found.low, found.high, len(parted))
+            made["parts_at"] = percentile_figure(parted, 50)._replace(n_rows=len(parted))
     return made
 
 
@@ -104,9 +104,7 @@ def perplexity(score: Accuracy) -> float | None:
 
 def share_interval(right: int, n: int) -> Figure:
     """Give a share of rows in percent, with Wilson's interval."""
-    # with no beneficial flip, the score bounds are Wilson's for the share of wrong rows
-    wrong = statistics.paired_difference_bounds(n - right, 0, n, (1 + LEVEL) / 2)
-    return Figure(right / n * 100, (1 - wrong.high) * 100, (1 - wrong.low) * 100)
+    return _percent(statistics.wilson(right / n, n, LEVEL))
 
 
 def change(seam: Seam, before: Seam) -> Figure:
@@ -191,7 +189,17 @@ def latency_figures(latency: Latency, cases: Sequence[dict[str, Figure]]) -> tup
     return made, places
 
 
-def case_figures(case: LatencyCase, *, seed: int = 0) -> dict[str, Figure]:
+def percentile_figure(groups: Sequence[Sequence[float]], q: float) -> Figure:
+    """Give a percentile with the two-sided interval of its order statistics; None for a bound that so few lack."""
+    return _bounded(percentile_bounds(groups, q, confidence=(1 + LEVEL) / 2))
+
+
+def _bounded(found: statistics.Interval) -> Figure:
+    low, high = (bound if math.isfinite(bound) else None for bound in (found.low, found.high))
+    return Figure(found.value, low, high)
+
+
+def case_figures(case: LatencyCase) -> dict[str, Figure]:
     """Give percentiles and rates of one case, warm-up left out. Milliseconds and tokens per second."""
     kept = [g for g in case.generations if not g.warmup]
     firsts = [[g.ttft_ms] for g in kept]
@@ -200,8 +208,7 @@ def case_figures(case: LatencyCase, *, seed: int = 0) -> dict[str, Figure]:
     made: dict[str, Figure] = {}
     for name, groups in (("ttft", firsts), ("itl", waits), ("tpot", means)):
         for q in PERCENTILES if groups else ():
-            found = statistics.percentile_interval(groups, q, seed=seed, confidence=LEVEL)
-            made[f"{name}_p{q}"] = Figure(*found)
+            made[f"{name}_p{q}"] = percentile_figure(groups, q)
     if firsts and made["ttft_p50"].value:
         made["prefill"] = Figure(case.prompt_tokens / made["ttft_p50"].value * 1000)
     if waits:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edgetune.runtime.evidence import Report, TaskScore
 from edgetune.runtime.report import measures
-from edgetune.runtime.report.columns import DASH, number
+from edgetune.runtime.report.columns import DASH, interval_text, number
 from edgetune.runtime.task_metrics import METRICS
 from edgetune.runtime.verdict import ONLY_BOUNDS, task_loss, tasks_of
 
@@ -109,7 +109,5 @@ def _worst(found: TaskScore, reference: TaskScore, metric: str) -> Iterator[Wors
 def _written(loss: float, low: float | None, high: float | None, relative: bool) -> tuple[str, str]:
     unit = " %" if relative else " points"
     low, high = (x if x is not None and math.isfinite(x) else None for x in (low, high))
-    said, below, above = (number(None if x is None else 100 * x, 2, signed=True) for x in (loss, low, high))
-    if high is None:
-        return f"{said}{unit}", DASH if low is None else f"{below} or more"
-    return f"{said}{unit}", f"{below} to {above}"
+    below, above = (None if x is None else 100 * x for x in (low, high))
+    return f"{number(100 * loss, 2, signed=True)}{unit}", interval_text(below, above, 2, signed=True) or DASH

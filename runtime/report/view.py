@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from edgetune.runtime.evidence import Accuracy, Check, Latency, Report, RowScore, RowText, Subject
 from edgetune.runtime.report import background, beside, ledger, measures, timings
 from edgetune.runtime.report.cells import Cell, column_cell, column_cells
-from edgetune.runtime.report.columns import COLUMNS, Column, budget, number
+from edgetune.runtime.report.columns import COLUMNS, Column, budget, interval_text, number
 from edgetune.runtime.report.forgetting import Forgetting, forgetting
 from edgetune.runtime.report.kept import Kept, kept
 from edgetune.runtime.report.slots import SlotTable, slot_table
@@ -128,7 +128,7 @@ def build_view(report: Report) -> View:
     speeds = {x.subject.name: (i, x) for i, x in enumerate(report.latency)}
     verdict_of = {v.candidate: v.verdict for v in order}
     plain = [n for n in (report.reference, *scores, *speeds) if n not in verdict_of]
-    timed = [[measures.case_figures(case, seed=_seed(report)) for case in x.cases] for x in report.latency]
+    timed = [[measures.case_figures(case) for case in x.cases] for x in report.latency]
     rows = [
         _row(report, name, verdict_of.get(name, ""), scores, speeds, timed) for name in (*names, *dict.fromkeys(plain))
     ]
@@ -267,7 +267,7 @@ def _budgets(report: Report, rows: Sequence[Row], tasks: Sequence[TaskLine]) -> 
 
 def _budgeted(check: Check, factor: float, digits: int, source: str) -> Budgeted:
     value, low, high = (None if x is None else x * factor for x in (check.value, check.low, check.high))
-    interval = f"{number(low, digits)} to {number(high, digits)}" if low is not None and high is not None else ""
+    interval = interval_text(low, high, digits)
     return Budgeted(
         number(value, digits), interval, check.verdict, check.reason, value, low, high, check.limit * factor, source
     )

@@ -248,8 +248,9 @@ def test_details_have_intervals_and_rates_and_fit_a_terminal() -> None:
     value, low, high = case.figures["itl_p95"]
     assert value == pytest.approx(np.percentile(waits, 95))
     assert low is not None
-    assert high is not None
-    assert low <= value <= high
+    assert min(waits) < low <= value
+    assert high is None  # four generations do not bound it
+    assert case.figures["ttft_p50"][1:] == (None, None)
     assert case.figures["decode"] == (pytest.approx(1000 / np.mean(waits)), None, None)
     assert {f"{name}_p{q}" for name in ("ttft", "itl", "tpot") for q in (50, 90, 95, 99)} < set(case.figures)
     big = case.model_copy(
@@ -264,7 +265,7 @@ def test_details_have_intervals_and_rates_and_fit_a_terminal() -> None:
         assert "…" not in said
         assert len(said.splitlines()) == 5  # title, heads, TTFT, ITL, TPOT
         assert f"first run {one.first_run_ms:.0f} ms" in said
-        for part in ("p50 (95 %)", "p90", "p99", " prefill", " decode", " to "):
+        for part in ("p50 (95 %)", "p90", "p99", " prefill", " decode", " to " if shown is big else " or more)"):
             assert part in said
 
 

@@ -172,7 +172,7 @@ def test_all_probes_of_all_candidates() -> None:
     assert ratios[1][1] > 1
     assert ratios[8][2] < 1  # 18 ms against 13
     (said,) = beside.crossed(small, large)
-    assert said.text.endswith("no longer faster from 8 rows on")
+    assert said.text.endswith("; without repeated runs (bench.runs) that may be chance")
     lines = "\n".join(said.text for said in beside.probed(small))
     for part in (
         "threads: 1: ",
@@ -187,7 +187,7 @@ def test_all_probes_of_all_candidates() -> None:
     assert "8: failed (fake died of SIGSEGV" in "\n".join(said.text for said in beside.probed(breaks))
 
 
-def swept(waits: dict[int, float], *, spread: float = 0.0, runs: tuple[float, ...] = (10.0,)) -> Latency:
+def swept(waits: dict[int, float], *, spread: float = 0.0, runs: tuple[float, ...] = (10.0, 10.0)) -> Latency:
     """A candidate whose steps of so many rows take so many ms, and whose runs have these medians."""
     points = [
         SweepPoint(
@@ -223,6 +223,8 @@ def test_a_crossover_is_no_finer_than_spread_and_noise_floor() -> None:
     assert "no longer faster from 4 rows on" in next(beside.crossed(swept(small, spread=0.06), swept(large))).text
     sides = swept(small, runs=(10.0, 10.2)), swept(large)  # the floor of two runs is wide
     assert "faster at none of them" in next(beside.crossed(*sides)).text
+    (said,) = beside.crossed(swept(small, runs=(10.0,)), swept(large))
+    assert said.text.endswith("; without repeated runs (bench.runs) that may be chance")
 
 
 def test_a_longer_context_is_said_to_cost_more() -> None:

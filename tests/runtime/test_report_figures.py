@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from edgetune.plan import rows_said
 from edgetune.recipe import Budgets, Recipe
@@ -249,3 +250,10 @@ def test_pareto_front_holds_what_nothing_beats() -> None:
 def test_bits_per_weight_comes_from_the_scheme() -> None:
     assert measures.bits_per_weight({"scheme": {"bits_per_weight": 4.5}}) == 4.5
     assert measures.bits_per_weight({"scheme": None, "notes": {}}) is None
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 50), (5, 50), (45, 50), (50, 50)])
+def test_a_share_of_rows_has_wilsons_interval(right: int, n: int) -> None:
+    found = measures.share_interval(right, n)
+    wilson = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert found[:3] == pytest.approx((100 * right / n, 100 * wilson.low, 100 * wilson.high))

@@ -18,10 +18,8 @@ from edgetune.runtime.statistics import (
     non_inferiority_f1,
     non_inferiority_t,
     paired_difference_bounds,
-    percentile_interval,
     rows_in_words,
     rows_needed,
-    token_intervals,
 )  # fmt: skip
 from tests.simulated import METRICS, coverage, false_passes, slot_rows, trials
 
@@ -163,37 +161,6 @@ def test_bounds_of_a_rise_are_students() -> None:
     assert (one.low, one.high, one.verdict, one.rows_needed) == (-math.inf, math.inf, "inconclusive", None)
 
 
-def test_divergence_of_tokens_has_mean_quantiles_and_intervals_over_rows() -> None:
-    rng = np.random.default_rng(8)
-    rows = [rng.exponential(0.1, rng.integers(1, 30)).tolist() for _ in range(150)]
-    found = token_intervals(rows, seed=0)
-    tokens = np.concatenate(rows)
-    assert found["mean"].value == pytest.approx(tokens.mean())
-    assert found["p50"].value == pytest.approx(np.quantile(tokens, 0.5), rel=0.02)
-    assert found["p99"].value == pytest.approx(np.quantile(tokens, 0.99), rel=0.05)
-    assert found["max"] == (tokens.max(),) * 3
-    for name in ("mean", "p50", "p99"):
-        assert found[name].low < found[name].value < found[name].high
-    assert found == token_intervals(rows, seed=0) != token_intervals(rows, seed=1)
-    with pytest.raises(ValueError, match="at least one value"):
-        token_intervals([[]], seed=0)
-
-
-def test_intervals_of_divergence_resample_rows_not_tokens() -> None:
-    rng = np.random.default_rng(10)
-    hits = naive = 0
-    for trial in range(120):
-        scale = rng.lognormal(0, 0.6, (100, 1))  # what the tokens of a row have in common
-        tokens = scale * rng.exponential(0.05, (100, 12))
-        truth = 0.05 * math.exp(0.18)
-        found = token_intervals(tokens.tolist(), seed=trial, n_resamples=200)["mean"]
-        hits += found.low <= truth <= found.high
-        alone = token_intervals([[x] for x in tokens.ravel()], seed=trial, n_resamples=100)["mean"]
-        naive += alone.low <= truth <= alone.high
-    assert hits / 120 > 0.86
-    assert naive < hits
-
-
 def test_holm_steps_down() -> None:
     p_values = [0.011, 0.03, 0.02, 0.6]
     assert holm_adjusted(p_values) == pytest.approx([0.044, 0.06, 0.06, 0.6])
@@ -230,26 +197,3 @@ def test_the_plan_of_rows_in_words() -> None:
     four = rows_in_words(500, 0.02, 0.03, 0.95, n_candidates=4)
     assert four.startswith("500 rows cannot show a loss of at most 2 points; 720 can")
     assert "0.95 confidence of 4 candidates together, 80% power" in four
-
-
-def test_percentiles_resample_generations_not_tokens() -> None:
-    rng = np.random.default_rng(6)
-    true_p90 = 10 + 1.2816 * math.hypot(1, 1)
-    hits = naive = 0
-    for trial in range(120):
-        shared = rng.normal(10, 1, (20, 1))  # what all tokens of a generation have in common
-        groups = shared + rng.normal(0, 1, (20, 30))
-        found = percentile_interval(groups.tolist(), 90, seed=trial, n_resamples=300)
-        hits += found.low <= true_p90 <= found.high
-        tokens = percentile_interval([[value] for value in groups.ravel()], 90, seed=trial, n_resamples=100)
-        naive += tokens.low <= true_p90 <= tokens.high
-    assert hits / 120 > 0.82
-    assert naive / 120 < 0.6  # tokens alone would claim far too much
-
-
-def test_percentiles_of_uneven_groups() -> None:
-    found = percentile_interval([[1, 2, 3], [4], [5, 6]], 50, seed=0)
-    assert found.value == 3.5
-    assert 1 <= found.low <= 3.5 <= found.high <= 6
-    with pytest.raises(ValueError, match="at least one sample"):
-        percentile_interval([[]], 50, seed=0)
