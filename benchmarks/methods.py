@@ -49,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora", "learning_rate": 1e-3},
     "ia3": {"method": "ia3", "learning_rate": 1e-2},
     "prefix": {"method": "prefix", "learning_rate": 1e-2},
+    "prefix, slower": {"method": "prefix", "learning_rate": 1e-3},
+    "prefix, faster": {"method": "prefix", "learning_rate": 1e-1},
     "full": {"method": "full", "learning_rate": 1e-4},
     "full, unfrozen by block": {"method": "full", "learning_rate": 1e-4, "unfreeze_steps": 1},
     "qlora, general text alone": {"method": "qlora", "learning_rate": 3e-4, "replay": 1.0},
@@ -86,7 +88,8 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
     calibrate = token_ids(tokenizer, general_text(None, "calibrate"))
     width = GENERAL[1] // 2
     windows = [tuple(calibrate[i : i + width]) for i in range(0, len(calibrate) - width, width)]
-    texts = [Rendered(window, (False, *[True] * (width - 1)), 1, "", 0) for window in windows]
+    ends = golden.stop_ids[0]  # a training that never shows it is refused
+    texts = [Rendered((*window[:-1], ends), (False, *[True] * (width - 1)), 1, "", 0) for window in windows]
     train = [*train[: len(train) - round(replay * len(train))], *texts[: round(replay * len(train))]]
     began = os.times()
     with tempfile.TemporaryDirectory() as scratch:
@@ -162,7 +165,9 @@ def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: in
             sys.exit(f"{data / 'snips' / f'{name}.jsonl'} is not there; give its folder's parent with --data")
     source = sources.find(BASE)
     base = Store(store).once(source.identity, lambda place: sources.run(source, place))[0]
+    kept = json.loads(out.read_bytes())["cases"] if keep and out.is_file() else {}
     told: dict[str, dict[str, Any]] = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     meter = LoadMeter()
     for case in cases:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", case, "--base", str(base.path)]
@@ -172,18 +177,16 @@ def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: in
             sys.exit(f"{case} ended: {done.stderr.strip().splitlines()[-1:]}")
         told[case] = json.loads(done.stdout.splitlines()[-1])
         print(line(case, told[case]), flush=True)
-    load = meter.stop()
-    if keep and out.is_file():
-        told = {case: found for case, found in json.loads(out.read_bytes())["cases"].items() if case not in told} | told
-    found = {
-        "machine": describe().model_dump(),
-        "load": load.model_dump(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "settings": {"base": BASE, "steps": steps, "rows": ROWS, "heldout": heldout, "general": GENERAL},
-        "cases": told,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(found, indent=1) + "\n")
+        load = meter.stop()
+        found = {
+            "machine": describe().model_dump(),
+            "load": load.model_dump(),
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+            "settings": {"base": BASE, "steps": steps, "rows": ROWS, "heldout": heldout, "general": GENERAL},
+            "cases": kept | told,
+        }
+        write_text(out, json.dumps(found, indent=1) + "\n")  # after each, so that none is lost
+    told = kept | told
     if load.busy:
         print(f"the machine was busy: others used {load.others_during:.0%} of it")
     best = min(told, key=lambda case: told[case]["loss"])

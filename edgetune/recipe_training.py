@@ -206,7 +206,7 @@ class Prefer(Closed):
 
     method: Literal["dpo", "ipo", "kto", "orpo", "grpo"]
     train: str = Field(
-        description="JSONL: prompt, chosen, rejected; kto: prompt, completion, label; grpo: as data.train"
+        description="rows: prompt, chosen, rejected; kto: prompt, completion, label; grpo: as data.train"
     )
     train_rows: Count | None = Field(None, description="use the first N rows")
     format: Format = Field(
