@@ -74,20 +74,25 @@ def tiny_tokenizer(folder: Path) -> None:
 
 def make_tiny_model(
     out: Path, *, seed: int = 0, tie: bool = True, layers: int = 2, hidden: int = 64, heads: tuple[int, int] = (4, 2),
-    vocabulary: int = 512,
+    vocabulary: int = 512, says: str = "",
 ) -> Artifact:  # fmt: skip
-    """Write a random Llama (2 layers, hidden 64, 4 heads, 2 key/value heads) as a `model` artifact."""
+    """Write a random Llama (2 layers, hidden 64, 4 heads, 2 key/value heads) as a `model` artifact.
+
+    With `says` its likeliest next token is always that one.
+    """
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
         num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=512,
-        tie_word_embeddings=tie,
+        tie_word_embeddings=tie and not says,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
-    made_from = {"tiny": seed, "tie": tie, "layers": layers, "hidden": hidden, "vocabulary": vocabulary}
+    made_from = {"tiny": seed, "tie": tie, "layers": layers, "hidden": hidden, "vocabulary": vocabulary} | (
+        {"says": says} if says else {}
+    )
     with draft(out, kind="model", stage="source/1", config=made_from) as pending:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -98,6 +103,10 @@ def make_tiny_model(
         model.save_pretrained(pending.path)
         tiny_tokenizer(pending.path)
         tokenizer = AutoTokenizer.from_pretrained(pending.path)
+        if says:
+            model.model.embed_tokens.weight.data[:, 0] = 100.0  # more than what the blocks add
+            model.lm_head.weight.data.zero_()[tokenizer.convert_tokens_to_ids(says), 0] = 1.0
+            model.save_pretrained(pending.path)
         make_golden(
             tokenizer,
             [
