@@ -96,13 +96,19 @@ class FolderEngine(OneByOne):
 
 
 def read_genai_config(folder: Path) -> dict[str, Any]:
-    """Read `genai_config.json` of an artifact folder. Raises EngineError where it is missing or lacks what is read."""
+    """Read `genai_config.json` of an artifact folder.
+
+    Raises EngineError where it is missing, lacks what is read or names a graph in another folder.
+    """
     try:
         genai: dict[str, Any] = json.loads((folder / GENAI_CONFIG).read_bytes())
         int(genai["model"]["decoder"]["head_size"])
         stop_ids(genai)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{folder / GENAI_CONFIG} cannot be read: {first_line(error)}; export again") from error
+    name = _graph_name(genai)
+    if name in ("", "..") or name != Path(name).name:
+        raise EngineError(f"{folder / GENAI_CONFIG} names the graph {name!r}, which is no file beside it; export again")
     return genai
 
 

@@ -172,6 +172,17 @@ def test_a_graph_that_reads_outside_its_folder_is_refused(folder: Path, tmp_path
         OnnxEngine.load(hostile.parent, n_ctx=16, n_threads=1)
 
 
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/hostname", "..", ""])
+def test_a_config_that_names_a_graph_elsewhere_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    hostile = copied(folder, tmp_path).parent
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    genai = json.loads((hostile / "genai_config.json").read_bytes())
+    genai["model"]["decoder"]["filename"] = name
+    (hostile / "genai_config.json").write_text(json.dumps(genai))
+    with pytest.raises(EngineError, match="which is no file beside it"):
+        OnnxEngine.load(hostile, n_ctx=16, n_threads=1)
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_a_table_that_is_only_looked_up_in_is_no_weight_of_a_token(tmp_path: Path, external: bool) -> None:
     floats = {name: onnx.numpy_helper.from_array(np.ones((9, 4), np.float32), name) for name in ("table", "head")}
