@@ -9,6 +9,7 @@ from edgetune.runtime import serving
 from edgetune.runtime.evidence import Accuracy, Energy, Failure, Latency, Report, Served, SweepPoint
 from edgetune.runtime.latency import case_interval, noise_floor
 from edgetune.runtime.probes import crossover
+from edgetune.runtime.report.held import held
 
 MB = 1e6
 
@@ -31,8 +32,11 @@ class Line(NamedTuple):
 def lines(report: Report) -> Iterator[Line]:
     """Give what was measured beside, subject by subject; at the end what other machines timed."""
     for name, manifest in report.artifacts.items():
-        if (text := built(manifest.get("notes", {}).get("build"))) is not None:
+        found = manifest.get("notes", {})
+        if (text := built(found.get("build"))) is not None:
             yield Line(name, text, f"artifacts.{name}.notes.build")
+        for proof in held(found):
+            yield Line(name, proof.text, f"artifacts.{name}.notes.{proof.note}")
     base = next(((i, one) for i, one in enumerate(report.latency) if one.subject.name == report.reference), None)
     for i, one in enumerate(report.latency):
         for said in probed(one):
