@@ -7,7 +7,8 @@ Every model is a GPTQ checkpoint (groups of 64, asymmetric, weighted grid) of th
 first half of Python's language reference. Layers are measured once, on other text of that half. KL to the float model,
 nats a token over the whole vocabulary, is taken on the second half (in) and on the project's general questions and
 answers (out). A uniform model of b bits is met by an allocation of its very bytes; other budgets are met by nobody, for
-uniform bits have no size between. `kl_*_at_Nbit` is the allocation's KL over that of uniform N bits at the same bytes.
+uniform bits have no size between. `kl_ratio_at_Nbit` is the allocation's KL over that of uniform N bits at the same
+bytes on the text (in), `kl_ratio_out_at_Nbit` on the other.
 """
 
 from __future__ import annotations
@@ -133,9 +134,9 @@ def benchmark(seed: int, quick: bool, out: Path) -> None:
     for budget in (5,) if quick else BUDGETS:
         add(f"budget {budget:g}", curve.made(curve.allocated(budget), measured))
     totals = {
-        f"kl_{text}_at_{bits}bit": lines[f"at uniform {bits}"][text] / lines[f"uniform {bits}"][text]
+        f"kl_ratio{other}_at_{bits}bit": lines[f"at uniform {bits}"][text] / lines[f"uniform {bits}"][text]
         for bits in MET
-        for text in ("in", "out")
+        for text, other in (("in", ""), ("out", "_out"))
     }
     load = meter.stop()
     found = {

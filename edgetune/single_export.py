@@ -83,7 +83,7 @@ def export(
     if source.manifest.kind == "adapter":
         return _adapter(config, source, out, graph, console)
     if config.gguf is not None:
-        return _gguf(config.gguf, source, out, weighing, console)
+        return _with_commands(_gguf(config.gguf, source, out, weighing, console), out, console)
     with reporting(console, "export") as progress:
         if config.tensorrt is not None:
             from edgetune.export import tensorrt
@@ -96,7 +96,14 @@ def export(
         from edgetune.export import onnx
 
         assert config.onnx is not None, "an export has exactly one key"
-        return onnx.run(config.onnx, source, out, progress=progress)
+        made = onnx.run(config.onnx, source, out, progress=progress)
+    return _with_commands(made, out, console)
+
+
+def _with_commands(made: Artifact, out: Path, console: Console) -> Artifact:
+    for command in run_commands(made, out):
+        console.print(f"run it: {command}", highlight=False, soft_wrap=True, markup=False)
+    return made
 
 
 def _adapter(config: Export, adapter: Artifact, out: Path, graph: Path | None, console: Console) -> Artifact:

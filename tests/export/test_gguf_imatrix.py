@@ -64,7 +64,9 @@ def test_the_verb_weighs_by_rows_and_writes_the_matrix(
     assert Artifact.open(out).manifest.notes["importance"].startswith("14 of ")
     assert len(gguf.GGUFReader(matrix).tensors) == 2 * 14
     plain = tmp_path / "plain"
-    assert call("export", str(tiny_model.path), "--out", str(plain), "--type", "Q4_0")[0] == 0
+    code, said, _ = call("export", str(tiny_model.path), "--out", str(plain), "--type", "Q4_0")
+    assert code == 0
+    assert f"run it: llama-server -m {plain}/model.gguf --jinja" in said
     assert (plain / "model.gguf").read_bytes() != (out / "model.gguf").read_bytes()
 
 
