@@ -11,7 +11,8 @@ on, `full` with its model: exact match (at every position of the answer the like
 token of the answer. Of general text (Python's own manual, the half that nothing is estimated on) the loss a token, and
 the KL divergence from the base without an adapter, so that what 4 bits cost is no part of it; of the general probe the
 share of right answers, and that of the base without an adapter. `replay` puts rows of the other half in the place of
-that share of the commands: all of it is continued pretraining, whose measure is the loss of general text. Seconds are
+that share of the commands: all of it is continued pretraining, whose measure is the loss of general text. What `qlora`
+trained is merged both ways, as `merge: auto` would, and compared with the adapter on its 4-bit base. Seconds are
 CPU-seconds of the training, the loading of the base included; peak memory is the process's.
 """
 
@@ -65,7 +66,7 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
     import numpy as np
     from transformers import AutoTokenizer
 
-    from edgetune.adapt import sft
+    from edgetune.adapt import merge_choice, sft
     from edgetune.data.formats import read_rows
     from edgetune.data.general import PROBE, general_text, probe_file
     from edgetune.data.golden import Golden
@@ -116,6 +117,7 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
             exact.append(bool((logits.argmax(1) == gold).all()))
             losses += (-log_softmax(logits)[np.arange(len(gold)), gold]).tolist()
         asked = load_probe(Task(name="probe", kind="multiple_choice", rows=str(probe_file(PROBE))), base)
+        merges = merge_choice.choose(base, made.path, held, Path(scratch)).table if config.method == "qlora" else []
         after, probe = [log_softmax(logits) for logits in engine.score_rows(general)], right(engine, asked)
         engine = load(trained=False)
         before, probe_before = [log_softmax(logits) for logits in engine.score_rows(general)], right(engine, asked)
@@ -130,7 +132,7 @@ def child(case: str, base: Path, data: Path, steps: int, heldout: int) -> dict[s
         "general_loss_before": general_loss_before, "probe": sum(probe) / len(probe),
         "probe_right": probe, "probe_right_before": probe_before, "cpu_s": sum(ended[:2]) - sum(began[:2]),
         "peak_mib": int(peak.split()[1]) / 1024, "trained": made.manifest.notes["trained_parameters"],
-        "training_loss": made.manifest.notes["loss"], "config": config.model_dump(mode="json"),
+        "training_loss": made.manifest.notes["loss"], "merges": merges, "config": config.model_dump(mode="json"),
     }  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: in
         if done.returncode:
             sys.exit(f"{case} ended: {done.stderr.strip().splitlines()[-1:]}")
         told[case] = json.loads(done.stdout.splitlines()[-1])
-        print(line(case, told[case]), flush=True)
+        print(line(case, told[case]), *map(merge_line, told[case]["merges"]), sep="\n", flush=True)
         load = meter.stop()
         found = {
             "machine": describe().model_dump(),
@@ -199,6 +201,11 @@ def line(case: str, found: dict[str, Any]) -> str:
     exact, loss, general, kl, probe, cpu_s, peak = (found[name] for name in FIGURES)
     figures = f"{exact:.1%} | {loss:.4f} | {general:.4f} | {kl:.4f} | {probe:.1%} | {cpu_s:.0f} | {peak:,.0f}"
     return f"| `{case}` | {found['trained']:,} | {figures} |"
+
+
+def merge_line(found: dict[str, Any]) -> str:
+    """One row of the table of merges in docs/adapt.md."""
+    return f"  {found['hop']}: kl={found['kl_per_token']} exact={found['exact_match']} loss={found['nll_per_token']}"
 
 
 def main() -> None:

@@ -102,6 +102,19 @@ def test_gradients_are_the_cpus(tiny_model: Artifact, rows: list[Rendered], meth
         assert alike > 0.995, (key, float(alike))
 
 
+def test_a_merge_is_chosen_as_on_the_cpu(tiny_model: Artifact, rows: list[Rendered], tmp_path: Path) -> None:
+    config = Adapt(**SMALL | METHODS["qlora"])
+    made = sft.run(config, tiny_model, tmp_path / "adapter", rows=rows, golden=Golden.read(tiny_model.path))
+    tables = {
+        device: merge.run(tiny_model, made, tmp_path / device, "auto", rows[:4], device=device).manifest.notes["merge"]
+        for device in ("cpu", "cuda")
+    }
+    hops = {device: [line["hop"] for line in table] for device, table in tables.items()}
+    assert hops["cuda"] == hops["cpu"] == ["adapter on the nf4 base", "base16", "base4"]
+    for one, other in zip(tables["cpu"], tables["cuda"], strict=True):
+        assert other["nll_per_token"] == pytest.approx(one["nll_per_token"], rel=0.03)
+
+
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "orpo", "grpo"])
 def test_a_preference_is_trained(tiny_model: Artifact, tmp_path: Path, method: str) -> None:
     file, lines = tmp_path / "rows.jsonl", []
@@ -117,12 +130,15 @@ def test_a_preference_is_trained(tiny_model: Artifact, tmp_path: Path, method: s
     more: dict[str, Any] = {"rewards": [{"json_valid": {}}], "generations": 2, "max_new_tokens": 8}
     config = Prefer.model_validate(
         {"method": method, "train": str(file), "r": 4, "alpha": 8, "batch_size": 4, "max_steps": 4,
-         "learning_rate": 1e-2, "report_to": [], **(more if method == "grpo" else {})}
+         "learning_rate": 1e-2, "eval_rows": 3, "eval_steps": 2, "report_to": [], **(more if method == "grpo" else {})}
     )  # fmt: skip
     losses = {}
     for device in ("cpu", "cuda"):
         made = preference.run(config, tiny_model, tmp_path / device, examples=preference.read(config), device=device)
         losses[device] = [loss for _, loss in made.manifest.notes["loss"]]
+        watched = made.manifest.notes["heldout_reward" if method == "grpo" else "heldout_loss"]
+        assert [step for step, _ in watched] == [2, 4]
+        assert np.isfinite([value for _, value in watched]).all()
     assert np.isfinite(losses["cuda"]).all()
     if method != "grpo":  # which samples
         np.testing.assert_allclose(losses["cuda"][0], losses["cpu"][0], rtol=0.05, atol=0.01)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
 from edgetune.adapt import merge, preference, rewards, trl_trainers
-from edgetune.adapt.callbacks import read_speed
+from edgetune.adapt.callbacks import SEAL, read_speed
 from edgetune.artifact import Artifact
 from edgetune.data.formats import Row
 from edgetune.data.golden import Golden
@@ -87,6 +91,8 @@ def test_what_a_row_mutes_is_part_of_the_identity(tiny_model: Artifact, files: d
     [
         *((method, "lora") for method in ("dpo", "ipo", "kto", "orpo")),
         *((method, "qlora") for method in ("dpo", "orpo")),
+        ("dpo", "rslora"),
+        ("dpo", "dora"),
         *(pytest.param(method, "qlora", marks=pytest.mark.slow) for method in ("ipo", "kto")),
     ],
 )
@@ -183,6 +189,36 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     )
     assert steps == [5, 6]
     assert resumed.manifest.files == whole.manifest.files
+
+
+@pytest.mark.slow
+def test_sigkill_in_the_middle_loses_no_step(tiny_model: Artifact, files: dict[str, str], tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text('{"instruction": "set the light to 99 percent", "output": "{}"}\n')
+    prefer = {"method": "dpo", "train": files["pairs"]} | SMALL | {"max_steps": 60}
+    raw = {"name": "killed", "base": str(tiny_model.path), "data": {"train": files["plain"], "heldout": str(heldout)},
+           "adapt": None, "prefer": prefer, "candidates": {"as-is": {}}}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "edgetune", "adapt", str(tmp_path / "recipe.yaml")]
+        command += ["--store", str(tmp_path / name), "--out", str(tmp_path / f"run-{name}")]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def adapter(name: str) -> Artifact:
+        _, said = (process := start(name)).communicate(timeout=300)
+        assert process.returncode == 0, said
+        found = (Artifact.open(path.parent) for path in (tmp_path / name).glob("*/manifest.json"))
+        return next(artifact for artifact in found if artifact.manifest.stage.startswith("adapt.preference"))
+
+    cut = start("cut")
+    while not list((tmp_path / "cut").glob(f".*.work/checkpoint-*/{SEAL}")):
+        assert cut.poll() is None, cut.communicate()[1]
+        time.sleep(0.01)
+    cut.kill()
+    cut.communicate()
+    assert not list((tmp_path / "cut").glob("*/adapter_model.safetensors"))
+    assert adapter("cut").manifest.files == adapter("whole").manifest.files
 
 
 @pytest.mark.parametrize(

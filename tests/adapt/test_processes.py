@@ -120,13 +120,13 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "launcher"),
-    [("lora", TORCHRUN), ("full", TORCHRUN), ("full", ACCELERATE)],
-    ids=["lora", "full", "accelerate"],
+    [("lora", TORCHRUN), ("qlora", TORCHRUN), ("full", TORCHRUN), ("full", ACCELERATE)],
+    ids=["lora", "qlora", "full", "accelerate"],
 )
 def test_two_processes_give_the_result_of_one(
     tiny_model: Artifact, tmp_path: Path, method: str, launcher: list[str]
 ) -> None:
-    changes = {} if method == "lora" else {"method": "full", "r": None, "learning_rate": 1e-3}
+    changes = {"method": method} | ({"r": None, "learning_rate": 1e-3} if method == "full" else {})
     path = write_recipe(tmp_path, tiny_model.path)
     raw = yaml.safe_load(path.read_text())
     raw["adapt"] = {key: value for key, value in (raw["adapt"] | changes).items() if value is not None}
@@ -146,13 +146,13 @@ def test_two_processes_give_the_result_of_one(
         assert not list(store.glob(".*.work"))
     one, two = adapters
     assert one.identity == two.identity
-    # LoRA computes in bfloat16 where the processor does; then packed rows and padded ones round differently.
+    # adapters compute in bfloat16 where the processor does; then packed rows and padded ones round differently.
     near = 2e-3 if method == "full" else 0.05
     for key in ("loss", "heldout_loss", "gradient_norm"):
         for (step, loss), (other_step, other) in zip(one.manifest.notes[key], two.manifest.notes[key], strict=True):
             assert step == other_step
             assert other == pytest.approx(loss, rel=near), key
-    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     weights = [torch.cat([w.float().flatten() for w in load_file(a.path / file).values()]) for a in adapters]
     assert (weights[1] - weights[0]).norm() < 5 * near * weights[0].norm()
 
