@@ -209,7 +209,7 @@ def test_sigkill_in_the_middle_loses_no_step(tiny_model: Artifact, files: dict[s
         _, said = (process := start(name)).communicate(timeout=300)
         assert process.returncode == 0, said
         found = (Artifact.open(path.parent) for path in (tmp_path / name).glob("*/manifest.json"))
-        return next(artifact for artifact in found if artifact.manifest.stage.startswith("adapt.preference"))
+        return next(artifact for artifact in found if artifact.manifest.stage.startswith("adapt.prefer"))
 
     cut = start("cut")
     while not list((tmp_path / "cut").glob(f".*.work/checkpoint-*/{SEAL}")):
