@@ -3,7 +3,8 @@
 `llama-bench`, `llama-imatrix` and `llama-quantize` come from the source distribution of the llama-cpp-python that is
 bound, compiled with the switches that `scripts/install.py` chose for this machine, so that they are of the very engine
 that edgetune runs. A compile that was stopped goes on where it was. gptqmodel, transformers with it, and transformers
-with compressed-tensors get environments of their own beside ours.
+with compressed-tensors get environments of their own beside ours; so does sentencepiece, which llama.cpp's converter
+reads tokenizers with.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ GPTQMODEL = [
 ]
 OPTIMUM = "optimum==2.3.0"  # through which transformers asks gptqmodel for its layers
 COMPRESSED_TENSORS = ["compressed-tensors==0.20.1", "loguru==0.7.3"]
+SENTENCEPIECE = ["sentencepiece==0.2.3"]
 LLAMA_OPTIONS = ["-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DGGML_CCACHE=OFF"]
 
 
@@ -85,6 +87,11 @@ def gptqmodel_reader() -> Path:
 def compressed_tensors() -> Path:
     """Give the Python of an environment in which transformers loads checkpoints with compressed-tensors."""
     return environment("compressed-tensors", COMPRESSED_TENSORS)
+
+
+def sentencepiece() -> Path:
+    """Give the Python of an environment in which llama.cpp's converter reads SentencePiece's files."""
+    return environment("sentencepiece", SENTENCEPIECE)
 
 
 def environment(name: str, packages: list[str]) -> Path:
@@ -148,5 +155,5 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for tool in ("llama-bench", "llama-imatrix", "llama-quantize"):
         print(llama_tool(tool))
-    for made in (gptqmodel, gptqmodel_reader, compressed_tensors):
+    for made in (gptqmodel, gptqmodel_reader, compressed_tensors, sentencepiece):
         print(made())

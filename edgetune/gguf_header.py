@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgetune.backends import require
 from edgetune.errors import SourceError
+from edgetune.ggml_types import numbered
 
 MAX_ITEMS = 2**24  # keys, tensors, array lengths: more is damage
 SCALARS = {
@@ -36,6 +36,7 @@ class TensorInfo:
 class GgufHeader:
     metadata: dict[str, Any]  # arrays are given as their length
     tensors: list[TensorInfo]
+    data: int  # byte at which the data section begins
 
 
 class _Reader:
@@ -117,11 +118,9 @@ def _read(reader: _Reader, size: int) -> GgufHeader:
     for tensor in tensors:
         if start + tensor.offset + tensor_bytes(tensor) > size:
             raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
-    return GgufHeader(metadata, tensors)
+    return GgufHeader(metadata, tensors, start)
 
 
 def tensor_bytes(tensor: TensorInfo) -> int:
     """Give the bytes that a tensor takes in the file."""
-    gguf = require("gguf")
-    block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.ggml_type)]
-    return int(math.prod(tensor.shape) // block * width)
+    return numbered(tensor.ggml_type).row_bytes(math.prod(tensor.shape))

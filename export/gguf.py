@@ -26,10 +26,11 @@ from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types, n_bytes
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
 from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf, written_shapes
+from edgetune.gguf_header import read_header, tensor_bytes
 from edgetune.progress import Report, silent
 from edgetune.recipe_export import GgufExport
 
-STAGE = "export.gguf/6"
+STAGE = "export.gguf/7"
 FILE = "model.gguf"
 ROUNDED = "allocate chooses types for float weights; drop the gptq or rtn step before it"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
@@ -186,5 +187,5 @@ def _versions() -> dict[str, str]:
 
 def _bits(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> float:
     """Bits a weight, scales counted, header and vocabulary not."""
-    n_bytes = sum(int(tensor.n_bytes) for tensor in backends.require("gguf").GGUFReader(file).tensors)
-    return round(8 * n_bytes / sum(int(np.prod(shape)) for shape in shapes.values()), 4)
+    taken = sum(map(tensor_bytes, read_header(file).tensors))
+    return round(8 * taken / sum(int(np.prod(shape)) for shape in shapes.values()), 4)

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune.backends import require
 from edgetune.compress.allocate import allocate, linear_groups
 from edgetune.compress.architectures import linear_shapes
 from edgetune.errors import UnsupportedError
 from edgetune.export.gguf_types import BLOCK
+from edgetune.ggml_types import named
 from edgetune.recipe_export import AllocateTypes
 
 SMALL = 32  # columns of the smallest blocks
@@ -57,11 +57,9 @@ def offered(kind: str, width: int) -> bool:
 
 def _sizes(config: AllocateTypes, model_config: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Give the bits that a group of layers takes in each type that it is offered."""
-    gguf = require("gguf")
     shapes, found = linear_shapes(model_config), dict[str, dict[str, int]]()
     for first, names in linear_groups(model_config).items():
         n = sum(shapes[name][0] * shapes[name][1] for name in names)
         kinds = [kind for kind in config.choices if offered(kind, shapes[first][1])]
-        blocks = {kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for kind in kinds}
-        found[first] = {kind: 8 * n // columns * size for kind, (columns, size) in blocks.items()}
+        found[first] = {kind: 8 * named(kind).row_bytes(n) for kind in kinds}
     return found

@@ -107,6 +107,8 @@ MIXES: dict[str, Mix] = {
     "IQ1_S": _iq2("IQ1_S", "Q2_K", "Q2_K", "IQ2_XXS"),
     "TQ2_0": Mix("TQ2_0", embedding="Q4_K"),
     "TQ1_0": Mix("TQ1_0", embedding="Q4_K"),
+    "Q2_0": Mix("Q2_0", embedding="Q4_K"),
+    "Q1_0": Mix("Q1_0"),
 }
 
 # Where the hidden size is no multiple of 256, most matrices cannot take a K-quant. llama.cpp then mixes Q5_0, Q4_K and
@@ -117,6 +119,12 @@ NARROW_MIXES: dict[str, Mix] = {
     "Q4_K_M": Mix("Q5_1", "Q5_1", v=more("Q8_0", "Q5_1"), down="Q6_K"),
 }
 GPTQ_MIXES = NARROW_MIXES | {"Q4_K_M": Mix("Q5_0", "Q8_0")}
+
+# What llama.h names beside, and why no file is written as one.
+LEFT_OUT = {
+    "MXFP4_MOE": "MXFP4 is for experts only, of which no family here has any; a dense model becomes Q8_0",
+    "NVFP4": "llama.cpp's quantizer has no such target, it only loads checkpoints that came in it",
+}
 
 # Targets whose smallest blocks llama.cpp does not make without an importance matrix.
 WEIGHED = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")

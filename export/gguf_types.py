@@ -11,20 +11,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from edgetune.backends import require
 from edgetune.export.gguf_mixes import GPTQ_MIXES, MIXES, NARROW_MIXES, At, of_mix
+from edgetune.ggml_types import named
 
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "IQ4_NL": 32, "Q4_1": 32, "Q4_0": 32}
+BLOCK |= {"Q2_0": 64, "Q1_0": 128}
 BLOCK |= dict.fromkeys(("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "TQ2_0", "TQ1_0"), 256)
 BLOCK |= dict.fromkeys(
     ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), 256
 )  # fmt: skip
 PLAIN = ("F32", "F16", "BF16")  # written as they are, nothing to quantize
-UNWEIGHED = (*PLAIN, "Q8_0", "TQ2_0", "TQ1_0")  # llama.cpp rounds these without an importance matrix
+UNWEIGHED = (*PLAIN, "Q8_0", "TQ2_0", "TQ1_0", "Q2_0", "Q1_0")  # llama.cpp rounds these without an importance matrix
 
 # What stands in for a type whose block does not divide a row; Q5_1 for Q4_K loses less than llama.cpp's own Q5_0.
 NARROW = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_1"}
-NARROW |= dict.fromkeys(("Q3_K", "Q2_K", "TQ2_0", "TQ1_0"), "Q4_0")
+NARROW |= dict.fromkeys(("Q3_K", "Q2_K", "TQ2_0", "TQ1_0", "Q2_0", "Q1_0"), "Q4_0")
 NARROW |= {kind: "IQ4_NL" for kind in BLOCK if kind.startswith("IQ") and kind != "IQ4_NL"}
 
 
@@ -73,9 +74,8 @@ def choose_types(
 
 def n_bytes(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str]) -> int:
     """Give the bytes that tensors of these types take in a file."""
-    gguf = require("gguf")
-    sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for name, kind in types.items()}
-    return sum(prod(shape) // sizes[name][0] * sizes[name][1] for name, shape in shapes.items())
+    known = {kind: named(kind) for kind in set(types.values())}
+    return sum(known[types[name]].row_bytes(prod(shape)) for name, shape in shapes.items())
 
 
 def fitting(wanted: str, width: int) -> str:

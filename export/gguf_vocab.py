@@ -14,6 +14,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.
 SPACE = "\u2581"  # stands for a blank in SentencePiece's pieces
 COMPOSED = "the tokenizer composes characters (NFC) in training, {} does not: give it composed text"
 _NO_MERGE = -1e4  # score of a piece that no merge gives
+_SCORES = {UNKNOWN: 0.0, CONTROL: -1000.0, USER_DEFINED: -1000.0, UNUSED: -10000.0, BYTE: 0.0}  # as its converter's
 
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
@@ -87,8 +88,9 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
         for entry in beyond
     ]
     for entry in added:
-        tokens[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
+        shown = pieces and not entry["special"]  # llama.cpp finds it in the text, and shows it, as it is written
+        tokens[entry["id"]] = entry["content"].replace(SPACE, " ") if shown else entry["content"]
         if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             remarks.append(f"added token {entry['content']!r} strips its neighbours in training, not in llama.cpp")
     composed = composes(folder)
@@ -97,7 +99,7 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = {**vocabulary, **{t["content"]: t["id"] for t in added}}
     special = _special(settings, ids, stops)
-    scores = _scores(tokens, merges) if pieces else None
+    scores = _scores(tokens, types, merges) if pieces else None
     return Vocabulary(
         pre, tokens, types, [] if pieces else merges, special, stops, _template(folder, settings), remarks, scores,
         prefix, composed,
@@ -116,12 +118,24 @@ def _kind(piece: str, model: dict[str, Any]) -> int:
     return BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else NORMAL
 
 
-def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Give each piece the rank of the merge that gives it first: llama.cpp merges by scores, the highest first."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(merges):
-        ranks.setdefault(merge.replace(" ", ""), rank)
-    return [-float(ranks[token]) if token in ranks else _NO_MERGE for token in tokens]
+def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
+    """Give each piece its score: llama.cpp merges by scores, the highest first.
+
+    Where pieces are numbered in the order in which they are merged, their scores are SentencePiece's, which count down
+    from 0; else each is the rank of the merge that gives it first.
+    """
+    normal = [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL]
+    ranks = {token: rank for rank, token in enumerate(normal)}
+    made = [merge.replace(" ", "") for merge in merges]
+    order = [ranks[piece] for piece in made if piece in ranks]
+    if order != sorted(order):
+        first: dict[str, int] = {}
+        for rank, piece in enumerate(made):
+            first.setdefault(piece, rank)
+        scores = {token: -float(first[token]) if token in first else _NO_MERGE for token in normal}
+    else:
+        scores = {token: -float(rank) for token, rank in ranks.items()}
+    return [scores[t] if kind == NORMAL else _SCORES[kind] for t, kind in zip(tokens, types, strict=True)]
 
 
 def _space_prefix(tokenizer: dict[str, Any], folder: Path) -> bool:

@@ -33,13 +33,13 @@ from edgetune.export.gguf_families import (
 )
 from edgetune.export.gguf_types import PLAIN
 from edgetune.export.gguf_vocab import Vocabulary
+from edgetune.ggml_types import file_type, named
 from edgetune.progress import Report
 
 if TYPE_CHECKING:
     from edgetune.export.ggml import Quantizer
 
 Array = NDArray[Any]
-PART = 2**24  # numbers that are in float32 at once while they are quantized
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -126,16 +126,13 @@ def write_gguf(
     writer = gguf.GGUFWriter(None, of.name)
     _hyperparameters(gguf, writer, model_config)
     _vocabulary(gguf, writer, vocabulary)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if target == "F32" else gguf.LlamaFileType[f"MOSTLY_{target}"])
+    writer.add_file_type(file_type(target))
     pairs = list(tensors(weights, model_config))
     extra = rope_tensors(model_config)
     for name, source in pairs:
-        kind = gguf.GGMLQuantizationType[types[name]]
-        shape = written_shape(weights.shapes[source], source, of)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        n_bytes = int(np.prod(shape)) // block * size
-        stored, number = (shape, f"u{size}") if types[name] in PLAIN else ((shape[0], n_bytes // shape[0]), "u1")
-        writer.add_tensor_info(name, stored, np.dtype(number), n_bytes, raw_dtype=kind)
+        kind, shape = named(types[name]), written_shape(weights.shapes[source], source, of)
+        n_bytes = kind.row_bytes(int(np.prod(shape)))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind.number)
     for name, factors in extra.items():
         writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     writer.write_header_to_file(path)
@@ -143,27 +140,24 @@ def write_gguf(
     writer.write_ti_data_to_file()
     for done, (name, source) in enumerate(pairs):
         progress(done, len(pairs), "write")
-        plain = types[name] if types[name] in PLAIN else weights.dtype
-        array = _written(weights.get(source), source, plain, model_config, of)
-        if types[name] not in PLAIN:
+        if types[name] in PLAIN:
+            array = _written(weights.get(source), source, types[name], model_config, of)
+        else:
             assert quantizer is not None, "a quantized file has who quantizes it"
-            array = _rounded(array, types[name], quantizer, (moments or {}).get(name))
+            array = _moved(weights.get(source), source, weights.dtype, model_config, of)
+            array = _rounded(array, source, types[name], quantizer, (moments or {}).get(name))
         writer.write_tensor_data(array)
     for factors in extra.values():
         writer.write_tensor_data(factors)
     writer.close()
 
 
-def _rounded(array: Array, kind: str, quantizer: Quantizer, importance: Array | None) -> Array:
-    """Quantize a matrix [R, C] as it would be written plainly, some of its rows in float32 at a time."""
-    step = max(1, PART // array.shape[1])
-    out = np.empty((len(array), quantizer.n_bytes(kind, array.shape[1])), np.uint8)
-    for start in range(0, len(array), step):
-        rows = array[start : start + step]
-        if rows.dtype == np.int16:  # bfloat16 is the upper half of float32
-            rows = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        out[start : start + step] = quantizer(rows.astype(np.float32, copy=False), kind, importance)
-    return out
+def _rounded(array: Array, source: str, kind: str, quantizer: Quantizer, importance: Array | None) -> Array:
+    """Quantize a matrix [R, C] as it would be written plainly."""
+    try:
+        return quantizer(array, kind, importance)
+    except StageError as error:
+        raise StageError(f"{source}: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -176,16 +170,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _written(tensor: Any, name: str, kind: str, model_config: Mapping[str, Any], of: Family) -> Array:
-    """One tensor in the bytes that the file holds; bfloat16 as uint16, for numpy has none."""
+    """One tensor in the bytes that a file holds plainly."""
     import torch
 
     if not torch.isfinite(tensor).all():
-        raise StageError(f"{name} holds values that are not finite")
+        raise StageError(f"{name}: it holds values that are not finite")
+    return _moved(tensor, name, kind, model_config, of)
+
+
+def _moved(tensor: Any, name: str, kind: str, model_config: Mapping[str, Any], of: Family) -> Array:
+    """One tensor as the file orders it, in a float type; bfloat16 as int16, for numpy has none."""
+    import torch
+
     moved = change(name, of)
     if moved is not None and not moved.rows_only:  # computed, or turned: before it is rounded
         tensor = torch.from_numpy(moved.there(tensor.float().numpy(), model_config))
     rounded = tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).contiguous()
-    if not torch.isfinite(rounded).all():
+    if rounded.dtype != tensor.dtype and not torch.isfinite(rounded).all():
         raise StageError(f"{name} holds {tensor.abs().max().item():.3g}, float16 ends at 65504; use BF16")
     array: Array = (rounded.view(torch.int16) if kind == "BF16" else rounded).numpy()
     return moved.there(array, model_config) if moved is not None and moved.rows_only else array

@@ -321,3 +321,17 @@ def test_a_gptq_checkpoint_is_exported_from_its_dequantized_weights(tiny_model: 
     made = export("Q8_0", source, tmp_path / "out")
     assert made.manifest.fallbacks == ["the integers of GPTQ are rounded again, to Q8_0"]
     assert made.manifest.parents == {source.identity: source.digest}
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_weight_that_is_not_finite_is_named(tiny_model: Artifact, tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = edited(tiny_model, tmp_path / "model", {})
+    state = load_file(source.path / "model.safetensors")
+    state[name][5, 7] = float("inf")
+    save_file(state, source.path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=f"{name}: it holds values that are not finite"):
+        export(kind, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

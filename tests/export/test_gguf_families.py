@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(out: Path, name: str, **changes: Any) -> Artifact:
-    """Write a small random model of a family as an artifact."""
+def make(
+    out: Path, name: str, *, tokenizer_of: Callable[[Path], None] = tiny_tokenizer, stop: int = 2, **changes: Any
+) -> Artifact:
+    """Write a small random model of a family as an artifact, with the tokenizer that is written into its folder."""
     import torch
     import transformers
 
@@ -74,14 +77,15 @@ def make(out: Path, name: str, **changes: Any) -> Artifact:
                     torch.nn.init.normal_(parameter, mean=0.0 if "bias" in key or "gemma" in name else 1.0, std=0.2)
                 else:
                     parameter.data.mul_(2.0)
-        model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        special = {key: (SIZES | changes)[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = transformers.GenerationConfig(**special)
         model.save_pretrained(pending.path)
-        tiny_tokenizer(pending.path)
+        tokenizer_of(pending.path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(pending.path)  # Qwen2's adds its normalizer
         tokenizer.save_pretrained(pending.path)
         asked = {"role": "user", "content": "set the light to 30 percent " * 4}
         talk = [asked, {"role": "assistant", "content": "done"}]
-        make_golden(tokenizer, [talk], stop_ids=[2]).write(pending.path)
+        make_golden(tokenizer, [talk], stop_ids=[stop]).write(pending.path)
     return pending.artifact
 
 

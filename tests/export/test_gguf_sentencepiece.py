@@ -102,7 +102,7 @@ def test_wrong_scores_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from edgetune.export import gguf_vocab
 
     source = make(tmp_path / "model", LEGACY)
-    monkeypatch.setattr(gguf_vocab, "_scores", lambda tokens, merges: [float(i) for i in range(len(tokens))])
+    monkeypatch.setattr(gguf_vocab, "_scores", lambda tokens, *_: [float(i) for i in range(len(tokens))])
     with pytest.raises(ContractError, match="token ids of"):
         export(source, tmp_path / "out")
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
-from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from edgetune.artifact import Artifact
-from edgetune.errors import RecipeError, UnsupportedError
+from edgetune.errors import RecipeError, StageError, UnsupportedError
 from edgetune.export import gguf
 from edgetune.export.gguf_families import family, gguf_name, shared_heads
-from edgetune.export.gguf_mixes import MIXES, WEIGHED
+from edgetune.export.gguf_mixes import LEFT_OUT, MIXES, WEIGHED
+from edgetune.export.gguf_read import dequantize, read_tensors
 from edgetune.export.gguf_types import BLOCK, NARROW, PLAIN, choose_types
 from edgetune.export.gguf_write import artifact_weights, read_config, written_shapes
+from edgetune.ggml_types import FILE_TYPES, file_type, named, numbered
+from edgetune.gguf_header import read_header
 from edgetune.recipe import parse_recipe
 from edgetune.recipe_export import GgufExport, GgufType
 from tests.conftest import make_tiny_model
@@ -27,7 +31,8 @@ from tests.oracles.llama_quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("children_here")
 HEADS = {"shared heads": (8, 2), "own heads": (8, 8)}
-DAILY = {("shared heads", "Q3_K_M"), ("own heads", "Q4_K_S")}
+DAILY = {("shared heads", "Q3_K_M"), ("own heads", "Q4_K_S"), ("shared heads", "Q2_0")}
+SIGNED = ("Q1_0", "Q2_0")  # of which gguf-py knows no values
 Deep = Callable[[str], tuple[Artifact, Path]]
 
 
@@ -49,7 +54,7 @@ def by_tensor(moments: dict[str, NDArray[Any]], source: Artifact) -> dict[str, N
 
 
 def types_of(file: Path) -> dict[str, str]:
-    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    return {name: tensor.kind for name, tensor in read_tensors(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_types_are_llama_cpps_own(deep: Deep, heads: str, target: str, tmp_path:
         assert lines == []
 
 
-@pytest.mark.parametrize("target", slow_but({("Q4_K_M",)}, product(MIXES)))
+@pytest.mark.parametrize("target", slow_but({("Q4_K_M",), ("Q1_0",)}, product(MIXES)))
 def test_bytes_are_llama_cpps_own(target: str, tmp_path: Path) -> None:
     """On rows of 256 and of 64 columns; the latter by the types that stand in."""
     for hidden in (256, 64):
@@ -94,13 +99,97 @@ def test_bytes_are_llama_cpps_own(target: str, tmp_path: Path) -> None:
         plain = gguf.run(GgufExport(type="F32"), source, folder / "plain", moments=None)
         file, stock = made.path / gguf.FILE, folder / "stock.gguf"
         quantize(plain.path / gguf.FILE, stock, target, by_tensor(moments, source) if weighed else {}, types_of(file))
-        theirs = {tensor.name: tensor for tensor in GGUFReader(stock).tensors}
-        for tensor in GGUFReader(file).tensors:
-            assert tensor.tensor_type == theirs[tensor.name].tensor_type
-            np.testing.assert_array_equal(tensor.data, theirs[tensor.name].data, err_msg=tensor.name)
-        head, theirs_head = (GGUFReader(one).fields["general.file_type"].contents() for one in (file, stock))
+        theirs = read_tensors(stock)
+        for name, tensor in read_tensors(file).items():
+            assert tensor.kind == theirs[name].kind
+            np.testing.assert_array_equal(tensor.data, theirs[name].data, err_msg=name)
+        head, theirs_head = (read_header(one).metadata["general.file_type"] for one in (file, stock))
         assert head == theirs_head
         assert bool(made.manifest.fallbacks) == (hidden == 64 and target != "Q8_0")  # the head's type at least
+
+
+def test_every_target_of_llama_cpp_is_written_or_left_out_with_a_reason(deep: Deep, tmp_path: Path) -> None:
+    """What is left out is refused by llama_model_quantize, or gives the types of another target."""
+    numbers = {name.split("_", 3)[-1]: int(value) for name, value in vars(llama_cpp).items()
+               if name.startswith(("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"))}  # fmt: skip
+    for target in (*MIXES, *PLAIN):
+        assert file_type(target) == numbers.pop(target)
+    assert set(numbers) <= set(LEFT_OUT)
+    _, plain = deep("shared heads")
+    quantize(plain, tmp_path / "dense.gguf", "MXFP4_MOE", {})
+    quantize(plain, tmp_path / "eight.gguf", "Q8_0", {})
+    assert types_of(tmp_path / "dense.gguf") == types_of(tmp_path / "eight.gguf")
+    with pytest.raises(AssertionError):
+        quantize(plain, tmp_path / "refused.gguf", "NVFP4", {})
+
+
+def test_types_are_known_by_name_and_number() -> None:
+    """And gguf-py has still no number for what is kept here: drop it there when it has."""
+    from gguf import GGMLQuantizationType, LlamaFileType
+
+    assert not set(FILE_TYPES) & {*GGMLQuantizationType.__members__, *LlamaFileType.__members__}
+    for kind, block in BLOCK.items():
+        found = named(kind)
+        assert (found.columns, numbered(found.number)) == (block, found)
+    with pytest.raises(ValueError, match="99"):
+        numbered(99)
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_values_are_ggmls(kind: str) -> None:
+    from edgetune.export.ggml import Quantizer
+
+    rows = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    data = Quantizer(1)(rows, kind, None)
+    assert data.shape == (3, named(kind).row_bytes(256))
+    np.testing.assert_array_equal(dequantize(kind, data), values_of_ggml(kind, data, rows.shape))
+
+
+@pytest.mark.parametrize("kind", sorted({*BLOCK} - {*SIGNED}))
+def test_values_are_gguf_pys(kind: str) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    from edgetune.export.ggml import Quantizer
+
+    rows = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    data = Quantizer(1)(rows, kind, np.ones(256, np.float32))
+    np.testing.assert_array_equal(dequantize(kind, data), quants.dequantize(data, GGMLQuantizationType[kind]))
+
+
+@pytest.mark.parametrize("short", ["bfloat16", "float16", "float32"])
+def test_short_floats_are_rounded_as_what_they_are(short: str) -> None:
+    """In parts and threads: more than one takes at once."""
+    import torch
+
+    from edgetune.export.ggml import ROWS, Quantizer
+
+    values = torch.randn(700, 512, generator=torch.Generator().manual_seed(0)).to(getattr(torch, short))
+    stored = values.view(torch.int16).numpy() if short == "bfloat16" else values.numpy()
+    assert values.numel() > ROWS
+    whole = np.concatenate([Quantizer(1)(row[None].float().numpy(), "Q4_K", None) for row in values])
+    np.testing.assert_array_equal(Quantizer(2)(stored, "Q4_K", None), whole)
+    values[699, 511] = float("nan")
+    with pytest.raises(StageError, match="values that are not finite"):
+        Quantizer(2)(stored, "Q4_K", None)
+
+
+def values_of_ggml(kind: str, data: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """What ggml's own function for a type makes of its bytes."""
+    from llama_cpp import _ggml
+
+    class Traits(ctypes.Structure):
+        _fields_ = [
+            ("name", ctypes.c_char_p), ("block", ctypes.c_int64), ("interleaved", ctypes.c_int64),
+            ("size", ctypes.c_size_t), ("quantized", ctypes.c_bool),
+            ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ]  # fmt: skip
+
+    of_type = _ggml.libggml.ggml_get_type_traits
+    of_type.restype, of_type.argtypes = ctypes.POINTER(Traits), [ctypes.c_int]
+    traits, out = of_type(named(kind).number).contents, np.empty(shape, np.float32)
+    assert traits.name == kind.lower().encode()
+    traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
+    return out
 
 
 def test_the_recipe_knows_every_target_and_its_demands() -> None:

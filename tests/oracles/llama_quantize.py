@@ -10,8 +10,9 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+
+from edgetune.ggml_types import named as type_named
 
 SILENT = llama_cpp.llama_log_callback(lambda *_: None)  # llama.cpp may call it as long as the process lives
 
@@ -26,7 +27,7 @@ def quantize(
     named = {name: kind for name, kind in (types or {}).items() if kind != "F32"}
     overrides = (llama_cpp.llama_model_tensor_override * (len(named) + 1))()  # the last one ends the list
     for entry, (name, kind) in zip(overrides, named.items(), strict=False):
-        entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(GGMLQuantizationType[kind])
+        entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), type_named(kind).number
     if named:
         params.tt_overrides = overrides
     kept = {name: np.ascontiguousarray(values, np.float32) for name, values in moments.items()}
