@@ -29,7 +29,7 @@ from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf
 from edgetune.progress import Report, silent
 from edgetune.recipe_export import GgufExport
 
-STAGE = "export.gguf/6"
+STAGE = "export.gguf/7"
 FILE = "model.gguf"
 ROUNDED = "allocate chooses types for float weights; drop the gptq or rtn step before it"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
@@ -154,7 +154,7 @@ def run(
                 pending.notes |= notes
                 pending.fallbacks += fell_back
             progress(0, 1, "verify")
-            pending.notes |= verify(file, config.type, types, weights, model_config, golden, vocabulary, pending.work)
+            pending.notes |= verify(file, config.type, types, weights, source.path, golden, vocabulary, pending.work)
         finally:
             shutil.rmtree(pending.work, ignore_errors=True)  # large, and quicker made again than trusted
         shutil.copyfile(source.path / GOLDEN_FILE, pending.path / GOLDEN_FILE)
