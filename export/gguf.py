@@ -155,7 +155,7 @@ def run(
                 pending.notes |= notes
                 pending.fallbacks += fell_back
             progress(0, 1, "verify")
-            pending.notes |= verify(file, config.type, types, weights, model_config, golden, vocabulary, pending.work)
+            pending.notes |= verify(file, config.type, types, weights, source.path, golden, vocabulary, pending.work)
         finally:
             shutil.rmtree(pending.work, ignore_errors=True)  # large, and quicker made again than trusted
         shutil.copyfile(source.path / GOLDEN_FILE, pending.path / GOLDEN_FILE)

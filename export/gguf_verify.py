@@ -1,10 +1,11 @@
-"""Read an exported GGUF file back: types, weights, and logits in llama.cpp against the same weights in torch."""
+"""Read an exported GGUF file back: types, weights, and llama.cpp with it against the same weights in torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
@@ -18,12 +19,15 @@ from edgetune.export.gguf_child import n_cpus, run_child
 from edgetune.export.gguf_families import ROPE_TENSORS, family, gguf_name, stored, written_shape
 from edgetune.export.gguf_read import dequantize, read_tensors
 from edgetune.export.gguf_vocab import Vocabulary
-from edgetune.export.gguf_write import Weights, tensors
+from edgetune.export.gguf_write import Weights, read_config, tensors
 from edgetune.export.parity import Logits, Tolerance, hold, parity
+from edgetune.export.perplexity import LIMIT, compare, hold_perplexity, text_windows, token_losses
+from edgetune.export.stops import Ends, Led, Ran, hold_loop, lead
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOOP = "llama-cpp-python"
 PART, LOGITS = 2**18, 2**28  # numbers that a thread takes at once, which its cache holds; bytes of logits
 
 # Root mean square error of a tensor, relative to the tensor: far above what rounding costs, far below a wrong tensor.
@@ -125,41 +129,74 @@ def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-def file_logits(
-    file: Path, weights: Weights, model_config: Mapping[str, Any], rows: Sequence[Sequence[int]]
-) -> Iterator[Logits]:
-    """Give torch's float32 logits [T, V] of each row, with the weights of the file.
+class FileModel:
+    """A model in torch, float32, with the weights of a file.
 
-    A module's weights are in memory while it computes, so the largest tensor bounds them; rows are read together as far
-    as their logits fit into LOGITS. Raises ContractError where a weight is another than its source's, or missing.
+    A module's weights are in memory while it computes, so the largest tensor bounds them. Raises ContractError where a
+    weight is missing and, once it computes, where one is another than its source's.
     """
-    import torch
-    from accelerate import init_empty_weights
-    from accelerate.hooks import attach_align_device_hook
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    found = FileWeights(file, weights, model_config)
-    settings = {k: v for k, v in model_config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
-    left = [name for name, _ in model.named_parameters() if name not in found]
-    if left:
-        raise ContractError(f"{file.name}: {', '.join(left[:3])} of the model is in no tensor of the file")
-    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=found)
-    at_once = max(1, LOGITS // (4 * int(model_config["vocab_size"]) * max(map(len, rows))))
-    for start in range(0, len(rows), at_once):
-        part = rows[start : start + at_once]
-        ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)  # a row does not see what fills it up
-        for row, given in zip(ids, part, strict=True):
-            row[: len(given)] = torch.tensor(given)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits.float().numpy()
-        yield from (one[: len(given)] for one, given in zip(logits, part, strict=True))
+    def __init__(self, file: Path, weights: Weights, model_config: Mapping[str, Any]) -> None:
+        import torch
+        from accelerate import init_empty_weights
+        from accelerate.hooks import attach_align_device_hook
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        found = FileWeights(file, weights, model_config)
+        settings = {k: v for k, v in model_config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+        with init_empty_weights(include_buffers=False):
+            self._model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+        left = [name for name, _ in self._model.named_parameters() if name not in found]
+        if left:
+            raise ContractError(f"{file.name}: {', '.join(left[:3])} of the model is in no tensor of the file")
+        attach_align_device_hook(self._model, execution_device=torch.device("cpu"), offload=True, weights_map=found)
+        self._n_vocab = int(model_config["vocab_size"])
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """Give the logits [T, V] of each row; rows are read together as far as their logits fit into LOGITS."""
+        import torch
+
+        at_once = max(1, LOGITS // (4 * self._n_vocab * max(map(len, rows))))
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)  # a row does not see what fills it up
+            for row, given in zip(ids, part, strict=True):
+                row[: len(given)] = torch.tensor(given)
+            with torch.inference_mode():
+                logits = self._model(input_ids=ids, use_cache=False).logits.float().numpy()
+            yield from (one[: len(given)] for one, given in zip(logits, part, strict=True))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What llama.cpp makes of a file."""
+
+    facts: RuntimeFacts
+    ids: list[list[int]]  # of texts
+    logits: Iterator[Logits]  # of rows
+    losses: list[list[float]]  # of windows
+    ran: list[Ran] | str  # what the loop of llama-cpp-python did, or why it failed
+
+
+def ask(
+    file: Path, texts: Sequence[str], rows: Sequence[Sequence[int]], windows: Sequence[Sequence[int]],
+    runs: Sequence[Led], work: Path,
+) -> Said:  # fmt: skip
+    """Load a file in llama.cpp, in a child process, and ask all that a contract needs. Raises StageError."""
+    job = {
+        "file": str(file), "texts": texts, "rows": rows, "windows": windows, "led": [vars(run) for run in runs],
+        "folder": str(work),
+    }  # fmt: skip
+    said = run_child("edgetune.export.gguf_probe", job, work / "probe.json")
+    facts = RuntimeFacts(frozenset(said["stop_ids"]), said["bos_id"], said["adds_bos"], said["chat_template"])
+    logits = (np.load(work / f"{index}.npy") for index in range(len(rows)))
+    ran = said["failed"] if "failed" in said else [Ran(n, stopped) for n, stopped in said["ran"]]
+    return Said(facts, said["ids"], logits, said["losses"], ran)
 
 
 def verify(
-    file: Path, target: str, types: Mapping[str, str], weights: Weights, model_config: Mapping[str, Any],
-    golden: Golden, vocabulary: Vocabulary, work: Path,
+    file: Path, target: str, types: Mapping[str, str], weights: Weights, source: Path, golden: Golden,
+    vocabulary: Vocabulary, work: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Hold a written file to its contract and give the notes for the manifest. Raises ContractError."""
     check_types(file, types)
@@ -171,14 +208,22 @@ def verify(
     texts = [c.text for c in golden.conversations] + [t.text for t in golden.texts]
     rows = [c.ids for c in golden.conversations] + [t.ids for t in golden.texts]
     given = [normalize("NFC", text) for text in texts] if vocabulary.composes else texts
-    job = {"file": str(file), "texts": given, "rows": rows, "folder": str(work)}
-    said = run_child("edgetune.export.gguf_probe", job, work / "probe.json")
-    facts = RuntimeFacts(frozenset(said["stop_ids"]), said["bos_id"], said["adds_bos"], said["chat_template"])
-    tokenized = dict(zip(texts, said["ids"], strict=True))
-    contract = check_contract(golden, facts, tokenized.__getitem__)
-    reference = file_logits(file, weights, model_config, rows)
-    runtime = (np.load(work / f"{index}.npy") for index in range(len(rows)))
-    result = parity(reference, runtime)
+    windows, runs = text_windows(source), lead(golden)
+    said = ask(file, given, rows, windows, runs, work)
+    tokenized = dict(zip(texts, said.ids, strict=True))
+    contract = check_contract(golden, said.facts, tokenized.__getitem__)
+    hold_loop(runs, said.ran, LOOP)
+    model_config = read_config(source)
+    model = FileModel(file, weights, model_config)
+    ends = Ends(golden, said.facts.stop_ids)
+    result = parity(model.logits(rows), said.logits, ends.see)
     held = tolerance(target, family(model_config).activation)
     hold(result, held, f"{file.name} ({target})")
-    return {"contract": contract, "parity": result.note(held)}
+    stops = ends.hold()
+    losses = (token_losses(*pair) for pair in zip(model.logits(windows), windows, strict=True))
+    perplexity = compare(losses, said.losses)
+    hold_perplexity(perplexity, file.name)
+    return {
+        "contract": contract, "parity": result.note(held), "perplexity": perplexity.note(LIMIT),
+        "generation": {"loop": LOOP, **stops},
+    }  # fmt: skip

@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
-
-import numpy as np
 
 from edgetune.artifact import Artifact, draft, identity, require_space, write_text
 from edgetune.backends import require, version
@@ -36,11 +35,14 @@ from edgetune.export.onnx_graph import (
     with_float_activations,
 )
 from edgetune.export.onnx_own import build_own, check_own, read_embedding
+from edgetune.export.onnx_run import LOOP, lead_loop, run_rows
 from edgetune.export.parity import HALF, Tolerance, hold, parity, torch_logits
+from edgetune.export.perplexity import LIMIT, compare, hold_perplexity, text_windows, token_losses
+from edgetune.export.stops import Ends, hold_loop, lead
 from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import OnnxExport
 
-STAGE = "export.onnx/2"
+STAGE = "export.onnx/3"
 GRAPH = "model.onnx"
 # What the builder knows and our tests have built; it knows some forty more.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -169,8 +171,10 @@ def run(config: OnnxExport, source: Artifact, out: Path, *, progress: Progress |
         if composed := composes(source.path):
             pending.fallbacks.append(COMPOSED.format("onnxruntime-genai"))
         pending.notes["contract"] = check_contract(golden, facts, encoder(tokenizer, composed=composed))
+        runs = lead(golden)
+        hold_loop(runs, lead_loop(pending.path, runs), LOOP)
         tell(3, 4, "logits")
-        pending.notes["parity"] = _hold_logits(config, reference, graph, golden)
+        pending.notes |= _hold_logits(config, reference, source.path, pending.path, golden)
     return pending.artifact
 
 
@@ -291,21 +295,32 @@ def _take(module: Any, table: Any, bits: int, what: str) -> float:
     return error
 
 
-def _hold_logits(config: OnnxExport, reference: Any, graph: Path, golden: Golden) -> dict[str, Any]:
-    """Compare logits on the golden conversations and texts: as shipped and, for integers, with float activations."""
+def _hold_logits(config: OnnxExport, reference: Any, source: Path, folder: Path, golden: Golden) -> dict[str, Any]:
+    """Compare logits on golden rows and losses on general text: as shipped and, for integers, with float activations.
+
+    Gives the notes `parity`, `perplexity` and `generation`.
+    """
     rows = [c.ids for c in golden.conversations] + [t.ids for t in golden.texts]
+    windows = text_windows(source)
     wanted = [torch_logits(reference, ids) for ids in rows]
-    found = parity(wanted, run_rows(graph.parent, rows))
+    losses = [token_losses(torch_logits(reference, ids), ids) for ids in windows]
+    shipped, ends = run_rows(folder, rows + windows), Ends(golden, ())
+    found = parity(wanted, islice(shipped, len(rows)), ends.see)
+    perplexity = compare(losses, map(token_losses, shipped, windows))
     if config.precision in ("fp32", "fp16"):
         tolerance = EXACT if config.precision == "fp32" else HALF
         hold(found, tolerance)
-        return {config.precision: found.note(tolerance)}
-    with _float_twin(graph) as twin:
-        exact = parity(wanted, run_rows(twin, rows))
-    hold(exact, EXACT_INT4, "the export with float activations")
-    shipped = SHIPPED if config.accuracy_level == 4 else EXACT_INT4
-    hold(found, shipped, INT8_ADVICE if config.accuracy_level == 4 else "the export")
-    return {"float_activations": exact.note(EXACT_INT4), "shipped": found.note(shipped)}
+        notes = {config.precision: found.note(tolerance)}
+    else:
+        with _float_twin(folder / GRAPH) as twin:
+            exact = parity(wanted, run_rows(twin, rows))
+        hold(exact, EXACT_INT4, "the export with float activations")
+        tolerance = SHIPPED if config.accuracy_level == 4 else EXACT_INT4
+        hold(found, tolerance, INT8_ADVICE if config.accuracy_level == 4 else "the export")
+        notes = {"float_activations": exact.note(EXACT_INT4), "shipped": found.note(tolerance)}
+    stops = ends.hold()
+    hold_perplexity(perplexity, "the export")
+    return {"parity": notes, "perplexity": perplexity.note(LIMIT), "generation": {"loop": LOOP, **stops}}
 
 
 @contextmanager
@@ -322,17 +337,6 @@ def _float_twin(graph: Path) -> Iterator[Path]:
         yield twin
     finally:
         shutil.rmtree(twin, ignore_errors=True)
-
-
-def run_rows(folder: Path, rows: list[list[int]]) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
-    from edgetune.runtime.engines.onnx_engine import OnnxEngine
-
-    engine = OnnxEngine.load(folder, n_ctx=max(map(len, rows)), n_threads=1)
-    try:
-        for ids in rows:
-            yield engine.score(ids)
-    finally:
-        engine.close()
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,10 @@ class ParityResult:
         }
 
 
-def parity(reference: Iterable[Logits], runtime: Iterable[Logits]) -> ParityResult:
-    """Compare texts' logits, each [T, V], pair by pair; both may be generators.
+def parity(
+    reference: Iterable[Logits], runtime: Iterable[Logits], see: Callable[[int, Logits, Logits], None] | None = None
+) -> ParityResult:
+    """Compare texts' logits, each [T, V], pair by pair; both may be generators. `see` is shown each pair, too.
 
     Raises ContractError where shapes differ or a logit is not finite.
     """
@@ -58,6 +60,8 @@ def parity(reference: Iterable[Logits], runtime: Iterable[Logits]) -> ParityResu
             raise ContractError(f"logits of golden text {index}: the reference gives {a.shape}, the runtime {b.shape}")
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ContractError(f"logits of golden text {index} are not finite")
+        if see is not None:
+            see(index, a, b)
         for row_a, row_b in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
             p, q = _log_softmax(row_a), _log_softmax(row_b)
             max_abs = max(max_abs, float(np.abs(row_a - row_b).max()))

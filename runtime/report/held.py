@@ -21,7 +21,10 @@ class Held(NamedTuple):
 
 
 def held(notes: dict[str, Any]) -> Iterator[Held]:
-    """Give the contract, the proof of the integers, the parity of logits and vLLM's rules, each where it is noted."""
+    """Give the contract, the proof of the integers, parity, perplexity, the end of generation and vLLM's rules.
+
+    Each where it is noted.
+    """
     if (found := notes.get("contract")) is not None:
         extra = found.get("extra_stop_ids")
         yield Held(
@@ -41,6 +44,21 @@ def held(notes: dict[str, Any]) -> Iterator[Held]:
             f"the same first token at {measured['top1_agreement']:.1%} of {measured['n_positions']:,} positions "
             f"(allowed: {limits})",
             "parity",
+        )
+    if (found := notes.get("perplexity")) is not None:
+        yield Held(
+            f"perplexity of {found['n_tokens']:,} tokens of general text in its runtime {found['runtime']:.4g}, of the "
+            f"same weights in torch {found['reference']:.4g}: {found['difference']:+.2%}, standard error "
+            f"{found['error']:.2%} (allowed: {found['limit']:.2%} and what chance adds)",
+            "perplexity",
+        )
+    if (found := notes.get("generation")) is not None:
+        ties = f", but for {found['near_ties']} near ties" if found["near_ties"] else ""
+        yield Held(
+            f"generation in {found['loop']} goes on through the end of a golden answer and stops at each end token; at "
+            f"{found['positions']:,} places of golden answers its first choice is to end where that of the same "
+            f"weights in torch is{ties}",
+            "generation",
         )
     for which, says in VLLM.items():
         if rules := (notes.get("vllm") or {}).get(which):

@@ -10,7 +10,7 @@ import pytest
 from edgetune.artifact import Artifact
 from edgetune.data.golden import Golden
 from edgetune.errors import ArtifactError, SourceError
-from edgetune.export import gguf, gguf_child
+from edgetune.export import gguf, gguf_verify
 from edgetune.export.check import check
 from edgetune.export.gguf_child import run_child
 from edgetune.recipe_export import GgufExport
@@ -19,7 +19,7 @@ from tests.export.test_gguf_families import make
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.usefixtures("children_here")
-NAMES = ["chat template", "BOS", "stop set", "token ids", "logits"]
+NAMES = ["chat template", "BOS", "stop set", "token ids", "logits", "perplexity", "end of generation"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_reference_that_lacks_a_tensor_is_refused(file: Path, tiny_model: Arti
 def test_other_weights_break_the_logits_alone(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
     other = make_tiny_model(tmp_path / "other", seed=7)
     found = broken(request.getfixturevalue(kind), other)
-    assert list(found) == ["logits"]
+    assert list(found) == ["logits"]  # one random model foretells a text as well as another
     assert "mean KL" in found["logits"]
 
 
@@ -84,8 +84,9 @@ def test_what_training_saw_is_held_line_by_line(file: Path, tiny_model: Artifact
     )
     changed.write(tmp_path / "model")
     found = broken(file, Artifact(tmp_path / "model", tiny_model.manifest))
-    assert list(found) == ["chat template", "stop set", "token ids"]
+    assert list(found) == ["chat template", "stop set", "token ids", "end of generation"]
     assert "it would run past [7]" in found["stop set"]
+    assert "goes on behind the end token 7" in found["end of generation"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_file_that_llama_cpp_cannot_load(
     tiny_model: Artifact, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a child, since a damaged file may kill the process."""
-    monkeypatch.setattr(gguf_child, "run_child", run_child)
+    monkeypatch.setattr(gguf_verify, "run_child", run_child)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(SourceError, match="data is not within the file bounds"):
@@ -110,10 +111,10 @@ def test_a_file_that_llama_cpp_cannot_load(
 
 def test_the_verb_says_which_line_is_broken(call: Call, file: Path, tiny_model: Artifact, tmp_path: Path) -> None:
     code, out, _ = call("export", str(tiny_model.path), "--check", str(file))
-    assert (code, out.count("holds")) == (0, 5)
+    assert (code, out.count("holds")) == (0, 7)
     other = make_tiny_model(tmp_path / "other", seed=7)
     code, out, _ = call("export", str(other.path), "--check", str(file), "--max-kl", "1e-6")
-    assert (code, out.count("holds"), out.count("broken")) == (3, 4, 1)
+    assert (code, out.count("holds"), out.count("broken")) == (3, 6, 1)
     code, _, err = call("export", str(tiny_model.path), "--check", str(tmp_path / "no.gguf"))
     assert (code, err.count("\n")) == (2, 1)
     code, _, err = call("export", str(tiny_model.path))

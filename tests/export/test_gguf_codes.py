@@ -14,7 +14,7 @@ from edgetune.errors import UnsupportedError
 from edgetune.export import gguf
 from edgetune.export.gguf_blocks import CODED, read_blocks, with_codes
 from edgetune.export.gguf_codes import _solve
-from edgetune.export.gguf_verify import file_logits
+from edgetune.export.gguf_verify import FileModel
 from edgetune.export.gguf_write import folder_weights, read_config
 from edgetune.recipe_export import GgufExport
 from tests.conftest import make_tiny_model
@@ -87,7 +87,8 @@ def divergence(made: Artifact, source: Artifact) -> float:
     config = read_config(source.path)
     rows = torch.from_numpy(np.random.default_rng(7).integers(3, 500, (8, 48)))
     with torch.no_grad():
-        own = list(file_logits(made.path / gguf.FILE, folder_weights(source.path, config), config, rows.tolist()))
+        model = FileModel(made.path / gguf.FILE, folder_weights(source.path, config), config)
+        own = list(model.logits(rows.tolist()))
         found = torch.from_numpy(np.stack(own)).log_softmax(-1)
         wanted = load_model(source).float()(rows).logits.log_softmax(-1)
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
