@@ -14,10 +14,13 @@ V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from edgetune.export.decoder_layers import FloatLayers, numpy_dtype
+from edgetune.export.decoder_layers import Dtype, FloatLayers, numpy_dtype
+from edgetune.export.decoder_source import FULL, Rotation
 from edgetune.export.onnx_file import OnnxFile
 
 MASKED = -3e4  # added to a score: its exponential is 0, float16 holds the sum, and a row of nothing else is finite
@@ -30,7 +33,9 @@ class DecoderGraph(ABC):
 
     def __init__(self, file: OnnxFile, layers: FloatLayers) -> None:
         self.file, self.layers, self.source, self.sizes = file, layers, layers.source, layers.source.sizes
-        self.dtype = layers.dtype
+        self.dtype, self.family, self.scales = layers.dtype, layers.source.family, layers.source.scales
+        self.cos: dict[str, str] = {}  # of each kind of layer
+        self.sin: dict[str, str] = {}
         self._masks: dict[int | None, str] = {}
 
     def write(self) -> None:
@@ -46,40 +51,98 @@ class DecoderGraph(ABC):
                 file.input(f"past_key_values.{i}.{part}", self.dtype, shape)
                 file.output(f"present.{i}.{part}", self.dtype, [*shape[:2], "total", sizes.head_size])
         self.angles()
-        x = self.layers.embed(ids)
+        x = self.scaled(self.layers.embed(ids), self.scales.embedding, "/model/embed_tokens/scaled")
         for i in range(sizes.n_layers):
             x = self.block(x, i)
-        self.layers.head(self.norm(x, "model.norm", "/model/norm"))
+        self._logits(self.norm(x, "model.norm", "/model/norm"))
         file.save(self.opset)
+
+    def _logits(self, x: str) -> None:
+        scales = self.scales
+        rest = [scales.logits != 1.0, bool(scales.logit_cap)]  # what is still to be done before they are "logits"
+        x = self.layers.head(x, "/lm_head/out" if any(rest) else "logits")
+        if rest[0]:
+            factor = self.file.constant("logit_scale", np.array(scales.logits, np.float32))
+            x = self.file.node("Mul", "/lm_head/scaled", [x, factor], ["/lm_head/scaled/out" if rest[1] else "logits"])
+        if scales.logit_cap:
+            self.capped(x, scales.logit_cap, "/lm_head/cap", "FLOAT", ["logits"])
+
+    def scaled(self, x: str, factor: float, name: str) -> str:
+        """Multiply by a number of the family, where it is not 1."""
+        if factor == 1.0:
+            return x
+        stored = self.file.constant(f"times {factor:.9g}", np.array(factor, numpy_dtype(self.dtype)))
+        return self.file.node("Mul", name, [x, stored])
+
+    def capped(self, x: str, cap: float, name: str, dtype: Dtype, out: list[str] | None = None) -> str:
+        """Give cap * tanh(x / cap)."""
+        stored = self.file.constant(f"{dtype} cap {cap:.9g}", np.array(cap, numpy_dtype(dtype)))
+        x = self.file.node("Div", f"{name}/Div", [x, stored])
+        x = self.file.node("Tanh", f"{name}/Tanh", [x])
+        return self.file.node("Mul", f"{name}/Mul", [x, stored], out)
 
     def block(self, x: str, i: int) -> str:
         """One block: attention and a gated multilayer perceptron, each added to what it read."""
-        file, layers, module, name = self.file, self.layers, f"model.layers.{i}", f"/model/layers.{i}"
-        h = self.norm(x, f"{module}.input_layernorm", f"{name}/input_layernorm")
-        q, k, v = (layers.linear(h, f"{module}.self_attn.{part}_proj") for part in "qkv")
+        layers, norms, module, name = self.layers, self.family.norms, f"model.layers.{i}", f"/model/layers.{i}"
+        h = self.norm(x, f"{module}.{norms.before_attention}", f"{name}/{norms.before_attention}")
+        q, k, v = self._projections(h, i)
         y = self.attention(q, k, v, i)
-        x = file.node("Add", f"{name}/attn/Add", [x, layers.linear(y, f"{module}.self_attn.o_proj")])
-        h = self.norm(x, f"{module}.post_attention_layernorm", f"{name}/post_attention_layernorm")
-        gate, up = (layers.linear(h, f"{module}.mlp.{part}_proj") for part in ("gate", "up"))
-        sigmoid = file.node("Sigmoid", f"{name}/mlp/Sigmoid", [gate])
-        gate = file.node("Mul", f"{name}/mlp/silu", [gate, sigmoid])
-        h = file.node("Mul", f"{name}/mlp/Mul", [gate, up])
-        return file.node("Add", f"{name}/mlp/Add", [x, layers.linear(h, f"{module}.mlp.down_proj")])
+        h = layers.linear(y, f"{module}.self_attn.o_proj")
+        x = self._added(x, h, i, norms.after_attention, "attn")
+        h = self.norm(x, f"{module}.{norms.before_mlp}", f"{name}/{norms.before_mlp}")
+        if self.family.joint:
+            gate, up = self._parts(layers.linear(h, f"{module}.mlp.gate_up_proj"), f"{name}/mlp", ("gate", "up"))
+        else:
+            gate, up = (layers.linear(h, f"{module}.mlp.{part}_proj") for part in ("gate", "up"))
+        h = self.file.node("Mul", f"{name}/mlp/Mul", [self.activated(gate, f"{name}/mlp"), up])
+        return self._added(x, layers.linear(h, f"{module}.mlp.down_proj"), i, norms.after_mlp, "mlp")
+
+    def _projections(self, x: str, i: int) -> list[str]:
+        """Queries [B, T, H * D], keys and values [B, T, K * D]."""
+        module, sizes = f"model.layers.{i}.self_attn", self.sizes
+        if not self.family.joint:
+            return [self.layers.linear(x, f"{module}.{part}_proj") for part in "qkv"]
+        widths = self.ints("qkv", *(n * sizes.head_size for n in (sizes.n_heads, *2 * [sizes.n_kv_heads])))
+        return self._parts(self.layers.linear(x, f"{module}.qkv_proj"), f"/model/layers.{i}/attn", "qkv", widths)
+
+    def _parts(self, x: str, name: str, parts: Sequence[str], widths: str | None = None) -> list[str]:
+        made = [f"{name}/{part}_proj/out" for part in parts]
+        equal: dict[str, Any] = {} if widths else {"num_outputs": len(parts)}
+        self.file.node("Split", f"{name}/Split", [x, *([widths] if widths else [])], made, axis=-1, **equal)
+        return made
+
+    def _added(self, x: str, h: str, i: int, norm: str | None, part: str) -> str:
+        """Add what attention or multilayer perceptron gave to what the block carries on."""
+        name = f"/model/layers.{i}"
+        if norm is not None:
+            h = self.norm(h, f"model.layers.{i}.{norm}", f"{name}/{norm}")
+        h = self.scaled(h, self.scales.residual, f"{name}/{part}/scaled")
+        return self.file.node("Add", f"{name}/{part}/Add", [x, h])
+
+    def activated(self, x: str, name: str) -> str:
+        """Apply the family's activation."""
+        if self.family.activation == "gelu_pytorch_tanh":
+            return self.gelu(x, f"{name}/gelu")
+        sigmoid = self.file.node("Sigmoid", f"{name}/Sigmoid", [x])
+        return self.file.node("Mul", f"{name}/silu", [x, sigmoid])
 
     def angles(self) -> None:
-        """Compute cosine and sine [B, T, D / 2] of each position, in float32, once for all layers."""
+        """Compute cosine and sine [B, T, rotated / 2] of each position, in float32, once for all layers of a kind."""
         file = self.file
         positions = file.node("Cast", "/rotary/positions", ["position_ids"], to=file.type("FLOAT"))
         positions = file.node("Unsqueeze", "/rotary/Unsqueeze", [positions, self.ints("last", -1)])
-        turned = file.node("Mul", "/rotary/Mul", [positions, file.constant("inv_freq", self.source.inv_freq)])
-        self.cos, self.sin = (self._angle(op, turned) for op in ("Cos", "Sin"))
+        for kind, rotation in self.source.rotations.items():
+            name = "/rotary" if kind == FULL else f"/rotary/{kind}"
+            frequencies = file.constant("inv_freq" if kind == FULL else f"inv_freq {kind}", rotation.inv_freq)
+            turned = file.node("Mul", f"{name}/Mul", [positions, frequencies])
+            self.cos[kind], self.sin[kind] = (self._angle(op, turned, name, rotation) for op in ("Cos", "Sin"))
 
-    def _angle(self, op: str, turned: str) -> str:
-        file, made = self.file, self.file.node(op, f"/rotary/{op}", [turned])
-        if self.source.rope_scale != 1.0:
-            scale = file.constant("rope_scale", np.array(self.source.rope_scale, np.float32))
-            made = file.node("Mul", f"/rotary/{op}/Mul", [made, scale])
-        return file.node("Cast", f"/rotary/{op}/Cast", [made], to=file.type(self.dtype))
+    def _angle(self, op: str, turned: str, name: str, rotation: Rotation) -> str:
+        file, made = self.file, self.file.node(op, f"{name}/{op}", [turned])
+        if rotation.scale != 1.0:
+            scale = file.constant(f"{name}/scale", np.array(rotation.scale, np.float32))
+            made = file.node("Mul", f"{name}/{op}/Mul", [made, scale])
+        return file.node("Cast", f"{name}/{op}/Cast", [made], to=file.type(self.dtype))
 
     def mask(self, window: int | None) -> str:
         """Give what is added to the scores [B, 1, T, S]: a query sees itself and `window` - 1 unpadded keys before."""
@@ -117,8 +180,59 @@ class DecoderGraph(ABC):
         """Divide by the root mean square of the last axis and multiply by the weight of `module`."""
 
     @abstractmethod
+    def gelu(self, x: str, name: str) -> str:
+        """Apply GELU in its form with tanh (arXiv:1606.08415)."""
+
+    @abstractmethod
     def attention(self, q: str, k: str, v: str, i: int) -> str:
         """Rotate [B, T, heads * D], append keys and values to the cache of layer `i`, attend; gives [B, T, H * D]."""
+
+    def norm_weight(self, module: str) -> str:
+        return self.layers.weight(f"{module}.weight", self.family.norm_offset)
+
+    @property
+    def score_scale(self) -> float:
+        return self.sizes.head_size**-0.5 if self.scales.scores is None else self.scales.scores
+
+    def by_head(self, x: str, name: str, n_heads: int) -> str:
+        """Reshape [B, T, heads * D] to [B, T, heads, D]."""
+        return self.file.node("Reshape", name, [x, self.ints(f"{n_heads}_heads", 0, 0, n_heads, self.sizes.head_size)])
+
+    def heads_first(self, x: str, name: str) -> str:
+        """Transpose [B, T, heads, D] to [B, heads, T, D]."""
+        return self.file.node("Transpose", name, [x], perm=[0, 2, 1, 3])
+
+    def attend(self, q: str, k: str, v: str, i: int) -> str:
+        """Attend in single operators: [B, heads, T, D], rotated; a group of query heads shares its key head."""
+        file, sizes, name = self.file, self.sizes, f"/model/layers.{i}/attn"
+        H, K, D = sizes.n_heads, sizes.n_kv_heads, sizes.head_size
+        for part, new in (("key", k), ("value", v)):
+            file.node("Concat", f"{name}/{part}", [f"past_key_values.{i}.{part}", new], [f"present.{i}.{part}"], axis=2)
+        scale = file.constant("scale", np.array(self.score_scale, numpy_dtype(self.dtype)))
+        q = file.node("Mul", f"{name}/scale", [q, scale])
+        q = file.node("Reshape", f"{name}/groups", [q, self.ints("groups", 0, K, H // K, -1, D)])  # [B, K, H / K, T, D]
+        axis = self.ints("groups_axis", 2)
+        keys, values = (
+            file.node("Unsqueeze", f"{name}/{part}/Unsqueeze", [f"present.{i}.{part}", axis])
+            for part in ("key", "value")
+        )  # [B, K, 1, S, D]
+        keys = file.node("Transpose", f"{name}/key/Transpose", [keys], perm=[0, 1, 2, 4, 3])
+        scores = file.node("MatMul", f"{name}/scores", [q, keys])  # [B, K, H / K, T, S]
+        if self.scales.score_cap:  # before the mask, which a cap would let through
+            scores = self.capped(scores, self.scales.score_cap, f"{name}/cap", self.dtype)
+        mask = self.mask(sizes.windows[i])
+        scores = file.node("Add", f"{name}/masked", [scores, self._grouped(mask)])
+        shares = file.node("Softmax", f"{name}/Softmax", [scores], axis=-1)
+        y = file.node("MatMul", f"{name}/values", [shares, values])
+        y = file.node("Reshape", f"{name}/ungroup", [y, self.ints("ungrouped", 0, H, -1, D)])
+        y = file.node("Transpose", f"{name}/Transpose", [y], perm=[0, 2, 1, 3])
+        return file.node("Reshape", f"{name}/Reshape", [y, self.ints("flat", 0, 0, H * D)])
+
+    def _grouped(self, mask: str) -> str:
+        made = f"{mask}/grouped"
+        if not self.file.made(made):
+            self.file.node("Unsqueeze", made, [mask, self.ints("heads_axis", 1)], [made])
+        return made
 
     def head_norm(self, x: str, i: int, part: str) -> str:
         """Normalize each head of [B, T, heads, D], in the families that do."""
@@ -130,33 +244,49 @@ class DecoderGraph(ABC):
 
 
 class FusedGraph(DecoderGraph):
-    """One operator for each of norm, rotation and attention."""
+    """One operator for each of norm, rotation and attention.
+
+    Where scores are capped attention is single operators: runtimes differ in whether Attention masks before its cap.
+    """
 
     opset = 23
 
     def norm(self, x: str, module: str, name: str) -> str:
-        weight = self.layers.weight(f"{module}.weight")
+        weight = self.norm_weight(module)
         return self.file.node("RMSNormalization", name, [x, weight], axis=-1, epsilon=self.sizes.eps)
+
+    def gelu(self, x: str, name: str) -> str:
+        return self.file.node("Gelu", name, [x], approximate="tanh")
 
     def attention(self, q: str, k: str, v: str, i: int) -> str:
         sizes, name = self.sizes, f"/model/layers.{i}/attn"
         q = self._rotate(q, i, "q", sizes.n_heads)
         k = self._rotate(k, i, "k", sizes.n_kv_heads)
+        if self.scales.score_cap:
+            q, k, v = (
+                self.heads_first(self.by_head(x, f"{name}/{part}/by_head", n), f"{name}/{part}/heads_first")
+                for x, part, n in ((q, "q", sizes.n_heads), (k, "k", sizes.n_kv_heads), (v, "v", sizes.n_kv_heads))
+            )
+            return self.attend(q, k, v, i)
         cache = [f"past_key_values.{i}.{part}" for part in ("key", "value")]
         made = [f"{name}/out", *(f"present.{i}.{part}" for part in ("key", "value"))]
         return self.file.node(
             "Attention", f"{name}/Attention", [q, k, v, self.mask(sizes.windows[i]), *cache], made,
-            q_num_heads=sizes.n_heads, kv_num_heads=sizes.n_kv_heads, scale=sizes.head_size**-0.5,
+            q_num_heads=sizes.n_heads, kv_num_heads=sizes.n_kv_heads, scale=self.score_scale,
         )  # fmt: skip
 
     def _rotate(self, x: str, i: int, part: str, n_heads: int) -> str:
-        file, name = self.file, f"/model/layers.{i}/attn/{part}"
+        file, name, sizes = self.file, f"/model/layers.{i}/attn/{part}", self.sizes
         if self.has_head_norm(i, part):
-            heads = self.ints(f"{part}_heads", 0, 0, n_heads, self.sizes.head_size)
+            heads = self.ints(f"{part}_heads", 0, 0, n_heads, sizes.head_size)
             x = self.head_norm(file.node("Reshape", f"{name}/heads", [x, heads]), i, part)
-            flat = self.ints(f"{part}_flat", 0, 0, n_heads * self.sizes.head_size)
+            flat = self.ints(f"{part}_flat", 0, 0, n_heads * sizes.head_size)
             x = file.node("Reshape", f"{name}/flat", [x, flat])
-        return file.node("RotaryEmbedding", f"{name}/RotaryEmbedding", [x, self.cos, self.sin], num_heads=n_heads)
+        partly: dict[str, Any] = (
+            {} if self.source.rotated == sizes.head_size else {"rotary_embedding_dim": self.source.rotated}
+        )
+        angles = [self.cos[sizes.kinds[i]], self.sin[sizes.kinds[i]]]
+        return file.node("RotaryEmbedding", f"{name}/RotaryEmbedding", [x, *angles], num_heads=n_heads, **partly)
 
 
 class PlainGraph(DecoderGraph):
@@ -173,60 +303,58 @@ class PlainGraph(DecoderGraph):
         root = file.node("Sqrt", f"{name}/Sqrt", [mean])
         unit = file.node("Div", f"{name}/Div", [wide, root])
         unit = file.node("Cast", f"{name}/Cast", [unit], to=file.type(self.dtype))
-        return file.node("Mul", f"{name}/Mul", [unit, self.layers.weight(f"{module}.weight")])
+        return file.node("Mul", f"{name}/Mul", [unit, self.norm_weight(module)])
+
+    def gelu(self, x: str, name: str) -> str:
+        """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))."""
+        file, dtype = self.file, numpy_dtype(self.dtype)
+        cubic, root, half, one = (
+            file.constant(f"gelu_{what}", np.array(value, dtype))
+            for what, value in (("cubic", 0.044715), ("root", (2 / np.pi) ** 0.5), ("half", 0.5), ("one", 1))
+        )
+        inner = file.node("Mul", f"{name}/square", [x, x])
+        inner = file.node("Mul", f"{name}/cubic", [inner, cubic])
+        inner = file.node("Add", f"{name}/inner", [inner, one])
+        inner = file.node("Mul", f"{name}/by_x", [inner, x])
+        inner = file.node("Mul", f"{name}/root", [inner, root])
+        inner = file.node("Tanh", f"{name}/Tanh", [inner])
+        inner = file.node("Add", f"{name}/Add", [inner, one])
+        half = file.node("Mul", f"{name}/half", [x, half])
+        return file.node("Mul", f"{name}/Mul", [half, inner])
 
     def angles(self) -> None:
         super().angles()
-        axis = self.ints("heads_axis", 1)  # [B, 1, T, D / 2], the same for all heads
-        self.cos, self.sin = (self.file.node("Unsqueeze", f"{n}/heads", [n, axis]) for n in (self.cos, self.sin))
+        axis = self.ints("heads_axis", 1)  # [B, 1, T, rotated / 2], the same for all heads
+        for made in (self.cos, self.sin):
+            for kind, name in made.items():
+                made[kind] = self.file.node("Unsqueeze", f"{name}/heads", [name, axis])
 
     def attention(self, q: str, k: str, v: str, i: int) -> str:
-        file, sizes, name = self.file, self.sizes, f"/model/layers.{i}/attn"
-        H, K, D = sizes.n_heads, sizes.n_kv_heads, sizes.head_size
-        q = self._rotate(self._heads(q, i, "q", H), f"{name}/q")
-        k = self._rotate(self._heads(k, i, "k", K), f"{name}/k")
-        v = self._heads(v, i, "v", K)
-        for part, new in (("key", k), ("value", v)):
-            file.node("Concat", f"{name}/{part}", [f"past_key_values.{i}.{part}", new], [f"present.{i}.{part}"], axis=2)
-        scale = file.constant("scale", np.array(D**-0.5, numpy_dtype(self.dtype)))
-        q = file.node("Mul", f"{name}/scale", [q, scale])
-        q = file.node("Reshape", f"{name}/groups", [q, self.ints("groups", 0, K, H // K, -1, D)])  # [B, K, H / K, T, D]
-        axis = self.ints("groups_axis", 2)
-        keys, values = (
-            file.node("Unsqueeze", f"{name}/{part}/Unsqueeze", [f"present.{i}.{part}", axis])
-            for part in ("key", "value")
-        )  # [B, K, 1, S, D]
-        keys = file.node("Transpose", f"{name}/key/Transpose", [keys], perm=[0, 1, 2, 4, 3])
-        scores = file.node("MatMul", f"{name}/scores", [q, keys])  # [B, K, H / K, T, S]
-        mask = self.mask(sizes.windows[i])
-        scores = file.node("Add", f"{name}/masked", [scores, self._grouped(mask)])
-        shares = file.node("Softmax", f"{name}/Softmax", [scores], axis=-1)
-        y = file.node("MatMul", f"{name}/values", [shares, values])
-        y = file.node("Reshape", f"{name}/ungroup", [y, self.ints("ungrouped", 0, H, -1, D)])
-        y = file.node("Transpose", f"{name}/Transpose", [y], perm=[0, 2, 1, 3])
-        return file.node("Reshape", f"{name}/Reshape", [y, self.ints("flat", 0, 0, H * D)])
-
-    def _grouped(self, mask: str) -> str:
-        made = f"{mask}/grouped"
-        if not self.file.made(made):
-            self.file.node("Unsqueeze", made, [mask, self.ints("heads_axis", 1)], [made])
-        return made
+        sizes, name = self.sizes, f"/model/layers.{i}/attn"
+        q = self._rotate(self._heads(q, i, "q", sizes.n_heads), f"{name}/q", i)
+        k = self._rotate(self._heads(k, i, "k", sizes.n_kv_heads), f"{name}/k", i)
+        return self.attend(q, k, self._heads(v, i, "v", sizes.n_kv_heads), i)
 
     def _heads(self, x: str, i: int, part: str, n_heads: int) -> str:
-        file, name = self.file, f"/model/layers.{i}/attn/{part}"
-        shape = self.ints(f"{n_heads}_heads", 0, 0, n_heads, self.sizes.head_size)
-        x = self.head_norm(file.node("Reshape", f"{name}/heads", [x, shape]), i, part)
-        return file.node("Transpose", f"{name}/Transpose", [x], perm=[0, 2, 1, 3])  # [B, heads, T, D]
+        name = f"/model/layers.{i}/attn/{part}"
+        x = self.head_norm(self.by_head(x, f"{name}/heads", n_heads), i, part)
+        return self.heads_first(x, f"{name}/Transpose")  # [B, heads, T, D]
 
-    def _rotate(self, x: str, name: str) -> str:
-        """Rotate the two halves of each head."""
-        file = self.file
+    def _rotate(self, x: str, name: str, i: int) -> str:
+        """Rotate the two halves of each head, or of the part of it that is rotated."""
+        file, sizes, still = self.file, self.sizes, []
         left, right = f"{name}/left", f"{name}/right"
-        file.node("Split", f"{name}/Split", [x], [left, right], axis=-1, num_outputs=2)
+        if self.source.rotated == sizes.head_size:
+            file.node("Split", f"{name}/Split", [x], [left, right], axis=-1, num_outputs=2)
+        else:
+            still, half = [f"{name}/still"], self.source.rotated // 2
+            widths = self.ints("rotated", half, half, sizes.head_size - 2 * half)
+            file.node("Split", f"{name}/Split", [x, widths], [left, right, *still], axis=-1)
+        angles = {"cos": self.cos[sizes.kinds[i]], "sin": self.sin[sizes.kinds[i]]}
         parts = {
-            half + angle: file.node("Mul", f"{half}/{angle}", [half, {"cos": self.cos, "sin": self.sin}[angle]])
-            for half in (left, right) for angle in ("cos", "sin")
+            half + angle: file.node("Mul", f"{half}/{angle}", [half, angles[angle]])
+            for half in (left, right) for angle in angles
         }  # fmt: skip
         real = file.node("Sub", f"{name}/real", [parts[f"{left}cos"], parts[f"{right}sin"]])
         imaginary = file.node("Add", f"{name}/imaginary", [parts[f"{right}cos"], parts[f"{left}sin"]])
-        return file.node("Concat", f"{name}/Concat", [real, imaginary], axis=-1)
+        return file.node("Concat", f"{name}/Concat", [real, imaginary, *still], axis=-1)

@@ -29,18 +29,18 @@ class FloatLayers:
     def __init__(self, file: OnnxFile, source: Source, dtype: Dtype) -> None:
         self.file, self.source, self.dtype = file, source, dtype
 
-    def array(self, name: str) -> NDArray[Any]:
-        """Read a weight in the graph's dtype. Raises StageError where it does not fit."""
-        found = self.source.get(name).float().numpy()
+    def array(self, name: str, offset: float = 0.0) -> NDArray[Any]:
+        """Read a weight, plus `offset`, in the graph's dtype. Raises StageError where it does not fit."""
+        found = self.source.get(name).float().numpy() + np.float32(offset)
         with np.errstate(over="ignore"):
             array: NDArray[Any] = found.astype(numpy_dtype(self.dtype))
         if not np.isfinite(array).all():
             raise StageError(f"{name} holds values beyond float16; use precision fp32")
         return array
 
-    def weight(self, name: str) -> str:
-        """Give the name of a stored weight, written when it is first asked for."""
-        return name if self.file.stored(name) else self.file.weight(name, self.array(name))
+    def weight(self, name: str, offset: float = 0.0) -> str:
+        """Give the name of a stored weight, plus `offset`, written when it is first asked for."""
+        return name if self.file.stored(name) else self.file.weight(name, self.array(name, offset))
 
     def linear(self, x: str, module: str) -> str:
         """Multiply, and add the bias where the layer has one."""
@@ -56,8 +56,8 @@ class FloatLayers:
     def embed(self, ids: str) -> str:
         return self.file.node("Gather", "/model/embed_tokens/Gather", [self.weight(EMBEDDING), ids])
 
-    def head(self, x: str) -> None:
-        """Write the float32 logits [B, T, V]."""
+    def head(self, x: str, out: str) -> str:
+        """Give float32 logits [B, T, V], called `out`."""
         file, hidden = self.file, self.source.sizes.hidden
         rows = file.node("Reshape", "/lm_head/rows", [x, file.constant("rows", np.array([-1, hidden]))])
         stored = self.weight(EMBEDDING if self.source.tied else HEAD)  # [V, C]
@@ -66,7 +66,7 @@ class FloatLayers:
         vocabulary = file.constant("vocabulary", np.array([self.source.sizes.n_vocab]))
         shape = file.node("Concat", "/lm_head/shape", [shape, vocabulary], axis=0)
         logits = file.node("Cast", "/lm_head/Cast", [logits], to=file.type("FLOAT"))
-        file.node("Reshape", "/lm_head/Reshape", [logits, shape], ["logits"])
+        return file.node("Reshape", "/lm_head/Reshape", [logits, shape], [out])
 
 
 class AdaptedLayers(FloatLayers):
@@ -126,14 +126,13 @@ class NBitsLayers(FloatLayers):
         found = file.node("Mul", f"{name}/Mul", [found, grid])
         return file.node("Reshape", f"{name}/Reshape", [found, file.constant("embedded", np.array([0, 0, hidden]))])
 
-    def head(self, x: str) -> None:
+    def head(self, x: str, out: str) -> str:
         codes, scales = self._table(EMBEDDING if self.source.tied else HEAD)
         sizes = self.source.sizes
-        out = ["logits"] if self.dtype == "FLOAT" else None
+        last = self.dtype == "FLOAT"
         made = self._multiply("/lm_head/MatMulNBits", [x, codes, scales], sizes.hidden, sizes.n_vocab, HEAD_BITS,
-                              HEAD_BLOCK, out)  # fmt: skip
-        if out is None:
-            self.file.node("Cast", "/lm_head/Cast", [made], ["logits"], to=self.file.type("FLOAT"))
+                              HEAD_BLOCK, [out] if last else None)  # fmt: skip
+        return made if last else self.file.node("Cast", "/lm_head/Cast", [made], [out], to=self.file.type("FLOAT"))
 
     def _table(self, name: str) -> tuple[str, str]:
         """Round a table of the vocabulary to 8 bits; give the names of codes [V, G, n] and scales [V, G]."""

@@ -1,11 +1,12 @@
-"""What a decoder of the Llama kind is made of: its sizes, its rotation, its windows, and its weights one by one.
+"""What a decoder is made of: its sizes, its rotations, its windows, and its weights one by one.
 
-Which layers have a bias or a norm of queries and keys is read off the tensors that are there, so that a family that
-adds one needs no entry anywhere.
+Which layers have a bias or a norm of queries and keys is read off the tensors that are there; what else differs
+between families is in `decoder_families`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.artifact import Artifact
-from edgetune.compress.architectures import SUPPORTED
 from edgetune.errors import UnsupportedError
-from edgetune.export.gguf_families import FAMILIES
+from edgetune.export.decoder_families import FAMILIES, Family, Scales, family
+from edgetune.export.gguf_families import FAMILIES as GGUF_FAMILIES
+from edgetune.export.gguf_families import rope, trained_length
 from edgetune.recipe import Rtn
 
 if TYPE_CHECKING:
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
     from edgetune.compress.correction import Pair
     from edgetune.compress.scheme import Quantized
 
-# Rotations whose frequencies do not depend on the length of the text.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers that may rotate otherwise
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Sizes:
     eps: float
     max_length: int
     windows: tuple[int | None, ...]  # of each layer: how many positions it looks back, itself included; None for all
+    kinds: tuple[str, ...]  # of each layer: which of the rotations is its own
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys of a kind of layer are rotated."""
+
+    inv_freq: NDArray[np.float32]  # [rotated / 2]
+    scale: float  # of cosine and sine
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,9 @@ class Source:
     """The weights of an artifact, by their Transformers names. Nothing is read before it is asked for."""
 
     sizes: Sizes
-    inv_freq: NDArray[np.float32]  # [D / 2]
-    rope_scale: float  # of cosine and sine
+    family: Family
+    scales: Scales
+    rotations: Mapping[str, Rotation]  # by kind of layer
     names: frozenset[str]
     get: Callable[[str], Tensor]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
@@ -62,6 +73,11 @@ class Source:
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
         return "lm_head.weight" not in self.names
+
+    @property
+    def rotated(self) -> int:
+        """Channels of a head that are rotated."""
+        return 2 * next(len(rotation.inv_freq) for rotation in self.rotations.values())
 
 
 def quantizer_of(artifact: Artifact) -> Rtn:
@@ -82,46 +98,55 @@ def quantizer_of(artifact: Artifact) -> Rtn:
     return Rtn.model_validate(fields)
 
 
-def check_named(config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise UnsupportedError for an architecture that is not among the known ones, naming the format that takes it."""
+def check_named(config: Mapping[str, Any], known: Iterable[str], others: Mapping[str, Iterable[str]]) -> None:
+    """Raise UnsupportedError for an architecture that is not among the known ones, naming what of `others` takes it."""
     named = (config.get("architectures") or [None])[0]
     if named not in (known := list(known)):
-        instead = "; gguf takes it" if named in FAMILIES else ""
+        instead = next((f"; {other} takes it" for other, names in others.items() if named in names), "")
         raise UnsupportedError(f"{named or 'a model without architectures'} is not written as a graph; "
                                f"supported: {', '.join(known)}{instead}")  # fmt: skip
 
 
 def check_decoder(config: Mapping[str, Any]) -> Sizes:
     """Read a config.json. Raises UnsupportedError for a decoder that our graph cannot stand for."""
-    check_named(config, SUPPORTED.values())
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"hidden_act={config['hidden_act']!r} is not written as a graph; silu is")
-    rotation = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rotation.get("rope_type", rotation.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UnsupportedError(f"rope type {kind!r} is not written as a graph; supported: {', '.join(ROPE_TYPES)}")
+    check_named(config, FAMILIES, {"gguf": GGUF_FAMILIES})
+    known = family(config).rope_types
+    for kind in (FULL, SLIDING):
+        if (found := rope(config, kind)[1]) not in known:
+            raise UnsupportedError(f"rope type {found!r} is not written as a graph; supported: {', '.join(known)}")
     hidden, n_heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     n_layers = int(config["num_hidden_layers"])
     return Sizes(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
         head_size=int(config.get("head_dim") or hidden // n_heads), hidden=hidden, n_vocab=int(config["vocab_size"]),
-        eps=float(config.get("rms_norm_eps", 1e-6)), max_length=int(config.get("max_position_embeddings", 2048)),
-        windows=_windows(config, n_layers),
+        eps=float(config.get("rms_norm_eps", 1e-6)), max_length=_max_length(config),
+        windows=_windows(config, n_layers), kinds=_kinds(config, n_layers),
     )  # fmt: skip
+
+
+def shortened(config: Mapping[str, Any]) -> list[str]:
+    """Say where the graph holds fewer positions than the model.
+
+    LongRoPE rotates a text that outgrows the trained length by other frequencies, what is in the cache included.
+    """
+    longest, held = int(config.get("max_position_embeddings", 0)), check_decoder(config).max_length
+    if held >= longest:
+        return []
+    return [f"the graph holds {held} of the model's {longest} positions: LongRoPE rotates longer texts otherwise, "
+            "and their beginning with them"]  # fmt: skip
 
 
 def open_source(artifact: Artifact) -> Source:
     """Open a `model` or `gptq` artifact. Raises UnsupportedError, and ArtifactError where it is damaged."""
     from transformers import AutoConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from edgetune.compress.checkpoint import PARTS, read_config, read_layers, stored_bits
     from edgetune.compress.correction import read_correction
 
     check_decoder(read_config(artifact.path))
     config = AutoConfig.from_pretrained(artifact.path, local_files_only=True)
-    sizes = check_decoder(config.to_dict())  # with the family's defaults filled in, those of windows above all
-    rotation = LlamaRotaryEmbedding(config)  # the four families rotate alike
+    filled = config.to_dict()  # with the family's defaults, those of windows above all
+    sizes, of = check_decoder(filled), family(filled)
     tensors = _tensors(artifact.path)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -130,9 +155,24 @@ def open_source(artifact: Artifact) -> Source:
     bits_of = stored_bits(artifact.path) if layers else None
     bits = {name: bits_of(name) for name in layers} if bits_of is not None else {}
     return Source(
-        sizes, rotation.inv_freq.float().numpy(), float(rotation.attention_scaling), names,
-        lambda name: tensors[name](), layers, bits, read_correction(artifact.path) if layers else {},
+        sizes, of, of.scales(filled), _rotations(config, sizes), names, lambda name: tensors[name](), layers, bits,
+        read_correction(artifact.path) if layers else {},
     )  # fmt: skip
+
+
+def _rotations(config: Any, sizes: Sizes) -> dict[str, Rotation]:
+    """Give the rotation of each kind of layer, as the family's own module in Transformers has it."""
+    import transformers
+
+    named = config.architectures[0]
+    module = sys.modules[getattr(transformers, named).__module__]
+    rotary = getattr(module, named.removesuffix("ForCausalLM") + "RotaryEmbedding")(config)
+    made = {}
+    for kind in dict.fromkeys(sizes.kinds):
+        of = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+        inv_freq, scale = (getattr(rotary, f"{of}{part}") for part in ("inv_freq", "attention_scaling"))
+        made[kind] = Rotation(inv_freq.float().numpy(), float(scale))
+    return made
 
 
 def _tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -154,3 +194,15 @@ def _windows(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]
         return (None,) * n_layers
     kinds = config.get("layer_types") or ["sliding_attention"] * n_layers
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _kinds(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:
+    """Give each layer's kind where kinds rotate otherwise, else one for all."""
+    if any(isinstance(of, Mapping) for of in (config.get("rope_parameters") or {}).values()):
+        return tuple(config["layer_types"])
+    return (FULL,) * n_layers
+
+
+def _max_length(config: Mapping[str, Any]) -> int:
+    longest = int(config.get("max_position_embeddings", 2048))
+    return min(longest, trained_length(config)) if rope(config)[1] == "longrope" else longest

@@ -1,7 +1,7 @@
 """ONNX export: a folder for ONNX Runtime and onnxruntime-genai, built by the latter's model builder or by ourselves.
 
 Either takes our GPTQ checkpoint and keeps its integers, which is proved afterwards, layer by layer. The output head is
-rounded, and tied embeddings with it: 8 bits unless the recipe says 4.
+rounded, and tied embeddings with it: 8 bits unless the recipe says 4. An embedding of its own is rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ from edgetune.backends import require, version
 from edgetune.data.golden import FILE, Golden
 from edgetune.errors import ContractError, StageError, UnsupportedError
 from edgetune.export.contract import RuntimeFacts, check_contract
-from edgetune.export.decoder_source import check_named, quantizer_of
+from edgetune.export.decoder_families import FAMILIES
+from edgetune.export.decoder_layers import HEAD_BITS
+from edgetune.export.decoder_source import check_named, quantizer_of, shortened
+from edgetune.export.gguf_families import FAMILIES as GGUF_FAMILIES
 from edgetune.export.gguf_vocab import COMPOSED, composes
 from edgetune.export.onnx_graph import (
-    check_structure,
     head_of,
+    operators_of,
     prove_integers,
     read_packed,
-    settle,
     with_float_activations,
 )
 from edgetune.export.onnx_own import build_own, check_own, read_embedding
 from edgetune.export.onnx_run import LOOP, lead_loop, run_rows
+from edgetune.export.onnx_repack import settle
+from edgetune.export.onnx_shapes import Promise, check_shapes
 from edgetune.export.parity import HALF, Tolerance, hold, parity, torch_logits
 from edgetune.export.perplexity import LIMIT, compare, hold_perplexity, text_windows, token_losses
 from edgetune.export.stops import Ends, hold_loop, lead
@@ -105,7 +109,7 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
 
 
 def _check_genai(config: OnnxExport, model_config: dict[str, Any]) -> None:
-    check_named(model_config, ARCHITECTURES)
+    check_named(model_config, ARCHITECTURES, {"builder: own": FAMILIES, "gguf": GGUF_FAMILIES})
     heads = int(model_config.get("num_attention_heads") or 1)
     head = int(model_config.get("head_dim") or int(model_config.get("hidden_size") or 0) // heads)
     if head % 16:
@@ -138,7 +142,7 @@ def run(config: OnnxExport, source: Artifact, out: Path, *, progress: Progress |
     where integers, token ids, stop set, BOS, chat template or logits differ from the source's.
     """
     tell = progress or (lambda _done, _total, _what: None)
-    _check_source(config, source)
+    model_config = _check_source(config, source)
     for backend in ("onnx", "onnxruntime", "onnxruntime_genai"):
         require(backend)
     golden = Golden.read(source.path)
@@ -152,12 +156,14 @@ def run(config: OnnxExport, source: Artifact, out: Path, *, progress: Progress |
             build_own(config, source, graph)
         else:
             build(config, source.path, pending.path, pending.work)
-            settle(graph)
+            settle(graph, rounds=config.precision == "int4")
         _finish_files(source, golden, pending.path)
-        pending.notes["graph"] = check_structure(graph)
+        pending.notes["graph"] = operators_of(graph) | check_shapes(graph, Promise.of_folder(pending.path))
         pending.scheme = dict(source.manifest.scheme or {}) or None
         pending.seed, pending.calibration = source.manifest.seed, source.manifest.calibration
-        pending.fallbacks = list(source.manifest.fallbacks)
+        pending.fallbacks = [*source.manifest.fallbacks]
+        if config.builder == "own":
+            pending.fallbacks += shortened(model_config)
         tell(1, 4, "weights")
         reference = _reference(config, source, graph, pending.notes)
         if pending.scheme is not None:
@@ -227,9 +233,9 @@ def runtime_facts(folder: Path, tokenizer: Any) -> RuntimeFacts:
     )
 
 
-def _check_source(config: OnnxExport, source: Artifact) -> None:
-    """Check the artifact as `check` does the recipe."""
-    model_config = json.loads((source.path / "config.json").read_bytes())
+def _check_source(config: OnnxExport, source: Artifact) -> dict[str, Any]:
+    """Check the artifact as `check` does the recipe, and give its config.json."""
+    model_config: dict[str, Any] = json.loads((source.path / "config.json").read_bytes())
     kind = source.manifest.kind
     if kind not in ("model", "gptq"):
         raise UnsupportedError(f"onnx exports a model or gptq artifact, {source.path} is of kind {kind}")
@@ -242,6 +248,7 @@ def _check_source(config: OnnxExport, source: Artifact) -> None:
             raise UnsupportedError(f"{source.path} is {stored['checkpoint_format']}; onnx is written from gptq (v1)")
         method = quantizer_of(source)
     check(config, model_config, method)
+    return model_config
 
 
 def _finish_files(source: Artifact, golden: Golden, folder: Path) -> None:
@@ -275,8 +282,10 @@ def _reference(config: OnnxExport, source: Artifact, graph: Path, notes: dict[st
         raise ContractError(f"the output head has {head.bits} bits, {config.head_bits} were asked for")
     error = _take(reference.get_output_embeddings(), head.dequantize(), head.bits, "output head")
     notes["head"] = {"bits": head.bits, "block_size": head.block_size, "relative_error": float(f"{error:.3g}")}
-    if config.builder == "own":
-        _take(reference.get_input_embeddings(), read_embedding(graph), 8, "embedding")
+    if (embedding := read_embedding(graph)) is not None:
+        error = _take(reference.get_input_embeddings(), embedding, HEAD_BITS, "embedding")
+        if error:  # a tied one has taken the head's place already
+            notes["embedding"] = {"bits": HEAD_BITS, "relative_error": float(f"{error:.3g}")}
     return reference
 
 

@@ -90,6 +90,10 @@ class OnnxFile:
         """Tell whether a weight or constant of that name is there."""
         return name in self._stored
 
+    def tensor(self, name: str) -> Any:
+        """Give the entry of a stored weight or constant, as a graph holds it."""
+        return self._stored[name]
+
     def made(self, name: str) -> bool:
         """Tell whether a node writes that name."""
         return name in self._made

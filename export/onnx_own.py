@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgetune.artifact import Artifact, write_text
 from edgetune.backends import require
-from edgetune.errors import ContractError, UnsupportedError
+from edgetune.errors import UnsupportedError
 from edgetune.export.decoder_graph import FusedGraph
 from edgetune.export.decoder_layers import EMBEDDING, HEAD_BITS, HEAD_BLOCK, AdaptedLayers, FloatLayers, NBitsLayers
 from edgetune.export.decoder_source import Sizes, check_decoder, open_source
@@ -41,9 +41,9 @@ def check_own(config: OnnxExport, model_config: dict[str, Any]) -> None:
 
 
 def build_own(config: OnnxExport, source: Artifact, graph: Path) -> None:
-    """Write the graph, `genai_config.json` and the tokenizer's files into the graph's folder, and check the graph.
+    """Write the graph, `genai_config.json` and the tokenizer's files into the graph's folder.
 
-    Raises UnsupportedError, StageError where a weight does not fit, ContractError where onnx refuses the graph.
+    Raises UnsupportedError, and StageError where a weight does not fit.
     """
     opened = open_source(source)
     with OnnxFile(graph) as file:
@@ -52,31 +52,21 @@ def build_own(config: OnnxExport, source: Artifact, graph: Path) -> None:
         else:
             kind = AdaptedLayers if config.adapters else FloatLayers
             FusedGraph(file, kind(file, opened, "FLOAT16" if config.precision == "fp16" else "FLOAT")).write()
-    check_whole(graph)
     _write_genai_config(source.path, opened.sizes, graph)
     copy_tokenizer(source, graph.parent)
 
 
-def read_embedding(graph: Path) -> NDArray[np.float32]:
-    """Read the 8-bit embedding [V, C] of a graph with integers, as floats."""
+def read_embedding(graph: Path) -> NDArray[np.float32] | None:
+    """Read the 8-bit embedding [V, C] of a graph with integers, as floats; None where the head is all it has."""
     onnx = require("onnx")
     stored = {tensor.name: tensor for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer}
-    codes, scales = (
-        onnx.numpy_helper.to_array(stored[f"{EMBEDDING}.{part}"], base_dir=str(graph.parent))
-        for part in ("codes", "scales")
-    )  # [V, G, n] and [V, G]
-    centred = codes.astype(np.float32) - 2 ** (HEAD_BITS - 1)
+    parts = [f"{EMBEDDING}.{part}" for part in ("codes", "scales")]
+    if parts[0] not in stored:
+        return None
+    codes, scales = (onnx.numpy_helper.to_array(stored[part], base_dir=str(graph.parent)) for part in parts)
+    centred = codes.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (HEAD_BITS - 1)  # [V, G, n]
     table: NDArray[np.float32] = (centred * scales[..., None].astype(np.float32)).reshape(len(codes), -1)
     return table
-
-
-def check_whole(graph: Path) -> None:
-    """Check a graph with shape inference over all its nodes, standard operators and types. Raises ContractError."""
-    onnx = require("onnx")
-    try:
-        onnx.checker.check_model(str(graph), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ContractError(f"{graph.name} is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
 
 
 def copy_tokenizer(source: Artifact, folder: Path) -> None:

@@ -24,10 +24,11 @@ from edgetune.export.contract import RuntimeFacts, check_contract
 from edgetune.export.decoder_graph import PlainGraph
 from edgetune.export.decoder_layers import BlockLayers, FloatLayers
 from edgetune.export.decoder_run import score_rows
-from edgetune.export.decoder_source import Sizes, Source, check_decoder, open_source, quantizer_of
+from edgetune.export.decoder_source import Sizes, Source, check_decoder, open_source, quantizer_of, shortened
 from edgetune.export.gguf_child import run_child
 from edgetune.export.onnx_file import OnnxFile
-from edgetune.export.onnx_own import check_whole, copy_tokenizer
+from edgetune.export.onnx_own import copy_tokenizer
+from edgetune.export.onnx_shapes import Promise, check_shapes
 from edgetune.export.parity import HALF, hold, parity, torch_logits
 from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import TensorrtExport
@@ -97,7 +98,7 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
     ContractError, leaving nothing, where integers, token ids, stop set, template or the graph's logits differ.
     """
     tell = progress or (lambda _done, _total, _what: None)
-    _check_source(config, source)
+    model_config = _check_source(config, source)
     module = _module(config)
     for backend in ("onnx", "onnxruntime", module):
         require(backend)
@@ -114,7 +115,7 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
             opened = open_source(source)
             with OnnxFile(graph) as file:
                 PlainGraph(file, (BlockLayers if opened.quantized else FloatLayers)(file, opened, "FLOAT16")).write()
-            check_whole(graph)
+            pending.notes["graph"] = check_shapes(graph, Promise.of_sizes(opened.sizes))
             if opened.quantized:
                 pending.notes["integers"] = {"layers": prove_blocks(graph, opened.quantized), "differences": 0}
             tell(1, 4, "logits")
@@ -140,7 +141,7 @@ def run(config: TensorrtExport, source: Artifact, out: Path, *, progress: Progre
         pending.notes["contract"] = _hold_contract(golden, pending.path)
         pending.scheme = dict(source.manifest.scheme or {}) or {"format": "tensorrt", "bits_per_weight": 16.0}
         pending.seed, pending.calibration = source.manifest.seed, source.manifest.calibration
-        pending.fallbacks = list(source.manifest.fallbacks)
+        pending.fallbacks = [*source.manifest.fallbacks, *shortened(model_config)]
         pending.notes |= {"status": NOT_RUN, "engine": {"layers": built["layers"], **settings}, "build": built["log"]}
     return pending.artifact
 
@@ -222,18 +223,19 @@ def prove_blocks(graph: Path, layers: Mapping[str, Quantized]) -> int:
     return len(layers)
 
 
-def _check_source(config: TensorrtExport, source: Artifact) -> None:
-    """Check the artifact as `check` does the recipe."""
+def _check_source(config: TensorrtExport, source: Artifact) -> dict[str, Any]:
+    """Check the artifact as `check` does the recipe, and give its config.json."""
     kind = source.manifest.kind
     if kind not in ("model", "gptq"):
         raise UnsupportedError(f"tensorrt exports a model or gptq artifact, {source.path} is of kind {kind}")
-    model_config = json.loads((source.path / "config.json").read_bytes())
+    model_config: dict[str, Any] = json.loads((source.path / "config.json").read_bytes())
     stored = model_config.get("quantization_config") or {}
     if stored.get("desc_act"):
         raise UnsupportedError(f"{source.path}: columns have left their blocks; quantize with static_groups: true")
     check(config, model_config, quantizer_of(source) if kind == "gptq" else None)
     if not (source.path / "tokenizer.json").is_file():
         raise UnsupportedError(f"{source.path} has no tokenizer.json, which the engine's tokenizer is read from")
+    return model_config
 
 
 def _reference(source: Artifact) -> Any:

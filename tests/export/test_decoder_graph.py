@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import torch
 from edgetune.artifact import Artifact, draft
 from edgetune.compress import quantize
 from edgetune.errors import StageError, UnsupportedError
+from edgetune.export import decoder_families
 from edgetune.export.decoder_graph import DecoderGraph, FusedGraph, PlainGraph
 from edgetune.export.decoder_layers import BlockLayers, FloatLayers, NBitsLayers
 from edgetune.export.decoder_run import graph_logits as run
 from edgetune.export.decoder_run import open_graph
-from edgetune.export.decoder_source import Source, check_decoder, open_source
+from edgetune.export.decoder_source import Source, check_decoder, open_source, shortened
 from edgetune.export.onnx_file import OnnxFile
-from edgetune.export.onnx_own import check_whole
+from edgetune.export.onnx_shapes import Promise, check_shapes
 from edgetune.recipe import Rtn
 
 pytest.importorskip("onnx")
@@ -31,6 +34,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
+GEMMA3_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama3, wide heads, biases": ("Llama", {
@@ -43,6 +48,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2 with some windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "phi3": ("Phi3", {"sliding_window": 6, "pad_token_id": 2}),
+    "phi3 partly rotated": ("Phi3", {"sliding_window": None, "pad_token_id": 2, "head_dim": 16, "rope_parameters":
+        ROPE | {"partial_rotary_factor": 0.5}}),
+    "phi3 longrope": ("Phi3", {"sliding_window": None, "pad_token_id": 2, "original_max_position_embeddings": 32,
+        "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0, 4.5, 5.0, 5.5],
+        "short_factor": [1.0, 1.5, 2.0, 2.5], "original_max_position_embeddings": 32}}),
+    "granite": ("Granite", {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+                            "logits_scaling": 2.0, "tie_word_embeddings": True, "attention_bias": True}),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 3, "layer_types": GEMMA3_LAYERS, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
 }  # fmt: skip
 
 
@@ -54,7 +72,7 @@ def family(name: str, folder: Path) -> tuple[Any, Source]:
     config = getattr(transformers, f"{kind}Config")(**({"rope_parameters": ROPE} | SIZES | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data.mul_(4.0)
@@ -69,8 +87,11 @@ def write(graph: type[DecoderGraph], path: Path, layers: Callable[[OnnxFile], Fl
     """Write a graph, check it whole, and give a session on it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with OnnxFile(path, **settings) as file:
-        graph(file, layers(file)).write()
-    check_whole(path)
+        written = graph(file, layers(file))
+        written.write()
+    checked = check_shapes(path, Promise.of_sizes(written.sizes))
+    assert checked["logits"][::2] == ["batch", written.sizes.n_vocab]
+    assert checked["inference"] == "onnx"
     return open_graph(path, n_threads=1)
 
 
@@ -95,13 +116,40 @@ def wanted(model: Any, ids: Array, mask: Array) -> Array:
 def test_logits_are_those_of_transformers(name: str, graph: type[DecoderGraph], tmp_path: Path) -> None:
     model, source = family(name, tmp_path)
     session = write(graph, tmp_path / "out" / "model.onnx", lambda file: FloatLayers(file, source, "FLOAT"))
-    for n_rows in (1, 3):
+    for n_rows in (1, 4):
         ids, mask = padded(n_rows, 20, 256)
         real = mask.astype(bool)
         found = run(session, ids, mask)
         assert np.isfinite(found).all()  # padded queries too: what they write is in the cache
         assert np.abs(found - wanted(model, ids, mask))[real].max() < 1e-4
         assert np.abs(run(session, ids, mask, (7, 13, 14, 15)) - found)[real].max() < 1e-4
+
+
+def test_every_family_is_tested() -> None:
+    tested = {f"{kind.removesuffix('Text')}ForCausalLM" for kind, _ in FAMILIES.values()}
+    assert tested == set(decoder_families.FAMILIES)
+
+
+def test_of_longrope_the_graph_holds_what_the_model_was_trained_with(tmp_path: Path) -> None:
+    source = family("phi3 longrope", tmp_path)[1]
+    assert source.sizes.max_length == 32
+    config = json.loads((tmp_path / "model" / "config.json").read_bytes())
+    assert shortened(config)[0].startswith("the graph holds 32 of the model's 128 positions")
+    assert shortened(config | {"max_position_embeddings": 32}) == []
+
+
+@pytest.mark.parametrize("graph", [FusedGraph, PlainGraph])
+def test_a_window_hides_what_lies_before_it(graph: type[DecoderGraph], tmp_path: Path) -> None:
+    """A token beyond the windows of all layers together changes nothing."""
+    source = family("phi3", tmp_path)[1]
+    session = write(graph, tmp_path / "out" / "model.onnx", lambda file: FloatLayers(file, source, "FLOAT"))
+    ids = np.random.default_rng(0).integers(3, 256, (1, 20))
+    other = ids.copy()
+    other[0, 2] += 1
+    first, second = (run(session, row, np.ones_like(row), (9,)) for row in (ids, other))
+    reach = 2 + 2 * (6 - 1)  # two layers look 5 positions back each
+    assert np.abs(first - second)[0, reach + 1 :].max() == 0
+    assert np.abs(first - second)[0, reach].max() > 0
 
 
 @pytest.mark.parametrize("graph", [FusedGraph, PlainGraph])
@@ -162,7 +210,7 @@ def test_data_files_stay_below_their_limit_and_a_tied_table_is_written_once(
 
 def test_a_weight_beyond_float16_is_named(tiny_model: Artifact, tmp_path: Path) -> None:
     source = open_source(tiny_model)
-    huge = Source(source.sizes, source.inv_freq, 1.0, source.names, lambda name: source.get(name) * 1e7)
+    huge = replace(source, get=lambda name: source.get(name) * 1e7)
     with pytest.raises(StageError, match=r"model.embed_tokens.weight holds values beyond float16; use precision fp32"):
         write(PlainGraph, tmp_path / "model.onnx", lambda file: FloatLayers(file, huge, "FLOAT16"))
 
@@ -179,6 +227,23 @@ def test_blocks_refuse_zero_points(tiny_model: Artifact, tmp_path: Path) -> None
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not written as a graph.*Llama"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not written as a graph.*gguf takes it"),
+        ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu"}, "hidden_act='gelu' of Gemma2"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0},
+                    "sliding_attention": {"rope_type": "dynamic"},
+                },
+            },
+            "rope type 'dynamic'",
+        ),
+        (
+            {"architectures": ["GraniteForCausalLM"], "rope_parameters": {"rope_type": "longrope"}},
+            "rope type 'longrope'",
+        ),
     ],
 )
 def test_what_the_graph_cannot_stand_for_is_refused(changes: dict[str, Any], says: str) -> None:

@@ -12,7 +12,7 @@ from edgetune.artifact import Artifact, identity
 from edgetune.compress import quantize
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.golden import Golden
-from edgetune.errors import ContractError, UnsupportedError
+from edgetune.errors import ContractError, EngineError, UnsupportedError
 from edgetune.export import onnx as onnx_export
 from edgetune.export.onnx_file import OnnxFile
 from edgetune.recipe import Gptq, Rtn
@@ -21,6 +21,7 @@ from edgetune.recipe_quantize import Recover
 from edgetune.runtime.engine import TokenRow, greedy
 from tests.conftest import make_tiny_model
 from tests.export.support import without_template
+from tests.export.test_gguf_families import make
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -98,6 +99,25 @@ def test_onnxruntime_genai_reads_it(exported: Artifact) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "precision"), [("phi3", "fp16"), ("granite", "fp32"), ("gemma2", "fp32"), ("gemma3", "fp32")]
+)
+def test_other_families_run_in_both_runtimes(name: str, precision: Any, tmp_path: Path) -> None:
+    made = onnx_export.run(own(precision), make(tmp_path / "model", name), tmp_path / "out")
+    assert made.manifest.notes["parity"][precision]["mean_kl"] < 1e-4
+    assert made.manifest.fallbacks == []
+    test_onnxruntime_genai_reads_it(made)
+
+
+def test_a_longrope_model_ends_where_its_rotation_would_change(tmp_path: Path) -> None:
+    source = make(tmp_path / "model", "phi3 longrope", original_max_position_embeddings=128)
+    made = onnx_export.run(own("fp32"), source, tmp_path / "out")
+    assert made.manifest.fallbacks[0].startswith("the graph holds 128 of the model's 512 positions")
+    OnnxEngine.load(made.path, n_ctx=128, n_threads=1).close()
+    with pytest.raises(EngineError, match="n_ctx=129 is longer than the 128 positions"):
+        OnnxEngine.load(made.path, n_ctx=129, n_threads=1)
+
+
+@pytest.mark.parametrize(
     ("precision", "scheme", "tie"),
     [("int4", Rtn(group_size=32, sym=False), True), ("int8", Rtn(bits=8, group_size=32), False), ("fp16", None, True)],
 )
@@ -158,6 +178,7 @@ def test_a_breach_is_refused_and_leaves_nothing(
     [
         (OnnxExport(precision="fp32"), NARROW, None, "head size 8 .*use builder: own"),
         (OnnxExport(precision="fp16"), NARROW | {"num_attention_heads": 4}, None, "use builder: own"),
+        (OnnxExport(precision="fp32"), NARROW | {"architectures": ["Phi3ForCausalLM"]}, None, "builder: own takes it"),
         (own("int4"), NARROW, None, "add a gptq step .bits 4"),
         (own("int8"), NARROW, Rtn(bits=4), "use bits: 8"),
         (own("fp16"), NARROW, Rtn(), "fp16 holds no quantized weights"),
