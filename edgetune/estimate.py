@@ -23,6 +23,7 @@ from edgetune.graph import (
     SENSITIVITY,
     STUDENT,
     TEACHER,
+    UPDATE_KEPT,
     UPDATE_LEFT,
     merges,
     scored_steps,
@@ -133,6 +134,9 @@ class Estimator:
             return Cost(seconds, RUNTIME_MIB + 4 * n_bytes / MIB)
         if what == UPDATE_LEFT:
             return Cost(10 * along[-1].bytes_16 / 1e9, RUNTIME_MIB + along[-1].bytes_16 / MIB)
+        if what == UPDATE_KEPT and (grid := candidate.quantizer) is not None and grid.allocate is not None:
+            seconds = 10 * len(grid.allocate.choices) * along[-1].bytes_16 / 1e9
+            return Cost(seconds, RUNTIME_MIB + along[-1].bytes_16 / MIB)
         if what == SENSITIVITY and candidate.quantizer is not None:
             return self._measuring(candidate.quantizer, along[-1])
         if what == SENSITIVITY and gguf is not None and gguf.allocate is not None:
@@ -175,7 +179,7 @@ class Estimator:
     def _measuring(self, method: Rtn | Gptq, sizes: Sizes) -> Cost:
         """Predict a sensitivity: half of the blocks, and the head, for each choice of each group of layers."""
         assert method.allocate is not None, "only allocate measures"
-        n = len(method.widths)
+        n = len(method.allocate.choices)
         looking = self._comparing(method.allocate.rows, n, sizes)
         if not isinstance(method, Gptq):
             return looking

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import answers, distill, moments, sensitivity, teacher, update_left
+from edgetune.compress import answers, distill, moments, sensitivity, teacher, update_kept, update_left
 from edgetune.compress.chain import STAGES, so_far, step_names, vocabulary
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
@@ -24,7 +24,7 @@ from edgetune.workload import Workload
 
 IMPORTANCE, STUDENT = "importance matrix", "student"
 ANSWERS, TEACHER = "teacher's answers", "teacher's distributions"
-SENSITIVITY, UPDATE_LEFT = "sensitivity of layers", "update left"
+SENSITIVITY, UPDATE_LEFT, UPDATE_KEPT = "sensitivity of layers", "update left", "update kept by choice"
 
 
 class Graph:
@@ -167,8 +167,7 @@ class Graph:
             )
         shown = self.shown_to(method, n_tokens)
         digest = shown.digest if shown is not None else None
-        measured = self.sensitivity(step, source, n_tokens)
-        more = () if measured is None else (measured,)
+        more = [one for one in (self.sensitivity(step, source, n_tokens), self.update_kept(step, source)) if one]
         planned: str = STAGES[type(method)].planned_identity(method, source, digest, *more, **self.kept_tokens(method))
         return planned
 
@@ -186,6 +185,11 @@ class Graph:
             return None
         shown = self.calibration(method.calibration, n_tokens).digest if isinstance(method, Gptq) else None
         return sensitivity.planned_identity(method, source, shown, rows.digest)
+
+    def update_kept(self, step: CompressStep, source: str) -> str | None:
+        """Identity of what each choice of bits could keep of the training in `source`, None where a step asks not."""
+        method = step.quantizer if step.keeps_update else None
+        return None if method is None else update_kept.planned_identity(method, self.base, source)
 
     def measured(self, step: CompressStep, n_tokens: int | None) -> CalibrationSet | None:
         """Give the rows that a step chooses bits by, of a model of `n_tokens` tokens; None where it chooses none."""
@@ -285,6 +289,7 @@ class Graph:
         steps = self.steps(candidate)
         named = zip(candidate.compress, step_names(candidate), [self.model, *steps], steps, strict=False)
         for place, (step, label, source, made) in enumerate(named):
+            yield f"{name}: {UPDATE_KEPT}", self.update_kept(step, source)
             yield f"{name}: {SENSITIVITY}", self.sensitivity(step, source, vocabulary(candidate, place))
             if step.distill is not None:
                 yield f"{name}: {STUDENT}", self.student(step.distill)
@@ -320,6 +325,8 @@ def stage_names(recipe: Recipe) -> list[str]:
                     add(f"{name}: {ANSWERS}", *written)
                 add(f"{name}: {TEACHER}", method.temperature, method.top_k, vocabulary(candidate, place), *written)
             if step.quantizer is not None and step.quantizer.allocate is not None:
+                if step.keeps_update:
+                    add(f"{name}: {UPDATE_KEPT}", UPDATE_KEPT, update_kept.shared(step.quantizer))
                 add(f"{name}: {SENSITIVITY}", so_far(candidate, place), sensitivity.shared(step.quantizer))
             add(f"{name}: {label}", so_far(candidate, place + 1))
         if meets_update(recipe, candidate):
