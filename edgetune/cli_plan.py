@@ -59,9 +59,10 @@ def _plan_recipe(recipe: Recipe, store: Path) -> None:
     from edgetune.estimate import spoken
     from edgetune.graph import why_not_run
     from edgetune.plan import plan as make_plan
-    from edgetune.plan import rows_said
+    from edgetune.plan import preflight, rows_said, served
 
-    console, stages = terminal.console(), make_plan(recipe, Store(store))
+    console, ready = terminal.console(), preflight(recipe, weights=False)
+    stages = make_plan(recipe, Store(store), ready)
     table = Table("Stage", "State", box=None, pad_edge=False)
     table.add_column("Time, about", justify="right")
     table.add_column("Memory, about", justify="right")
@@ -79,6 +80,8 @@ def _plan_recipe(recipe: Recipe, store: Path) -> None:
     for name, candidate in recipe.candidates.items():
         if (why := why_not_run(candidate)) is not None:
             console.print(f"{name}: will be built, not run: {why}")
+        if (rules := served(candidate, ready.model_config)) is not None:
+            console.print(f"{name}: {rules}", highlight=False)
     left = [stage.cost for stage in stages if not stage.done and stage.cost is not None]
     if left:
         total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)

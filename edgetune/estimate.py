@@ -23,6 +23,8 @@ from edgetune.graph import (
     SENSITIVITY,
     STUDENT,
     TEACHER,
+    TIMES,
+    UPDATE_KEPT,
     UPDATE_LEFT,
     merges,
     scored_steps,
@@ -133,6 +135,9 @@ class Estimator:
             return Cost(seconds, RUNTIME_MIB + 4 * n_bytes / MIB)
         if what == UPDATE_LEFT:
             return Cost(10 * along[-1].bytes_16 / 1e9, RUNTIME_MIB + along[-1].bytes_16 / MIB)
+        if what == UPDATE_KEPT and (grid := candidate.quantizer) is not None and grid.allocate is not None:
+            seconds = 10 * len(grid.allocate.choices) * along[-1].bytes_16 / 1e9
+            return Cost(seconds, RUNTIME_MIB + along[-1].bytes_16 / MIB)
         if what == SENSITIVITY and candidate.quantizer is not None:
             return self._measuring(candidate.quantizer, along[-1])
         if what == SENSITIVITY and gguf is not None and gguf.allocate is not None:
@@ -140,6 +145,8 @@ class Estimator:
             tried = sum(offered(kind, width) for kind in gguf.allocate.choices for width in widths) / len(widths)
             found, n = self._comparing(gguf.allocate.rows, tried, along[-1]), len(gguf.allocate.choices)
             return Cost(found.seconds + n * EXPORT_S_PER_GB / 2 * along[-1].bytes_16 / 1e9, found.memory_mib)
+        if what == TIMES and gguf is not None and gguf.allocate is not None:
+            return self._timing(len(gguf.allocate.choices), along[-1])
         place = names.index(what)
         return self._step(candidate.compress[place].method, along[place], along[place + 1])
 
@@ -175,7 +182,7 @@ class Estimator:
     def _measuring(self, method: Rtn | Gptq, sizes: Sizes) -> Cost:
         """Predict a sensitivity: half of the blocks, and the head, for each choice of each group of layers."""
         assert method.allocate is not None, "only allocate measures"
-        n = len(method.widths)
+        n = len(method.allocate.choices)
         looking = self._comparing(method.allocate.rows, n, sizes)
         if not isinstance(method, Gptq):
             return looking
@@ -188,6 +195,14 @@ class Estimator:
         once = 2.0 * rows.n_samples * rows.n_tokens * (sizes.linear / 2 + sizes.head)
         seconds = START_S + self._seconds(4 * sizes.n_layers * n_choices * once, CALIBRATING)
         return Cost(seconds, RUNTIME_MIB + 4 * sizes.bytes_16 / MIB)
+
+    def _timing(self, n_types: int, sizes: Sizes) -> Cost:
+        """Predict how long files of so many types are written and decoded."""
+        bench = self.recipe.bench
+        n_new = (bench.repeats + bench.warmup) * bench.output_lengths[0]
+        read = DECODING["gguf"] * sizes.bytes_16 * n_new / MEMORY_BYTES_PER_S
+        one = EXPORT_S_PER_GB / 2 * sizes.bytes_16 / 1e9 + START_S / 2 + read
+        return Cost(START_S + n_types * one, RUNTIME_MIB + n_types * DECODING["gguf"] * sizes.bytes_16 / MIB)
 
     def _seconds(self, flop: float, share: float) -> float:
         return flop / (self.speeds.float32 * 1e9 * share)

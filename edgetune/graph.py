@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any
 
 from edgetune.adapt import merge, preference, sft, trainer
-from edgetune.compress import answers, distill, moments, sensitivity, teacher, update_left
+from edgetune.compress import answers, distill, moments, sensitivity, teacher, update_kept, update_left
 from edgetune.compress.chain import STAGES, so_far, step_names, vocabulary
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError, UnsupportedError
-from edgetune.export import gguf_sensitivity
+from edgetune.export import gguf_sensitivity, gguf_times
+from edgetune.export_names import export_name
 from edgetune.recipe import Candidate, CompressStep, Gptq, Recipe
 from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, GgufExport
@@ -22,9 +23,9 @@ from edgetune.sources import Source, find
 from edgetune.vocabularies import CutVocabulary, Vocabularies
 from edgetune.workload import Workload
 
-IMPORTANCE, STUDENT = "importance matrix", "student"
+IMPORTANCE, STUDENT, TIMES = "importance matrix", "student", "times of types"
 ANSWERS, TEACHER = "teacher's answers", "teacher's distributions"
-SENSITIVITY, UPDATE_LEFT = "sensitivity of layers", "update left"
+SENSITIVITY, UPDATE_LEFT, UPDATE_KEPT = "sensitivity of layers", "update left", "update kept by choice"
 
 
 class Graph:
@@ -136,6 +137,16 @@ class Graph:
             return None
         return gguf_sensitivity.planned_identity(gguf.allocate, self.floats(candidate), moments, rows.digest)
 
+    def types_times(self, candidate: Candidate) -> str | None:
+        """Identity of what a token takes in each type here, None where a GGUF export has no budget of time."""
+        rows, moments = self.types_measured(candidate), self.moments(candidate)
+        gguf = candidate.export.gguf if candidate.export else None
+        if rows is None or moments is None or gguf is None or gguf.allocate is None or not gguf.allocate.ms_per_token:
+            return None
+        return gguf_times.planned_identity(
+            gguf, self.recipe.bench, candidate.runtime, self.floats(candidate), moments, rows.digest
+        )
+
     def gguf_rows(self, candidate: Candidate) -> CalibrationSet | None:
         """Give the calibration rows that a GGUF export reads, by itself or through its importance matrix."""
         gguf = candidate.export.gguf if candidate.export else None
@@ -167,8 +178,7 @@ class Graph:
             )
         shown = self.shown_to(method, n_tokens)
         digest = shown.digest if shown is not None else None
-        measured = self.sensitivity(step, source, n_tokens)
-        more = () if measured is None else (measured,)
+        more = [one for one in (self.sensitivity(step, source, n_tokens), self.update_kept(step, source)) if one]
         planned: str = STAGES[type(method)].planned_identity(method, source, digest, *more, **self.kept_tokens(method))
         return planned
 
@@ -186,6 +196,11 @@ class Graph:
             return None
         shown = self.calibration(method.calibration, n_tokens).digest if isinstance(method, Gptq) else None
         return sensitivity.planned_identity(method, source, shown, rows.digest)
+
+    def update_kept(self, step: CompressStep, source: str) -> str | None:
+        """Identity of what each choice of bits could keep of the training in `source`, None where a step asks not."""
+        method = step.quantizer if step.keeps_update else None
+        return None if method is None else update_kept.planned_identity(method, self.base, source)
 
     def measured(self, step: CompressStep, n_tokens: int | None) -> CalibrationSet | None:
         """Give the rows that a step chooses bits by, of a model of `n_tokens` tokens; None where it chooses none."""
@@ -254,7 +269,9 @@ class Graph:
             config = candidate.export.gguf
             rows = self.gguf_rows(candidate)
             digest = rows.digest if rows is not None else None
-            return gguf.planned_identity(config, source, digest, self.types_sensitivity(candidate))
+            return gguf.planned_identity(
+                config, source, digest, self.types_sensitivity(candidate), self.types_times(candidate)
+            )
         if candidate.export.tensorrt is not None:
             from edgetune.export import tensorrt
 
@@ -285,6 +302,7 @@ class Graph:
         steps = self.steps(candidate)
         named = zip(candidate.compress, step_names(candidate), [self.model, *steps], steps, strict=False)
         for place, (step, label, source, made) in enumerate(named):
+            yield f"{name}: {UPDATE_KEPT}", self.update_kept(step, source)
             yield f"{name}: {SENSITIVITY}", self.sensitivity(step, source, vocabulary(candidate, place))
             if step.distill is not None:
                 yield f"{name}: {STUDENT}", self.student(step.distill)
@@ -293,6 +311,7 @@ class Graph:
             yield f"{name}: {label}", made
         yield f"{name}: {UPDATE_LEFT}", self.update_left(candidate)
         yield f"{name}: {IMPORTANCE}", self.moments(candidate)
+        yield f"{name}: {TIMES}", self.types_times(candidate)
         yield f"{name}: {SENSITIVITY}", self.types_sensitivity(candidate)
         yield f"{name}: {export_name(candidate)}", self.shipped(candidate)
 
@@ -320,6 +339,8 @@ def stage_names(recipe: Recipe) -> list[str]:
                     add(f"{name}: {ANSWERS}", *written)
                 add(f"{name}: {TEACHER}", method.temperature, method.top_k, vocabulary(candidate, place), *written)
             if step.quantizer is not None and step.quantizer.allocate is not None:
+                if step.keeps_update:
+                    add(f"{name}: {UPDATE_KEPT}", UPDATE_KEPT, update_kept.shared(step.quantizer))
                 add(f"{name}: {SENSITIVITY}", so_far(candidate, place), sensitivity.shared(step.quantizer))
             add(f"{name}: {label}", so_far(candidate, place + 1))
         if meets_update(recipe, candidate):
@@ -328,6 +349,9 @@ def stage_names(recipe: Recipe) -> list[str]:
         if (gguf := weighed_export(candidate)) is not None:
             add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
             if gguf.allocate is not None:
+                if gguf.allocate.ms_per_token:
+                    timed = gguf.type, gguf.gptq, *gguf.allocate.choices, str(candidate.runtime)
+                    add(f"{name}: {TIMES}", floats, gguf.calibration, gguf.allocate.rows, *timed)
                 asked = gguf.allocate.model_dump_json(exclude={"budget"})
                 add(f"{name}: {SENSITIVITY}", floats, gguf.calibration, asked)
         names += [f"{name}: {export_name(candidate)}"] if candidate.export else []
@@ -357,21 +381,6 @@ def weighed_export(candidate: Candidate) -> GgufExport | None:
     return gguf if gguf is not None and gguf.weighed else None
 
 
-def export_name(candidate: Candidate) -> str:
-    """Name the export: "gguf Q4_K_M", "onnx int4"."""
-    if candidate.export is None:
-        return "checkpoint"
-    if candidate.export.gguf is not None:
-        to_gguf = candidate.export.gguf
-        mixed = f" {to_gguf.allocate.budget:g} bits" if to_gguf.allocate else ""
-        return f"gguf {to_gguf.type}{mixed}{' gptq' if to_gguf.gptq else ''}"
-    if candidate.export.tensorrt is not None:
-        return f"tensorrt {candidate.export.tensorrt.precision}"
-    assert candidate.export.onnx is not None, "an export has exactly one key"
-    own = " own graph" if candidate.export.onnx.builder == "own" else ""
-    return f"onnx {candidate.export.onnx.precision}{own}"
-
-
 def why_not_run(candidate: Candidate) -> str | None:
     """Say why this machine builds what the candidate ships but cannot run it; None where it can."""
     if candidate.export is None or candidate.export.tensorrt is None:
@@ -384,10 +393,3 @@ def why_not_run(candidate: Candidate) -> str | None:
 def scored_steps(candidate: Candidate) -> list[str]:
     """Name the steps that are scored in torch on their way: those that make what is not itself what ships."""
     return step_names(candidate)[: None if candidate.export is not None else -1]
-
-
-def last_hop(candidate: Candidate) -> str:
-    """Name the hop from the last scored step to what ships: "onnx int4"."""
-    if candidate.export is not None:
-        return export_name(candidate)
-    return step_names(candidate)[-1] if candidate.compress else "16-bit"

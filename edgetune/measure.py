@@ -18,7 +18,7 @@ from edgetune.runtime.accuracy import ScoredRow
 from edgetune.runtime.engine import TokenRow
 from edgetune.runtime.engines.tensorrt_engine import EngineFiles
 from edgetune.runtime.evidence import Accuracy, Failure, Latency, TaskScore
-from edgetune.runtime.machine import describe
+from edgetune.runtime.machine import facts
 from edgetune.runtime.reference_rows import FILE as ROWS
 from edgetune.runtime.reference_rows import ReferenceRows
 from edgetune.runtime.tasks import TaskWork, score_tasks
@@ -238,11 +238,10 @@ def _tasks(works: Sequence[TaskWork]) -> dict[str, str]:
 
 
 def _latency_config(jobs: Sequence[Job], bench: Bench) -> dict[str, object]:
-    machine = describe()
     return {
         "bench": bench.as_config(),
         "jobs": [[job.name, _engine(job), job.n_threads, _settings(job)] for job in jobs],
-        "machine": [machine.cpu, machine.cores, machine.memory_mib, machine.gpu, machine.platform],
+        "machine": facts(),
     }
 
 

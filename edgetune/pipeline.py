@@ -16,7 +16,8 @@ from edgetune.compress.chain import vocabulary
 from edgetune.devices import compute_dtype
 from edgetune.errors import ArtifactError
 from edgetune.estimate import PROBE
-from edgetune.graph import IMPORTANCE, SENSITIVITY, Graph, export_name, last_hop, scored_steps, why_not_run
+from edgetune.export_names import export_name, last_hop
+from edgetune.graph import IMPORTANCE, SENSITIVITY, TIMES, Graph, scored_steps, why_not_run
 from edgetune.outcome import Hop, Outcome
 from edgetune.plan import Preflight, known_stages, preflight
 from edgetune.progress import reporting
@@ -100,7 +101,8 @@ class Pipeline:
         from edgetune.export import gguf
 
         assert export.gguf is not None, "an export has exactly one key"
-        to_gguf, importance, device, more = export.gguf, None, self.recipe.device, None
+        to_gguf, importance, device = export.gguf, None, self.recipe.device
+        more: dict[str, Any] = {}
         weighed, rows = self.graph.moments(candidate), self.graph.gguf_rows(candidate)
         if weighed is not None:
             assert rows is not None, "what is weighed is calibrated"
@@ -112,7 +114,8 @@ class Pipeline:
             )
             importance = moments.read(found)
             if to_gguf.allocate is not None:
-                more = self._measure_types(name, candidate, floats, found)
+                times = self._time_types(name, candidate, floats, found)
+                more = {"times": times, "sensitivity": self._measure_types(name, candidate, floats, found)}
         calibrated: dict[str, Any] = {"calibration_digest": rows.digest} if rows is not None else {}
         if rows is not None and to_gguf.gptq:
             calibrated |= {"rows": rows.ids, "device": device}
@@ -120,9 +123,31 @@ class Pipeline:
             label,
             made,
             lambda out, progress: gguf.run(
-                to_gguf, source, out, moments=importance, sensitivity=more, progress=progress, **calibrated
+                to_gguf, source, out, moments=importance, progress=progress, **more, **calibrated
             ),
         )
+
+    def _time_types(self, name: str, candidate: Candidate, floats: Artifact, weighed: Artifact) -> Artifact | None:
+        """See what a token takes in each type here, where the budget is one of time; refuse before more is measured."""
+        from edgetune.export import gguf_times
+        from edgetune.export.gguf_allocation import check_times
+        from edgetune.export.gguf_write import read_config
+
+        made, rows = self.graph.types_times(candidate), self.graph.types_measured(candidate)
+        config = candidate.export.gguf if candidate.export else None
+        if made is None or rows is None or config is None or config.allocate is None:
+            return None
+        bench, seed = self.recipe.bench, self.recipe.seed
+        found = self.stages.run(
+            f"{name}: {TIMES}",
+            made,
+            lambda out, progress: gguf_times.run(
+                config, floats, out, moments=weighed, measured=rows, bench=bench, runtime=candidate.runtime, seed=seed,
+                progress=progress,
+            ),
+        )  # fmt: skip
+        check_times(config.allocate, read_config(floats.path), gguf_times.read(found))
+        return found
 
     def _measure_types(self, name: str, candidate: Candidate, floats: Artifact, weighed: Artifact) -> Artifact:
         """Measure what ggml's types cost each layer, where a GGUF export chooses them by it."""

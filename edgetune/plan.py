@@ -10,8 +10,10 @@ from edgetune import workload
 from edgetune.artifact import Artifact, Store
 from edgetune.backends import require
 from edgetune.compress import chain
-from edgetune.compress.architectures import SUPPORTED
+from edgetune.compress.allocate import schemes
+from edgetune.compress.architectures import SUPPORTED, linear_shapes
 from edgetune.compress.prune import tokenizer_files
+from edgetune.compress.vllm_rules import SAYS, broken_rules
 from edgetune.counts import UNKNOWN, Counts, Speeds
 from edgetune.data.checks import prompt_digest, refuse_few, refuse_leaks
 from edgetune.data.task_rows import read_examples
@@ -164,9 +166,25 @@ class PlannedStage:
     how: str | None = None  # what was chosen to fit a budget of memory
 
 
-def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
-    """List what a recipe makes and measures, in order, which artifacts the store already has, and what each costs."""
-    ready = preflight(recipe, weights=False)
+def served(candidate: Candidate, model_config: dict[str, Any]) -> str | None:
+    """Say what vLLM's rules make of the integers that a candidate ships; None where it ships another format."""
+    config = candidate.quantizer
+    if config is None or candidate.export is not None:
+        return None
+    shapes = linear_shapes(chain.configs(candidate, model_config)[-1])
+    broken = broken_rules(config.checkpoint, list(schemes(config).values()), shapes)
+    said = [f"{says}: {'; '.join(broken[which])}" for which, says in SAYS.items() if broken[which]]
+    chosen = "; of bits and groups, where a layer gets them" if said and config.allocate is not None else ""
+    rules = "vLLM loads it, and Marlin, its fast kernel, runs it, by their rules"
+    return f"{'. '.join(said)}{chosen}" if said else rules
+
+
+def plan(recipe: Recipe, store: Store, ready: Preflight | None = None) -> list[PlannedStage]:
+    """List what a recipe makes and measures, in order, which artifacts the store already has, and what each costs.
+
+    `ready` is what `preflight` without weights gave, where it was asked already.
+    """
+    ready = ready or preflight(recipe, weights=False)
     base = store.get(ready.source.identity)
     if base is None:
         train = Counts.guess(workload.train_rows(recipe.data))

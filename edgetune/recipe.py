@@ -16,7 +16,7 @@ from edgetune.recipe_data import Data
 from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, Export
 from edgetune.recipe_prune import Prune
-from edgetune.recipe_quantize import BitOptions, GptqOptions
+from edgetune.recipe_quantize import BitOptions, GptqOptions, check_kept
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
@@ -46,9 +46,11 @@ class Rtn(BitOptions):
         return given | {"calibration": {}} if unsaid else given
 
     @model_validator(mode="after")
-    def _the_format_has_the_bits(self) -> Self:
-        if self.bits in (5, 6) and self.checkpoint == "gptq":
-            raise ValueError(f"AutoGPTQ's format has no {self.bits} bits; set checkpoint: compressed-tensors")
+    def _each_choice_once(self) -> Self:
+        chosen = self.allocate.choices if self.allocate is not None else []
+        for grid in self.allocate.grids if self.allocate is not None else []:
+            if grid.group_size == self.group_size and grid.bits in chosen:
+                raise ValueError(f"allocate.choices: {grid.bits} is in groups of {self.group_size} already; drop one")
         return self
 
 
@@ -99,6 +101,11 @@ class CompressStep(Closed):
     def quantizer(self) -> Rtn | Gptq | None:
         """The method where it makes integers, which no other step can read."""
         return None if isinstance(self.method, Prune | Distill | Sparsify | Awq) else self.method
+
+    @property
+    def keeps_update(self) -> bool:
+        """Whether bits are chosen by what they keep of the training."""
+        return self.quantizer is not None and self.quantizer.keeps_update
 
 
 class Candidate(Closed):
@@ -289,6 +296,14 @@ class Recipe(Closed):
                 raise ValueError(
                     f"candidates.{name}: without adapt or prefer the base is the teacher; name another student"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_are_of_the_base(self) -> Recipe:
+        for name, candidate in self.candidates.items():
+            if candidate.compress and candidate.compress[-1].keeps_update:
+                trained = self.adapt is not None or self.prefer is not None
+                check_kept(name, [step.key for step in candidate.compress], trained=trained)
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from edgetune.closed import Closed, Count, Positive, Share, exactly_one
 from edgetune.export.gguf_mixes import WEIGHED
@@ -58,16 +66,42 @@ BlockType = Literal[
 ]  # fmt: skip
 
 
+class TokenTime(Closed):
+    """A budget of time, as this machine takes it."""
+
+    ms_per_token: Positive = Field(description="median of a further token's, after the shortest of bench.prompt_tokens")
+
+
+# The tags have spaces, which keeps them out of the keys that an error names.
+TypesBudget = Annotated[
+    Annotated[TokenTime, Tag("a time")] | Annotated[Positive, Tag("bits a weight")],
+    Discriminator(lambda given: "a time" if isinstance(given, TokenTime | dict) else "bits a weight"),
+]
+
+
 class AllocateTypes(Closed):
     """Types where they matter: each group of layers gets the one that its measured divergence is worth."""
 
-    budget: Positive = Field(description="bits a weight, the mean over all linear layers of the blocks, scales counted")
+    budget: TypesBudget = Field(
+        description="bits a weight, the mean over all linear layers of the blocks, scales counted; or {ms_per_token}, "
+        "by what this machine takes for each type"
+    )
     choices: Annotated[list[BlockType], Field(min_length=2)] = Field(
         ["Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"],
         description="types that a group of layers may get, where their blocks divide its rows; layers that read one "
         "input are a group",
     )  # fmt: skip
     rows: MeasuredRows = Calibration(n_samples=8, n_tokens=128)
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """The budget where it is one of time."""
+        return self.budget.ms_per_token if isinstance(self.budget, TokenTime) else None
+
+    def __str__(self) -> str:
+        if isinstance(self.budget, TokenTime):
+            return f"{self.budget.ms_per_token:g} ms"
+        return f"{self.budget:g} bits"
 
     @field_validator("choices")
     @classmethod

@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from edgetune.closed import Closed, Count, Positive, Share
 from edgetune.recipe_export import Calibration, MeasuredRows
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
-GptqBits = Literal[2, 3, 4, 8]  # those of AutoGPTQ's format
+GPTQ_BITS = (2, 3, 4, 8)  # those of AutoGPTQ's format
 
 
 class Tune(Closed):
@@ -48,22 +56,55 @@ class CheckpointOptions(Closed):
     )  # fmt: skip
 
 
+class Grid(Closed):
+    """Bits and a group size of their own, in the format of compressed-tensors."""
+
+    bits: Bits
+    group_size: int = Field(description="columns that share a scale; -1 for the whole row")
+
+    def __str__(self) -> str:
+        return f"{self.bits}{'row' if self.group_size == -1 else f'g{self.group_size}'}"
+
+
+# The tags have spaces, which keeps them out of the keys that an error names.
+GridChoice = Annotated[
+    Annotated[Grid, Tag("bits and groups")] | Annotated[Bits, Tag("bits alone")],
+    Discriminator(lambda given: "bits and groups" if isinstance(given, Grid | dict) else "bits alone"),
+]
+
+
 class Allocate(Closed):
     """Bits where they matter: each group of layers gets what its measured divergence is worth."""
 
     budget: Positive = Field(
         description="bits a weight, the mean over all layers, scales and zero points counted, what recover adds not"
     )
-    choices: Annotated[list[GptqBits], Field(min_length=2)] = Field(
-        [2, 3, 4, 8], description="bits that a group may get; layers that read the same input are one group"
+    choices: Annotated[list[GridChoice], Field(min_length=2)] = Field(
+        [2, 3, 4, 8],
+        description="bits that a group may get, or {bits, group_size} where the group size is not the step's; layers "
+        "that read the same input are one group",
     )
     rows: MeasuredRows = Calibration(n_samples=8, n_tokens=128)
+    keep_update: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, exclude_if=lambda value: value is None,
+        description="a layer gets none of the choices with which less than this share of the weights that training "
+        "changed move half a quantization step; absent: whatever its divergence is worth",
+    )  # fmt: skip
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The choices that name a group size."""
+        return [choice for choice in self.choices if isinstance(choice, Grid)]
 
     @field_validator("choices")
     @classmethod
-    def _rising(cls, choices: list[GptqBits]) -> list[GptqBits]:
-        if choices != sorted(set(choices)):
-            raise ValueError(f"name each number once, in rising order: {sorted(set(choices))}")
+    def _rising(cls, choices: list[Bits | Grid]) -> list[Bits | Grid]:
+        numbers = [choice for choice in choices if not isinstance(choice, Grid)]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"name each number once, in rising order: {sorted(set(numbers))}")
+        named = [str(choice) for choice in choices]
+        if len(set(named)) < len(named):
+            raise ValueError("name each choice once")
         return choices
 
 
@@ -79,19 +120,41 @@ class BitOptions(CheckpointOptions):
     @property
     def widths(self) -> Sequence[int]:
         """Bits that a layer may get."""
-        return self.allocate.choices if self.allocate is not None else [self.bits]
+        if self.allocate is None:
+            return [self.bits]
+        return sorted({choice.bits if isinstance(choice, Grid) else choice for choice in self.allocate.choices})
+
+    @property
+    def keeps_update(self) -> bool:
+        """Whether choices are held to what they keep of the training."""
+        return self.allocate is not None and self.allocate.keep_update is not None
 
     @model_validator(mode="after")
     def _bits_once(self) -> Self:
         if self.allocate is not None and "bits" in self.model_fields_set:
             raise ValueError("allocate chooses the bits of each layer; leave bits out")
-        if self.allocate is not None and self.checkpoint != "gptq":
-            raise ValueError("allocate writes AutoGPTQ's format, which alone names bits by layer; leave checkpoint out")
+        return self
+
+    @model_validator(mode="after")
+    def _the_format_has_them(self) -> Self:
+        if self.checkpoint != "gptq":
+            return self
+        if self.allocate is not None and self.allocate.grids:
+            raise ValueError("groups by layer are written for compressed-tensors; set checkpoint: compressed-tensors")
+        if missing := [bits for bits in self.widths if bits not in GPTQ_BITS]:
+            raise ValueError(f"AutoGPTQ's format has no {missing[0]} bits; set checkpoint: compressed-tensors")
         return self
 
     @model_serializer(mode="wrap")
     def _what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in handler(self).items() if key != "bits" or self.allocate is None}
+
+
+def check_kept(name: str, steps: Sequence[str], *, trained: bool) -> None:
+    """Raise ValueError where `keep_update` of a candidate's last step has no base to compare its weights with."""
+    if not trained or len(steps) > 1:
+        why = f"{steps[0]} changes the weights before" if trained else "nothing is trained"
+        raise ValueError(f"candidates.{name}: allocate.keep_update compares with the base, but {why}; leave it out")
 
 
 class GptqOptions(Closed):

@@ -6,9 +6,10 @@ from typing import Any
 
 from edgetune import sources
 from edgetune.artifact import Artifact
-from edgetune.compress import answers, distill, sensitivity, teacher, update_left
+from edgetune.compress import answers, distill, sensitivity, teacher, update_kept, update_left
+from edgetune.compress.allocate import admissible
 from edgetune.compress.chain import STAGES, step_names, vocabulary
-from edgetune.graph import ANSWERS, SENSITIVITY, STUDENT, TEACHER, UPDATE_LEFT, Graph
+from edgetune.graph import ANSWERS, SENSITIVITY, STUDENT, TEACHER, UPDATE_KEPT, UPDATE_LEFT, Graph
 from edgetune.recipe import Candidate, CompressStep, Gptq, Recipe
 from edgetune.recipe_distill import Distill
 from edgetune.runtime.evidence import UpdateLeft
@@ -69,6 +70,8 @@ class Steps:
             return self._distill(name, label, method, source, identity, n_tokens)
         stage, shown = STAGES[type(method)], self.graph.shown_to(method, n_tokens)
         more: dict[str, Any] = dict(self.graph.kept_tokens(method))
+        if (kept := self._kept(name, step, source)) is not None:
+            more["kept"] = kept
         if (read := self._sensitivity(name, step, source, n_tokens)) is not None:
             more["sensitivity"] = read
         return self.stages.run(
@@ -79,6 +82,21 @@ class Steps:
                 **more,
             ),
         )  # fmt: skip
+
+    def _kept(self, name: str, step: CompressStep, source: Artifact) -> Artifact | None:
+        """See what each choice could keep of the training, where a step asks for it; refuse before more is measured."""
+        from edgetune.compress.checkpoint import read_config
+
+        made, method = self.graph.update_kept(step, source.identity), step.quantizer
+        if made is None or method is None:
+            return None
+        found = self.stages.run(
+            f"{name}: {UPDATE_KEPT}",
+            made,
+            lambda out, progress: update_kept.run(method, self.base, source, out, progress=progress),
+        )
+        admissible(method, read_config(source.path), update_kept.read(found))
+        return found
 
     def _sensitivity(self, name: str, step: CompressStep, source: Artifact, n_tokens: int | None) -> Artifact | None:
         """Measure what bits cost each layer, where a step chooses them by it."""

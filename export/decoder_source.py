@@ -92,9 +92,11 @@ def quantizer_of(artifact: Artifact) -> Rtn:
         "checkpoint": METHOD if stored.get("quant_method") == METHOD else "gptq",
         "recover": artifact.manifest.config.get("recover"),
     }
-    if len(widths := sorted(set(scheme.get("bits_of", {}).values()))) > 1:
+    bits_of, columns_of = scheme.get("bits_of", {}), scheme.get("group_size_of", {})
+    if len(found := sorted({(bits, columns_of.get(name)) for name, bits in bits_of.items()}, key=str)) > 1:
         del fields["bits"]
-        fields["allocate"] = {"budget": scheme["bits_per_weight"], "choices": widths}
+        choices = [bits if columns is None else {"bits": bits, "group_size": columns} for bits, columns in found]
+        fields["allocate"] = {"budget": scheme["bits_per_weight"], "choices": choices}
     return Rtn.model_validate(fields)
 
 

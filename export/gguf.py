@@ -17,11 +17,12 @@ from edgetune.data.golden import FILE as GOLDEN_FILE
 from edgetune.data.golden import Golden
 from edgetune.errors import UnsupportedError
 from edgetune.export import modelfile
-from edgetune.export.gguf_allocation import check_types, layer_types
+from edgetune.export.gguf_allocation import check_types, layer_types, predicted_ms
 from edgetune.export.gguf_child import convert
 from edgetune.export.gguf_codes import choose_codes
 from edgetune.export.gguf_families import common, family, gguf_name, query_width, shared_heads
 from edgetune.export.gguf_sensitivity import read as read_sensitivity
+from edgetune.export.gguf_times import read as read_times
 from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types, n_bytes
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
@@ -90,23 +91,27 @@ def check_rows(config: GgufExport, model_config: Mapping[str, Any], chosen: Coll
 
 
 def planned_identity(
-    config: GgufExport, source_identity: str, calibration_digest: str | None, sensitivity: str | None = None
+    config: GgufExport,
+    source_identity: str,
+    calibration_digest: str | None,
+    sensitivity: str | None = None,
+    times: str | None = None,
 ) -> str:
-    """Give the identity of what `run` would make; `sensitivity` is that of the evidence which `allocate` reads."""
-    parents = [source_identity, *([sensitivity] if sensitivity else [])]
+    """Give the identity of what `run` would make; `sensitivity`, `times` are of the evidence which `allocate` reads."""
+    parents = [source_identity, *(one for one in (sensitivity, times) if one)]
     return artifact.identity(STAGE, config.model_dump(), parents, _sources(calibration_digest))
 
 
 def run(
     config: GgufExport, source: Artifact, out: Path, *, moments: Mapping[str, NDArray[Any]] | None,
     calibration_digest: str | None = None, rows: NDArray[np.int64] | None = None, sensitivity: Artifact | None = None,
-    device: str = "cpu", progress: Report = silent,
+    times: Artifact | None = None, device: str = "cpu", progress: Report = silent,
 ) -> Artifact:  # fmt: skip
     """Write `model.gguf` and hold it to the golden conversations of its source.
 
     `source` is a `model` or `gptq` artifact. `moments` maps module names ("model.layers.0.self_attn.q_proj") to the
     mean squared inputs [C] of the calibration rows whose digest is given; None quantizes without them. `rows` [N, T]
-    are these rows, which GPTQ reads. `allocate` needs `sensitivity`.
+    are these rows, which GPTQ reads. `allocate` needs `sensitivity`, and `times` where its budget is one of time.
     Raises UnsupportedError, StageError where llama.cpp fails, ContractError where the file is not the same model.
     """
     assert (moments is None and rows is None) == (calibration_digest is None), "they come with their digest"
@@ -124,16 +129,16 @@ def run(
     weighed = {gguf_name(f"{module}.weight", of): values for module, values in (moments or {}).items()}
     given: dict[str, str] = {}
     if config.allocate is not None and sensitivity is not None:
-        chosen = layer_types(config.allocate, model_config, read_sensitivity(sensitivity))
+        taken = read_times(times) if times is not None else None
+        chosen = layer_types(config.allocate, model_config, read_sensitivity(sensitivity), taken)
         given = {gguf_name(f"{module}.weight", of): kind for module, kind in chosen.items()}
     types, fallbacks = choose_types(
         shapes, config.type, gptq=config.gptq, n_shared=shared_heads(model_config), weighed=bool(weighed), given=given
     )
     require_space(out.parent, n_bytes(shapes, types))
-    parents = [source, *([sensitivity] if sensitivity is not None else [])]
-    measured = sensitivity.identity if sensitivity is not None else None
+    evidence = [one for one in (sensitivity, times) if one is not None]
     with draft(
-        out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=parents,
+        out, kind="gguf", stage=STAGE, config=config.model_dump(), parents=[source, *evidence],
         sources=_sources(calibration_digest), versions=_versions(),
     ) as pending:  # fmt: skip
         pending.calibration = calibration_digest
@@ -150,7 +155,7 @@ def run(
             if rows is not None:
                 notes, fell_back = choose_codes(
                     file, source, weights, model_config, rows, work=pending.work, device=device, progress=progress,
-                    key=planned_identity(config, source.identity, calibration_digest, measured),
+                    key=planned_identity(config, source.identity, calibration_digest, *(e.identity for e in evidence)),
                 )  # fmt: skip
                 pending.notes |= notes
                 pending.fallbacks += fell_back
@@ -163,6 +168,8 @@ def run(
         pending.scheme = {"format": "gguf", "type": config.type, "bits_per_weight": _bits(file, shapes)}
         if given:
             pending.scheme["type_of"] = given
+        if given and times is not None:
+            pending.notes["predicted_ms_per_token"] = predicted_ms(model_config, chosen, read_times(times))
     return pending.artifact
 
 

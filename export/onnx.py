@@ -90,6 +90,8 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
             raise UnsupportedError(f"onnx precision {config.precision} cannot hold layers of "
                                    f"{', '.join(map(str, quantized.widths))} bits; use precision int4 and "
                                    f"allocate.choices: {list(MIXED_BITS)}, which MatMulNBits has")  # fmt: skip
+        if quantized.allocate.grids:
+            raise UnsupportedError("onnx has one group_size for all layers; name bits alone in allocate.choices")
     elif quantized.bits != bits:
         raise UnsupportedError(f"onnx precision {config.precision} cannot hold bits={quantized.bits}; "
                                f"use bits: {bits}")  # fmt: skip

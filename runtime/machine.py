@@ -36,6 +36,12 @@ def describe() -> Machine:
     )
 
 
+def facts() -> list[str | int | None]:
+    """Give what tells this machine from others that measure: what was timed on one is not taken for another's."""
+    machine = describe()
+    return [machine.cpu, machine.cores, machine.memory_mib, machine.gpu, machine.platform]
+
+
 def _cpu() -> tuple[str, set[str]]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

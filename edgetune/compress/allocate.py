@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.compress.scheme import Scheme
 from edgetune.errors import UnsupportedError
-from edgetune.recipe_quantize import Allocate
+from edgetune.recipe import Rtn
+from edgetune.recipe_quantize import Grid
 
-Choice = TypeVar("Choice", int, str)  # a number of bits, or a type
+Label = int | str  # what evidence calls a choice: a number of bits, "4g32", or a type
+Choice = TypeVar("Choice", bound=Label)
 RANGE = 1e6  # what the largest divergence is scaled to: the solver's absolute tolerances are 1e-6
 
 
@@ -27,33 +29,100 @@ def linear_groups(model_config: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     return {names[0]: names for names in grouped}
 
 
-def stored_bits(model_config: dict[str, Any], group_size: int, bits: int) -> dict[str, int]:
-    """Give the stored bits of each group of layers, scales and zero points counted."""
-    shapes, scheme = linear_shapes(model_config), Scheme(bits, group_size)
+def schemes(config: Rtn) -> dict[Label, Scheme]:
+    """Give the schemes that a layer may get, by what evidence calls them."""
+    chosen = [config.bits] if config.allocate is None else config.allocate.choices
     return {
-        first: sum(round(shapes[n][0] * shapes[n][1] * scheme.bits_per_weight(shapes[n][1])) for n in names)
-        for first, names in linear_groups(model_config).items()
+        str(one) if isinstance(one, Grid) else one: (
+            Scheme(one.bits, one.group_size, config.sym)
+            if isinstance(one, Grid)
+            else Scheme(one, config.group_size, config.sym)
+        )
+        for one in chosen
     }
 
 
-def check_budget(config: Allocate, group_size: int, model_config: dict[str, Any]) -> None:
-    """Raise UnsupportedError where not even the fewest bits for all layers keep the budget."""
-    n = sum(R * C for R, C in linear_shapes(model_config).values())
-    least = math.ceil(1e4 * sum(stored_bits(model_config, group_size, config.choices[0]).values()) / n) / 1e4
-    if least > config.budget:
-        raise UnsupportedError(f"allocate.budget={config.budget:g}: {config.choices[0]} bits for all layers take "
-                               f"{least:g} with group_size={group_size}; raise it, or group_size")  # fmt: skip
+def stores_zero_points(config: Rtn) -> bool:
+    """Whether a checkpoint holds zero points; compressed-tensors stores none that are all the same."""
+    return config.checkpoint == "gptq" or not config.sym
 
 
-def layer_bits(
-    config: Allocate, group_size: int, model_config: dict[str, Any], losses: Mapping[str, Mapping[int, float]]
-) -> dict[str, int]:
-    """Give the bits of every layer by what each group's choices lose, of the group's first layer."""
+def stored_bits(model_config: dict[str, Any], scheme: Scheme, *, zero_points: bool = True) -> dict[str, int]:
+    """Give the stored bits of each group of layers, scales counted, and zero points where there are any."""
+    shapes = linear_shapes(model_config)
+
+    def of(name: str) -> int:
+        R, C = shapes[name]
+        return round(R * C * scheme.bits_per_weight(C, zero_points=zero_points))
+
+    return {first: sum(map(of, names)) for first, names in linear_groups(model_config).items()}
+
+
+def check_budget(config: Rtn, model_config: dict[str, Any]) -> None:
+    """Raise UnsupportedError where not even the smallest choice for all layers keeps the budget of `allocate`."""
+    assert config.allocate is not None, "only allocate has a budget"
+    n, budget = sum(R * C for R, C in linear_shapes(model_config).values()), config.allocate.budget
+    stored = {label: sum(of.values()) for label, of in _sizes(config, model_config).items()}
+    smallest = min(stored, key=lambda label: stored[label])
+    if (least := math.ceil(1e4 * stored[smallest] / n) / 1e4) > budget:
+        scheme = schemes(config)[smallest]
+        raise UnsupportedError(f"allocate.budget={budget:g}: {scheme.bits} bits for all layers take "
+                               f"{least:g} with group_size={scheme.group_size}; raise it, or group_size")  # fmt: skip
+
+
+def admissible(
+    config: Rtn, model_config: dict[str, Any], kept: Mapping[str, Mapping[Label, float]]
+) -> dict[str, list[Label]]:
+    """Give the choices that keep enough of the update of each group of layers, by the shares that each keeps.
+
+    Raises UnsupportedError where a group has none, or the smallest of all are over the budget.
+    """
+    asked = config.allocate
+    assert asked is not None, "only allocate chooses"
+    assert asked.keep_update is not None, "or all choices are"
+    n, stored = sum(R * C for R, C in linear_shapes(model_config).values()), _sizes(config, model_config)
+    found = {first: [label for label, share in of.items() if share >= asked.keep_update] for first, of in kept.items()}
+    for first, labels in found.items():
+        if not labels:
+            raise UnsupportedError(
+                f"allocate.keep_update={asked.keep_update:g}: of {first} no choice keeps more than "
+                f"{max(kept[first].values()):g}; lower it, or add choices"
+            )
+    least = math.ceil(1e4 * sum(min(stored[label][first] for label in of) for first, of in found.items()) / n) / 1e4
+    if least > asked.budget:
+        raise UnsupportedError(
+            f"allocate.budget={asked.budget:g}: the smallest choices that keep {asked.keep_update:g} of the update "
+            f"take {least:g} bits a weight; raise it, or lower keep_update"
+        )
+    return found
+
+
+def layer_schemes(
+    config: Rtn,
+    model_config: dict[str, Any],
+    losses: Mapping[str, Mapping[Label, float]],
+    kept: Mapping[str, Mapping[Label, float]] | None = None,
+) -> dict[str, Scheme]:
+    """Give the scheme of every layer by what each group's choices lose, of the group's first layer.
+
+    `kept` are the shares of the update that each choice keeps, which `keep_update` reads. Raises as `admissible`.
+    """
+    assert config.allocate is not None, "only allocate chooses"
     n = sum(R * C for R, C in linear_shapes(model_config).values())
-    stored: dict[int, dict[str, int]] = {bits: stored_bits(model_config, group_size, bits) for bits in config.choices}
-    sizes = {first: {bits: of[first] for bits, of in stored.items()} for first in losses}
-    chosen = allocate(losses, sizes, int(config.budget * n))
-    return {name: chosen[first] for first, names in linear_groups(model_config).items() for name in names}
+    of, stored = schemes(config), _sizes(config, model_config)
+    offered = {first: list(stored) for first in losses} if kept is None else admissible(config, model_config, kept)
+    losses = {first: {label: losses[first][label] for label in labels} for first, labels in offered.items()}
+    sizes = {first: {label: stored[label][first] for label in labels} for first, labels in offered.items()}
+    chosen = allocate(losses, sizes, int(config.allocate.budget * n))
+    return {name: of[chosen[first]] for first, names in linear_groups(model_config).items() for name in names}
+
+
+def _sizes(config: Rtn, model_config: dict[str, Any]) -> dict[Label, dict[str, int]]:
+    """Give the stored bits of each group of layers for each choice."""
+    zero_points = stores_zero_points(config)
+    return {
+        label: stored_bits(model_config, scheme, zero_points=zero_points) for label, scheme in schemes(config).items()
+    }
 
 
 def allocate(

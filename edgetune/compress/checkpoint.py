@@ -15,6 +15,7 @@ import fnmatch
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,21 +52,19 @@ def write_checkpoint(
     folder: Path,
     source: Artifact,
     layers: Mapping[str, Quantized],
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     *,
     method: str,
     desc_act: bool = False,
     static_groups: bool = False,
     damp_percent: float | None = None,
-    bits: Mapping[str, int] | None = None,
     form: Form = "gptq",
 ) -> None:
     """Write a checkpoint of `source` with the weights of `layers` (by full name) quantized, one tensor after the other.
 
-    `bits` are those of each layer where the scheme's are not those of all (AutoGPTQ's format alone has them).
-    `desc_act` and the rest say how it was made. The file's own `desc_act` says what a reader has to know: whether
-    columns have left their groups, which static groups avoid. Raises StageError where a value leaves float16,
-    UnsupportedError where the format cannot hold a layer.
+    `schemes` has each layer's; in AutoGPTQ's format they differ in bits alone. `desc_act` and the rest say how it was
+    made. The file's own `desc_act` says what a reader has to know: whether columns have left their groups, which static
+    groups avoid. Raises StageError where a value leaves float16, UnsupportedError where the format cannot hold a layer.
     """
     config = read_config(source.path)
     tied, taken, ordered = config.get("tie_word_embeddings", False), set(), False
@@ -78,17 +77,18 @@ def write_checkpoint(
                     out.add(name, (_to_half(name, part) for part in _parts(file, name)))
         assert taken == set(layers), set(layers) - taken
         for name, layer in layers.items():
-            width = scheme.bits if bits is None else bits[name]
+            width = schemes[name].bits
             if form == "gptq":
                 check_pack(name, layer.q.shape[0], layer.q.shape[1], width)
             packed = (
                 _packed(layer, width)
                 if form == "gptq"
-                else pack_quantized.packed(name, layer, scheme.bits, sym=scheme.sym)
+                else pack_quantized.packed(name, layer, width, sym=schemes[name].sym)
             )
             for part, tensor in packed.items():
                 out.add(f"{name}.{part}", [tensor])
             ordered = ordered or not torch.equal(layer.g_idx, _plain(layer))
+    scheme = Counter(schemes.values()).most_common(1)[0][0]
     quantization: dict[str, Any] = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
         "desc_act": ordered, "static_groups": static_groups,
@@ -98,10 +98,10 @@ def write_checkpoint(
         "model_file_base_name": "model",
         "meta": {"quantizer": ["edgetune"], "method": method, "activation_order": desc_act},
     }  # fmt: skip
-    if bits is not None and (dynamic := dynamic_bits(bits, scheme.bits)):
+    if dynamic := dynamic_bits({name: one.bits for name, one in schemes.items()}, scheme.bits):
         quantization["dynamic"] = dynamic
     if form == "compressed-tensors":
-        quantization = pack_quantized.quantization_config(scheme, method)
+        quantization = pack_quantized.quantization_config(schemes, method)
     config |= {name: "float16" for name in ("dtype", "torch_dtype") if name in config} or {"dtype": "float16"}
     config["quantization_config"] = quantization
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -123,7 +123,8 @@ def read_layers(folder: Path) -> dict[str, Quantized]:
 
 def stored_bits(folder: Path) -> Callable[[str], int]:
     """Give what tells the bits of a quantized layer by its full name. Raises as `read_layers`."""
-    return _settings(folder).bits_of
+    grid_of = _settings(folder).grid_of
+    return lambda name: grid_of(name)[0]
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -187,8 +188,7 @@ class _Settings:
     """What a checkpoint says of its integers."""
 
     form: Form
-    bits_of: Callable[[str], int]  # of a layer by its name
-    group_size: int | None  # -1 for a whole row; None where it is not named
+    grid_of: Callable[[str], tuple[int, int | None]]  # bits and group size of a layer; -1 a whole row, None not named
     zero_offset: int = 0  # to be added to a stored zero point
 
 
@@ -216,8 +216,7 @@ def _settings(folder: Path) -> _Settings:
     if not isinstance(config, dict):
         raise ArtifactError(f"{folder}: quantization_config of config.json is no JSON object; make it again")
     if config.get("quant_method") == pack_quantized.METHOD:
-        each, group_size = pack_quantized.read_scheme(config, str(folder))
-        return _Settings("compressed-tensors", lambda _: each, group_size)
+        return _Settings("compressed-tensors", pack_quantized.read_schemes(config, str(folder)))
     method, form = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
     if method != "gptq" or form not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{folder} is quantized as {method}/{form}; gptq/gptq, gptq/gptq_v2 and "
@@ -226,7 +225,8 @@ def _settings(folder: Path) -> _Settings:
     if config.get("pack_dtype", "int32") != "int32":
         raise UnsupportedError(f"{folder}: words of {config['pack_dtype']} cannot be read, int32 can")
     named = config.get("group_size")
-    return _Settings("gptq", bits_of, named if isinstance(named, int) else None, 1 if form == "gptq" else 0)
+    columns = named if isinstance(named, int) else None
+    return _Settings("gptq", lambda name: (bits_of(name), columns), 1 if form == "gptq" else 0)
 
 
 def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
@@ -240,7 +240,7 @@ def _packed(layer: Quantized, bits: int) -> dict[str, Tensor]:
 
 
 def _unpacked(folder: Path, name: str, parts: dict[str, Tensor], settings: _Settings) -> Quantized:
-    bits, columns = settings.bits_of(name), settings.group_size
+    bits, columns = settings.grid_of(name)
     try:
         for part, tensor in parts.items():
             if part not in FLAT and tensor.ndim != 2:

@@ -4,35 +4,32 @@
     NAME.weight_shape  int64 [2]                   NAME.weight_zero_point int32 [R * bits / 32, G], asymmetric only
 
 Codes and zero points are packed as AutoGPTQ packs them (`packing`), but codes along C, and a last word may be filled in
-part. 2 to 8 bits. Shapes: R out-features, C in-features, G groups of neighbouring columns.
+part. 2 to 8 bits; `config_groups` tells which layers have which. Shapes: R out-features, C in-features, G groups of
+neighbouring columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edgetune.compress.config_groups import matched, read_groups, written_groups
 from edgetune.compress.packing import pack, unpack, values_in_unit
 from edgetune.compress.scheme import Quantized, Scheme, plain_groups
-from edgetune.errors import UnsupportedError
+from edgetune.errors import ArtifactError, UnsupportedError
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
-def quantization_config(scheme: Scheme, method: str) -> dict[str, Any]:
-    """Give what goes under `quantization_config` in config.json."""
-    rows = scheme.group_size == -1
-    weights = {
-        "num_bits": scheme.bits, "type": "int", "symmetric": scheme.sym, "strategy": "channel" if rows else "group",
-        "group_size": None if rows else scheme.group_size, "dynamic": False, "actorder": None,
-    }  # fmt: skip
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+def quantization_config(schemes: Mapping[str, Scheme], method: str) -> dict[str, Any]:
+    """Give what goes under `quantization_config` in config.json, from the scheme of each layer."""
     return {
         "quant_method": METHOD, "format": FORMAT, "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": group}, "meta": {"quantizer": ["edgetune"], "method": method},
+        "config_groups": written_groups(schemes), "meta": {"quantizer": ["edgetune"], "method": method},
     }  # fmt: skip
 
 
@@ -49,24 +46,25 @@ def packed(name: str, layer: Quantized, bits: int, *, sym: bool) -> dict[str, Te
     return parts if sym else parts | {"weight_zero_point": _pack(layer.zero_point, bits)}
 
 
-def read_scheme(config: dict[str, Any], folder: str) -> tuple[int, int]:
-    """Give the bits and the group size (-1: the whole row) of a `quantization_config`.
+def read_schemes(config: dict[str, Any], folder: str) -> Callable[[str], tuple[int, int]]:
+    """Give what tells the bits and the group size (-1: the whole row) of a layer by its name.
 
-    Raises UnsupportedError for another kind than is read here.
+    Raises UnsupportedError for another kind than is read here; what is given raises ArtifactError for a layer of no
+    group.
     """
-    groups = config.get("config_groups")
-    (group,) = groups.values() if isinstance(groups, dict) and len(groups) == 1 else ({},)
-    weights = group.get("weights") if isinstance(group, dict) else None
-    weights = weights if isinstance(weights, dict) else {}
-    columns: Any = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
-    integers = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
-    plain = integers and isinstance(columns, int) and not group.get("input_activations") and not weights.get("actorder")
-    if config.get("format") != FORMAT or not plain or weights.get("num_bits") not in (2, 3, 4, 5, 6, 8):
+    groups = read_groups(config.get("config_groups"), FORMAT)
+    if config.get("format") != FORMAT or groups is None:
         raise UnsupportedError(
-            f"{folder}: of compressed-tensors, {FORMAT} with one group of layers can be read: integers of 2, 3, 4, "
-            "5, 6 or 8 bits, activations as they are, no actorder"
+            f"{folder}: of compressed-tensors, {FORMAT} can be read: integers of 2, 3, 4, 5, 6 or 8 bits, activations "
+            "as they are, no actorder, targets that are names, patterns or Linear"
         )
-    return int(weights["num_bits"]), int(columns)
+
+    def of(name: str) -> tuple[int, int]:
+        if (group := matched(name, groups)) is None:
+            raise ArtifactError(f"{folder}: layer {name} is in no group of config_groups; make it again")
+        return group.bits, group.group_size
+
+    return of
 
 
 def unpacked(parts: dict[str, Tensor], bits: int, group_size: int | None) -> Quantized:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact, draft, identity, require_space
-from edgetune.compress.allocate import check_budget, layer_bits
+from edgetune.compress.allocate import check_budget, layer_schemes, schemes, stores_zero_points
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.scheme import Scheme, check_group
 from edgetune.compress.sensitivity import read
+from edgetune.compress.update_kept import read as read_kept
 from edgetune.compress.vllm_rules import broken_rules
 from edgetune.data.contract import hold
 from edgetune.errors import UnsupportedError
@@ -48,19 +49,26 @@ def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
                 f"recover.rank={rank} is no less than the {min(out_features, in_features)} features of {name}; "
                 "use a lower rank"
             )
-        check_group(name, in_features, config.group_size)
-        if config.checkpoint == "gptq":
-            for bits in config.widths:
-                check_pack(name, out_features, in_features, bits)
+        for scheme in schemes(config).values():
+            check_group(name, in_features, scheme.group_size)
+            if config.checkpoint == "gptq":
+                check_pack(name, out_features, in_features, scheme.bits)
     if config.allocate is not None:
-        check_budget(config.allocate, config.group_size, model_config)
+        check_budget(config, model_config)
 
 
 def planned_identity(
-    config: Rtn | Gptq, source_identity: str, calibration_digest: str | None, sensitivity: str | None = None
+    config: Rtn | Gptq,
+    source_identity: str,
+    calibration_digest: str | None,
+    sensitivity: str | None = None,
+    kept: str | None = None,
 ) -> str:
-    """Give the identity of what `run` would make; `sensitivity` is that of the evidence which `allocate` reads."""
-    parents = [source_identity, *([sensitivity] if sensitivity else [])]
+    """Give the identity of what `run` would make.
+
+    `sensitivity` and `kept` are those of the evidence which `allocate` and its `keep_update` read.
+    """
+    parents = [source_identity, *(one for one in (sensitivity, kept) if one)]
     return identity(_stage(config), config.model_dump(mode="json"), parents, _sources(config, calibration_digest))
 
 
@@ -71,14 +79,15 @@ def run(
     *,
     calibration: CalibrationSet | None = None,
     sensitivity: Artifact | None = None,
+    kept: Artifact | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Report = silent,
 ) -> Artifact:
     """Quantize a `model` artifact into a `gptq` artifact, a checkpoint in the format that the recipe names.
 
-    GPTQ and `recover` need `calibration`; plain rounding does not read it. `allocate` needs `sensitivity`. A run that
-    was killed goes on after its last finished block and ends in the same bytes.
+    GPTQ and `recover` need `calibration`; plain rounding does not read it. `allocate` needs `sensitivity`, and its
+    `keep_update` needs `kept`. A run that was killed goes on after its last finished block and ends in the same bytes.
     Raises UnsupportedError before any work, StageError naming the layer.
     """
     from edgetune.compress.checkpoint import read_config, write_checkpoint
@@ -94,18 +103,18 @@ def run(
         raise UnsupportedError(f"{what} needs calibration rows and got none; give data in the recipe, or use plain rtn")
     rows = calibration.ids if wants_rows and calibration is not None else None
     digest = calibration.digest if wants_rows and calibration is not None else None
-    bits, model = _bits(config, model_config, sensitivity), open_model(source)
-    scheme = Scheme(Counter(bits.values()).most_common(1)[0][0], config.group_size, config.sym)
-    parents = [source, *([sensitivity] if sensitivity is not None else [])]
+    of, model = _schemes(config, model_config, sensitivity, kept), open_model(source)
+    scheme = Counter(of.values()).most_common(1)[0][0]
+    evidence = [one for one in (sensitivity, kept) if one is not None]
     with draft(
-        out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=parents,
+        out, kind="gptq", stage=_stage(config), config=config.model_dump(mode="json"), parents=[source, *evidence],
         sources=_sources(config, digest), versions=_versions(),
     ) as pending:  # fmt: skip
-        kept = sum(file.stat().st_size for file in pending.work.glob("*.safetensors"))
-        require_space(out.parent, disk_bytes(config, model_config, bits) - kept)
-        key = planned_identity(config, source.identity, digest, sensitivity.identity if sensitivity else None)
+        finished = sum(file.stat().st_size for file in pending.work.glob("*.safetensors"))
+        require_space(out.parent, disk_bytes(config, model_config, of) - finished)
+        key = planned_identity(config, source.identity, digest, *(one.identity for one in evidence))
         results = quantize_blocks(
-            model, rows, solver(config, bits), work=pending.work, key=key, device=device,
+            model, rows, solver(config, of), work=pending.work, key=key, device=device,
             progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16", correct=_corrector(config),
@@ -118,7 +127,7 @@ def run(
                 "method": "gptq", "desc_act": config.desc_act, "static_groups": config.static_groups,
                 "damp_percent": config.damp_percent,
             }  # fmt: skip
-        write_checkpoint(pending.path, source, layers, scheme, bits=bits, form=config.checkpoint, **how)
+        write_checkpoint(pending.path, source, layers, of, form=config.checkpoint, **how)
         if pairs := {name: result.pair for name, result in results.items() if result.pair is not None}:
             from edgetune.compress.correction import write_correction
 
@@ -127,23 +136,25 @@ def run(
         errors = {name: result.relative_error for name, result in results.items()}
         pending.seed, pending.calibration = seed, digest
         pending.scheme = {
-            "bits": scheme.bits, "group_size": config.group_size, "sym": config.sym,
+            "bits": scheme.bits, "group_size": scheme.group_size, "sym": config.sym,
             "desc_act": isinstance(config, Gptq) and config.desc_act,
-            "bits_per_weight": _bits_per_weight(config, model_config, bits),
+            "bits_per_weight": _bits_per_weight(config, model_config, of),
         }  # fmt: skip
         if config.allocate is not None:
-            pending.scheme["bits_of"] = bits
+            pending.scheme["bits_of"] = {name: one.bits for name, one in of.items()}
+            if config.allocate.grids:
+                pending.scheme["group_size_of"] = {name: one.group_size for name, one in of.items()}
         pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
         pending.notes = {
             "relative_error": errors, "mean_relative_error": round(sum(errors.values()) / len(errors), 6),
-            "vllm": broken_rules(config.checkpoint, scheme, linear_shapes(model_config), sorted(set(bits.values()))),
+            "vllm": broken_rules(config.checkpoint, list(dict.fromkeys(of.values())), linear_shapes(model_config)),
         }  # fmt: skip
         if tuned := {n.partition(".self_attn")[0]: r.tuned for n, r in results.items() if r.tuned and ".q_proj" in n}:
             pending.notes["tuned"] = tuned
     return pending.artifact
 
 
-def disk_bytes(config: Rtn | Gptq, model_config: dict[str, Any], bits: Mapping[str, int]) -> int:
+def disk_bytes(config: Rtn | Gptq, model_config: dict[str, Any], of: Mapping[str, Scheme]) -> int:
     """Give the bytes that a run has on the disk at its end: finished blocks, and the checkpoint twice (`tensor_file`).
 
     A finished block has a byte for each code, 6 for each group's scale and zero point and 4 for each column's group.
@@ -151,32 +162,34 @@ def disk_bytes(config: Rtn | Gptq, model_config: dict[str, Any], bits: Mapping[s
     """
     rank, shapes = config.recover.rank if config.recover else 0, linear_shapes(model_config)
     blocks = sum(
-        R * C + 6 * R * C // Scheme(bits[name], config.group_size).group_columns(C) + 4 * C + 2 * rank * (R + C)
-        for name, (R, C) in shapes.items()
+        R * C + 6 * R * C // of[name].group_columns(C) + 4 * C + 2 * rank * (R + C) for name, (R, C) in shapes.items()
     )
-    integers = sum(of / 8 + 4 * shapes[name][1] for name, of in _stored_bits(config, shapes, bits).items())
+    integers = sum(bits / 8 + 4 * shapes[name][1] for name, bits in _stored_bits(config, shapes, of).items())
     token = 1 if model_config.get("tie_word_embeddings") else 2
     embeddings = 2 * token * int(model_config.get("vocab_size") or 0) * int(model_config["hidden_size"])
     return blocks + 2 * int(integers + embeddings)
 
 
-def _bits(config: Rtn | Gptq, model_config: dict[str, Any], sensitivity: Artifact | None) -> dict[str, int]:
-    """Give the bits of every layer."""
+def _schemes(
+    config: Rtn | Gptq, model_config: dict[str, Any], sensitivity: Artifact | None, kept: Artifact | None
+) -> dict[str, Scheme]:
+    """Give the scheme of every layer."""
     if config.allocate is None:
-        return dict.fromkeys(linear_shapes(model_config), config.bits)
+        return dict.fromkeys(linear_shapes(model_config), Scheme(config.bits, config.group_size, config.sym))
     assert sensitivity is not None, "the recipe's graph plans it"
-    return layer_bits(config.allocate, config.group_size, model_config, read(sensitivity))
+    assert (kept is not None) == (config.allocate.keep_update is not None), "as what it reads"
+    return layer_schemes(config, model_config, read(sensitivity), None if kept is None else read_kept(kept))
 
 
-def solver(config: Rtn | Gptq, bits: Mapping[str, int]) -> Solve[Quantized]:
-    """Give what quantizes the layers of a group, with the bits of the first of them."""
+def solver(config: Rtn | Gptq, of: Mapping[str, Scheme]) -> Solve[Quantized]:
+    """Give what quantizes the layers of a group, by the scheme of the first of them."""
     from edgetune.compress.gptq import gptq_quantize
     from edgetune.compress.rtn import rtn_quantize
 
     def solve(
         names: Sequence[str], weight: Tensor, hessian: Tensor | None, cross: Tensor | None
     ) -> tuple[Quantized, tuple[str, ...]]:
-        scheme = Scheme(bits[names[0]], config.group_size, config.sym)
+        scheme = of[names[0]]
         if not isinstance(config, Gptq):
             return rtn_quantize(weight, scheme), ()
         assert hessian is not None
@@ -225,22 +238,19 @@ def _tuner(config: Rtn | Gptq) -> Tune | None:
     return tune
 
 
-def _bits_per_weight(config: Rtn | Gptq, model_config: dict[str, Any], bits: Mapping[str, int]) -> float:
+def _bits_per_weight(config: Rtn | Gptq, model_config: dict[str, Any], of: Mapping[str, Scheme]) -> float:
     """Bits for each quantized weight, over all layers; scales, stored zero points and corrections counted."""
     rank, shapes = config.recover.rank if config.recover else 0, linear_shapes(model_config)
-    stored = sum(_stored_bits(config, shapes, bits).values()) + sum(16 * rank * (R + C) for R, C in shapes.values())
+    stored = sum(_stored_bits(config, shapes, of).values()) + sum(16 * rank * (R + C) for R, C in shapes.values())
     return round(stored / sum(R * C for R, C in shapes.values()), 4)
 
 
 def _stored_bits(
-    config: Rtn | Gptq, shapes: Mapping[str, tuple[int, int]], bits: Mapping[str, int]
+    config: Rtn | Gptq, shapes: Mapping[str, tuple[int, int]], of: Mapping[str, Scheme]
 ) -> dict[str, float]:
     """Give the bits that each layer's integers take in the checkpoint."""
-    zero_points = config.checkpoint == "gptq" or not config.sym  # compressed-tensors stores none that are all the same
-    return {
-        name: R * C * Scheme(bits[name], config.group_size).bits_per_weight(C, zero_points=zero_points)
-        for name, (R, C) in shapes.items()
-    }
+    zero_points = stores_zero_points(config)
+    return {name: R * C * of[name].bits_per_weight(C, zero_points=zero_points) for name, (R, C) in shapes.items()}
 
 
 def _stage(config: Rtn | Gptq) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.artifact import Artifact, draft, identity, write_text
+from edgetune.compress.allocate import Label, schemes
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.errors import ArtifactError, EdgetuneError, StageError
 from edgetune.progress import Report, silent
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 STAGE = "compress.sensitivity/2"
 FILE = "sensitivity.json"
 TOP_K = 256  # buckets in which distributions are compared: so many tokens by name, and all others
-Choice = TypeVar("Choice", int, str)  # a number of bits, or a type
-Losses = dict[str, dict[int, float]]  # first layer of a group -> bits -> nats a token
+Choice = TypeVar("Choice", bound=Label)
+Losses = dict[str, dict[Label, float]]  # first layer of a group -> choice -> nats a token
 
 
 def planned_identity(
@@ -79,7 +80,7 @@ def run(
         kept, names = pending.work / FILE, linear_shapes(read_config(source.path))
         found = measure(
             load_model(source), measured.ids,
-            {bits: solver(config, dict.fromkeys(names, bits)) for bits in config.widths},
+            {label: solver(config, dict.fromkeys(names, scheme)) for label, scheme in schemes(config).items()},
             shown=shown.ids if shown else None, done=_losses(kept) if kept.is_file() else {},
             keep=lambda so_far: write_text(kept, json.dumps(so_far)), device=device, progress=progress,
         )  # fmt: skip
@@ -194,14 +195,17 @@ def _show(
 
 def _losses(file: Path) -> Losses:
     stored = json.loads(file.read_bytes())
-    return {name: {int(bits): float(nats) for bits, nats in of.items()} for name, of in stored.items()}
+    return {
+        name: {int(label) if label.isdigit() else label: float(nats) for label, nats in of.items()}
+        for name, of in stored.items()
+    }
 
 
 def _config(config: Rtn | Gptq) -> dict[str, Any]:
     """Give what is read while measuring; rows to calibrate on are GPTQ's alone."""
-    unread = dict.fromkeys(("recover", "tune", "correction", "hessian"), True)
+    unread = dict.fromkeys(("recover", "tune", "correction", "hessian", "checkpoint"), True)
     rows = {} if isinstance(config, Gptq) else {"calibration": True}
-    return config.model_dump(mode="json", exclude={"allocate": {"budget"}, **unread, **rows})
+    return config.model_dump(mode="json", exclude={"allocate": {"budget", "keep_update"}, **unread, **rows})
 
 
 def _sources(calibration_digest: str | None, measured_digest: str) -> dict[str, str]:

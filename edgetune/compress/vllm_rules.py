@@ -11,26 +11,25 @@ from collections.abc import Mapping, Sequence
 from edgetune.compress.scheme import Scheme
 
 MARLIN_ROWS, MARLIN_COLUMNS, MARLIN_GROUPS, MARLIN_BITS = 64, 128, (-1, 32, 64, 128), (4, 8)
+SAYS = {"reads": "vLLM would not load it", "marlin": "Marlin, vLLM's fast kernel, would not run it"}
 READ_BITS = {"gptq": (2, 3, 4, 8), "compressed-tensors": MARLIN_BITS}
 
 
-def broken_rules(
-    form: str, scheme: Scheme, shapes: Mapping[str, tuple[int, int]], widths: Sequence[int] = ()
-) -> dict[str, list[str]]:
+def broken_rules(form: str, schemes: Sequence[Scheme], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
     """Give what keeps vLLM from reading the checkpoint, and what keeps Marlin, its fast kernel, from running it.
 
-    `widths` are the bits of all layers where they differ.
+    `schemes` are those that some layer has, or may get.
     """
     reads, marlin = [], []
-    for bits in widths or (scheme.bits,):
+    for bits in sorted({scheme.bits for scheme in schemes}):
         if bits not in READ_BITS[form]:
             known = ", ".join(map(str, READ_BITS[form]))
             reads.append(f"{form} of {bits} bits; vLLM reads {known}")
         if bits not in MARLIN_BITS:
             marlin.append(f"{bits} bits; it takes 4 and 8")
-    if scheme.group_size not in MARLIN_GROUPS:
-        marlin.append(f"group_size {scheme.group_size}; it takes -1, 32, 64 and 128")
-    if form == "gptq" and not scheme.sym:
+    sizes = sorted({scheme.group_size for scheme in schemes} - set(MARLIN_GROUPS))
+    marlin += [f"group_size {size}; it takes -1, 32, 64 and 128" for size in sizes]
+    if form == "gptq" and not all(scheme.sym for scheme in schemes):
         marlin.append("zero points; of GPTQ it takes sym: true")
     for name, (R, C) in shapes.items():
         if R % MARLIN_ROWS or C % MARLIN_COLUMNS:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from edgetune.compress.vllm_rules import SAYS
+
 # of `export.parity.Tolerance`
 LIMITS = {"mean_kl": "mean KL", "max_abs": "largest difference", "top1_agreement": "same first token"}
-VLLM = {
-    "reads": "vLLM would not load it",
-    "marlin": "Marlin, vLLM's fast kernel, would not run it",
-}
 
 
 class Held(NamedTuple):
@@ -60,6 +58,6 @@ def held(notes: dict[str, Any]) -> Iterator[Held]:
             f"weights in torch is{ties}",
             "generation",
         )
-    for which, says in VLLM.items():
+    for which, says in SAYS.items():
         if rules := (notes.get("vllm") or {}).get(which):
             yield Held(f"{says}: {'; '.join(rules)}", f"vllm.{which}")

@@ -14,7 +14,7 @@ import torch
 
 from edgetune.artifact import Artifact
 from edgetune.compress import sensitivity
-from edgetune.compress.allocate import allocate, check_budget, layer_bits, linear_groups, stored_bits
+from edgetune.compress.allocate import allocate, check_budget, layer_schemes, linear_groups, stored_bits
 from edgetune.compress.architectures import SHARED_INPUTS, linear_shapes
 from edgetune.compress.checkpoint import load_dequantized, read_config, read_layers
 from edgetune.compress.correction import corrected_weight, read_correction
@@ -34,6 +34,8 @@ from tests.conftest import make_tiny_model
 RNG = np.random.default_rng(0)
 ROWS, SHOWN = (CalibrationSet(RNG.integers(0, 512, (4, 16))) for _ in range(2))
 CHOICES = Allocate(budget=4.5, choices=[2, 4, 8])
+GRIDS: dict[str, Any] = {"checkpoint": "compressed-tensors"}
+GRID = {"bits": 4, "group_size": 16}
 RTN, GPTQ = Rtn(group_size=32, allocate=CHOICES), Gptq(group_size=32, sym=False, allocate=CHOICES)
 
 
@@ -64,7 +66,7 @@ def test_divergences_are_those_of_the_whole_model_with_one_group_rounded(
     model = load_model(tiny_model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = linear_shapes(read_config(tiny_model.path))
-    solvers = {bits: solver(RTN, dict.fromkeys(names, bits)) for bits in (2, 4)}
+    solvers = {bits: solver(RTN, dict.fromkeys(names, Scheme(bits, 32))) for bits in (2, 4)}
     found = sensitivity.measure(model, ROWS.ids, solvers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     groups, plain = linear_groups(read_config(tiny_model.path)), log_probs(tiny_model)
@@ -152,7 +154,8 @@ def test_a_checkpoint_of_several_widths_is_read_back(config: Rtn | Gptq, tiny_mo
     shown = SHOWN.digest if isinstance(config, Gptq) else None
     assert made.identity == planned_identity(config, tiny_model.identity, shown, measured.identity)
     model_config = read_config(tiny_model.path)
-    chosen = layer_bits(CHOICES, 32, model_config, sensitivity.read(measured))
+    of = layer_schemes(config, model_config, sensitivity.read(measured))
+    chosen = {name: scheme.bits for name, scheme in of.items()}
     scheme = made.manifest.scheme
     assert scheme is not None
     assert scheme["bits_of"] == chosen
@@ -210,8 +213,10 @@ def test_a_budget_counts_scales_and_zero_points(tiny_model: Artifact) -> None:
     config = read_config(tiny_model.path)
     q, k, v = ((64, 64), (32, 64), (32, 64))
     of_group = sum(R * C * 4 + R * (C // 32) * (16 + 4) for R, C in (q, k, v))
-    assert stored_bits(config, 32, 4)["model.layers.0.self_attn.q_proj"] == of_group
-    check_budget(Allocate(budget=2.5625, choices=[2, 8]), 32, config)
+    assert stored_bits(config, Scheme(4, 32))["model.layers.0.self_attn.q_proj"] == of_group
+    check_budget(Rtn(group_size=32, allocate=Allocate(budget=2.5625, choices=[2, 8])), config)
+    packed = Rtn(group_size=32, allocate=Allocate(budget=2.5, choices=[2, 8]), checkpoint="compressed-tensors")
+    check(packed, config)  # which stores no zero points of symmetric groups
     with pytest.raises(UnsupportedError, match=r"allocate\.budget=2\.5: 2 bits for all layers take 2\.5625 with group"):
         check(Rtn(group_size=32, allocate=Allocate(budget=2.5)), config)
 
@@ -222,11 +227,17 @@ def test_a_budget_counts_scales_and_zero_points(tiny_model: Artifact) -> None:
         ({"rtn": {"bits": 4, "allocate": {"budget": 4}}}, "allocate chooses the bits of each layer; leave bits out"),
         ({"rtn": {"allocate": {"budget": 4, "choices": [4, 2]}}}, r"name each number once, in rising order: \[2, 4\]"),
         ({"rtn": {"allocate": {"budget": 4, "choices": [4]}}}, "choices"),
-        ({"gptq": {"allocate": {"budget": 4}, "checkpoint": "compressed-tensors"}}, "leave checkpoint out"),
+        ({"rtn": {"allocate": {"budget": 4, "choices": [4, 5]}}}, "has no 5 bits; set checkpoint: compressed-tensors"),
+        ({"rtn": {"allocate": {"budget": 4, "choices": [4, 7]}}}, r"choices\.1: Input should be 2, 3, 4, 5, 6 or 8"),
+        ({"rtn": {"allocate": {"budget": 4, "choices": [4, {**GRID, "groups": 8}]}}}, "did you mean 'group_size'"),
+        ({"rtn": {"allocate": {"budget": 4, "choices": [2, {"bits": 4, "group_size": 32}]}}}, "groups by layer are"),
+        (GRIDS | {"allocate": {"budget": 4, "choices": [GRID, GRID]}}, "name each choice once"),
+        (GRIDS | {"group_size": 16, "allocate": {"budget": 4, "choices": [4, GRID]}}, "4 is in groups of 16 already"),
         ({"gptq": {"allocate": {"choices": [4, 8]}}}, "budget' is missing"),
     ],
 )
 def test_what_a_recipe_cannot_say(step: dict[str, Any], says: str) -> None:
+    step = step if "gptq" in step or "rtn" in step else {"rtn": step}
     with pytest.raises(RecipeError, match=says):
         parse_as(Candidate, {"compress": [step]}, "recipe")
 

@@ -23,6 +23,7 @@ from edgetune.compress import layerwise, moments, quantize, scale, teacher
 from edgetune.compress.architectures import linear_shapes
 from edgetune.compress.checkpoint import load_dequantized, read_config, read_layers
 from edgetune.compress.layerwise import load_model, quantize_blocks
+from edgetune.compress.scheme import Scheme
 from edgetune.compress.streamed import open_model
 from edgetune.compress.teacher_pack import TeacherPack
 from edgetune.data.calibration import CalibrationSet
@@ -38,7 +39,9 @@ GPTQ = Gptq(bits=8, group_size=32, sym=False)
 def test_a_hessian_beyond_float32_names_its_layers(tiny_model: Artifact, tmp_path: Path) -> None:
     model: Any = load_model(tiny_model)
     model.model.layers[1].input_layernorm.weight.data.fill_(1e25)  # activations are finite, their squares are not
-    solve = quantize.solver(GPTQ, dict.fromkeys(linear_shapes(read_config(tiny_model.path)), 8))
+    solve = quantize.solver(
+        GPTQ, dict.fromkeys(linear_shapes(read_config(tiny_model.path)), Scheme(8, GPTQ.group_size, GPTQ.sym))
+    )
     names = r"model\.layers\.1\.self_attn\.q_proj \+ .*v_proj: the Hessian is not finite: an activation overflowed"
     with pytest.raises(StageError, match=names):
         quantize_blocks(model, ROWS.ids, solve, work=tmp_path, key="k")

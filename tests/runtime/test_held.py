@@ -39,7 +39,7 @@ def test_each_proof_is_a_sentence() -> None:
 
 def test_broken_rules_of_vllm_are_named() -> None:
     scheme = Scheme(bits=5, group_size=64, sym=False)
-    rules = broken_rules("gptq", scheme, {"q": (64, 64)})
+    rules = broken_rules("gptq", [scheme], {"q": (64, 64)})
     (loads, runs) = said({"vllm": rules})
     assert loads.startswith("vLLM would not load it: ")
     assert rules["reads"]
