@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,8 +14,9 @@ from edgetune.errors import RecipeError
 from edgetune.recipe_data import Data
 from edgetune.recipe_distill import Distill
 from edgetune.recipe_export import Calibration, Export
+from edgetune.recipe_order import check_order, check_vocabulary
 from edgetune.recipe_prune import Prune
-from edgetune.recipe_quantize import BitOptions, GptqOptions, check_kept
+from edgetune.recipe_quantize import BitOptions, GptqOptions, Recover, check_kept
 from edgetune.recipe_runtime import Runtime
 from edgetune.recipe_sparsify import Sparsify
 from edgetune.recipe_tasks import MetricName, Task, check_budgeted
@@ -63,6 +63,18 @@ class Gptq(GptqOptions, Rtn):
     block_size: Count = 128
     calibration: Calibration = Calibration()
 
+    @model_validator(mode="after")
+    def _reads_what_is_set(self) -> Self:
+        if self.damping == "held-out" and "damp_percent" in self.model_fields_set:
+            raise ValueError("damping: held-out chooses the damping of each layer; leave damp_percent out")
+        if self.tune is not None and self.tune.zeros and self.sym:
+            raise ValueError("tune.zeros: symmetric groups have one zero point for all; set sym: false")
+        return self
+
+    @property
+    def unread(self) -> set[str]:
+        return super().unread | ({"damp_percent"} if self.damping == "held-out" else set())
+
 
 class Awq(Closed):
     """Scale columns that meet large inputs, so that rounding costs less (AWQ, arXiv:2306.00978); the same function."""
@@ -107,6 +119,11 @@ class CompressStep(Closed):
         """Whether bits are chosen by what they keep of the training."""
         return self.quantizer is not None and self.quantizer.keeps_update
 
+    @property
+    def keeps_integers(self) -> bool:
+        """Whether it trains what an earlier step made integers of, and leaves these as they are."""
+        return self.distill is not None and self.distill.into is not None
+
 
 class Candidate(Closed):
     """A chain of compress steps and an export target; without export the checkpoint itself is judged in torch."""
@@ -133,38 +150,8 @@ class Candidate(Closed):
 
     @model_validator(mode="after")
     def _order(self) -> Candidate:
-        """Integers come last, right after their scales, and a student is another model than its teacher."""
-        for before, after in pairwise([*self.compress, None]):
-            if before is not None and before.awq is not None:
-                grid = after.quantizer if after is not None else None
-                keys = ("group_size", "sym") if grid is not None and grid.allocate else ("bits", "group_size", "sym")
-                wanted = {key: getattr(before.awq, key) for key in keys}
-                if grid is None or any(getattr(grid, key) != value for key, value in wanted.items()):
-                    said = ", ".join(f"{key}: {str(value).lower()}" for key, value in wanted.items())
-                    raise ValueError(f"awq scales for {said}; let an rtn or gptq step of that grid follow it")
-        for before, step in pairwise(self.compress):
-            if before.quantizer is not None:
-                advice = "leave one out" if step.quantizer is not None else f"put {step.key} before {before.key}"
-                raise ValueError(f"{step.key} after {before.key}: integers can only be exported; {advice}")
-        for index, step in enumerate(self.compress):
-            if step.distill is not None and any(earlier.sparsify is not None for earlier in self.compress[:index]):
-                raise ValueError("distill after sparsify trains what it set to zero; put distill before sparsify")
-            if step.distill is not None and (index == 0) != (step.distill.student is not None):
-                if index == 0:
-                    raise ValueError("distill as the first step has its teacher as student; prune before, or name one")
-                made = self.compress[index - 1].key
-                raise ValueError(f"distill with student {step.distill.student!r} drops what {made} made; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_vocabulary(self) -> Candidate:
-        cut = [step.prune.vocabulary for step in self.compress if step.prune is not None and step.prune.vocabulary]
-        if len(cut) > 1:
-            raise ValueError(f"prune.vocabulary is given {len(cut)} times; cut it once, to {min(cut)}")
-        cuts = [bool(step.prune is not None and step.prune.vocabulary) for step in self.compress]
-        taught = [step.distill is not None and step.distill.answers == "teacher" for step in self.compress]
-        if cut and any(taught[cuts.index(True) :]):
-            raise ValueError("distill.answers: teacher writes tokens that prune.vocabulary may not keep; leave one out")
+        check_order(self.compress)
+        check_vocabulary(self.compress)
         return self
 
     @property
@@ -174,8 +161,17 @@ class Candidate(Closed):
 
     @property
     def quantizer(self) -> Rtn | Gptq | None:
-        """The last step's method where it makes integers."""
-        return self.compress[-1].quantizer if self.compress else None
+        """The method that makes integers, with what is written beside them in the end."""
+        made = next((step.quantizer for step in self.compress if step.quantizer is not None), None)
+        last = self.compress[-1].distill if self.compress else None
+        if made is None or last is None or last.into != "adapter":
+            return made
+        return made.model_copy(update={"recover": Recover(rank=last.adapter_rank)})
+
+    @property
+    def n_float_steps(self) -> int:
+        """How many steps are done before there are integers."""
+        return next((i for i, step in enumerate(self.compress) if step.quantizer is not None), len(self.compress))
 
 
 class Bench(Closed):

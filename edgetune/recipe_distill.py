@@ -23,6 +23,14 @@ class Distill(Training):
         None,
         description="what the step before made if absent; base, or a model of the same tokenizer, as `base` names one",
     )
+    into: Literal["scales", "adapter"] | None = Field(
+        None, exclude_if=_unset,
+        description="after rtn or gptq, whose integers stay: what is trained, their scales (EfficientQAT, "
+        "arXiv:2407.11062) or a LoRA adapter beside them; all weights of a float model where absent",
+    )  # fmt: skip
+    rank: Count | None = Field(
+        None, exclude_if=_unset, description="into: adapter: rank of each layer's matrix; 16 where absent"
+    )
     divergence: Literal["forward", "reverse"] = Field(
         "forward", description="KL(teacher || student), or KL(student || teacher) as in MiniLLM (arXiv:2306.08543)"
     )
@@ -74,13 +82,21 @@ class Distill(Training):
         return bool(self.hidden_weight or self.relation_weight)
 
     @property
+    def adapter_rank(self) -> int:
+        """The rank of what is trained beside integers."""
+        return self.rank or 16
+
+    @property
     def writes(self) -> str | None:
         """The key that lets a model write answers; None where the rows' own are all that is read."""
         return "on_policy" if self.on_policy else "answers" if self.answers == "teacher" else None
 
     @model_validator(mode="after")
     def _reads_what_is_set(self) -> Distill:
+        if self.into is not None and self.compares:
+            raise ValueError("hidden_weight and relation_weight are not read with into; remove them")
         off = {
+            "rank": (self.into == "adapter", "into: adapter"),
             "hidden_layers": (self.hidden_weight, "hidden_weight"),
             "relation_heads": (self.relation_weight, "relation_weight"),
             "sample_temperature": (self.on_policy, "on_policy"),

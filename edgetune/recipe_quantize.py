@@ -30,6 +30,11 @@ class Tune(Closed):
 
     steps: Count = Field(8, description="steps of AdamW for each block; one sees up to 2048 calibration tokens")
     learning_rate: Positive = Field(5e-3, description="of the factors that scales are multiplied by; falls to 0")
+    zeros: bool = Field(
+        False, exclude_if=lambda value: not value,
+        description="learn zero points as well, of groups that are not symmetric; judged by every fourth batch of "
+        "calibration rows, which is then not learned from",
+    )  # fmt: skip
 
 
 class Recover(Closed):
@@ -145,9 +150,14 @@ class BitOptions(CheckpointOptions):
             raise ValueError(f"AutoGPTQ's format has no {missing[0]} bits; set checkpoint: compressed-tensors")
         return self
 
+    @property
+    def unread(self) -> set[str]:
+        """Keys that others take the place of: they are no part of the identity."""
+        return {"bits"} if self.allocate is not None else set()
+
     @model_serializer(mode="wrap")
     def _what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "bits" or self.allocate is None}
+        return {key: value for key, value in handler(self).items() if key not in self.unread}
 
 
 def check_kept(name: str, steps: Sequence[str], *, trained: bool) -> None:
@@ -171,6 +181,11 @@ class GptqOptions(Closed):
     hessian: Literal["float32", "bfloat16"] = Field(
         "float32", exclude_if=lambda value: value == "float32",
         description="dtype of the Hessian's factors, not of its sums; bfloat16 where activations are, else float32",
+    )  # fmt: skip
+    damping: Literal["fixed", "held-out"] = Field(
+        "fixed", exclude_if=lambda value: value == "fixed",
+        description="held-out: a damping for each layer in place of damp_percent, by its error on every fourth "
+        "calibration row, which it is then not solved with; five solves a layer",
     )  # fmt: skip
     tune: Tune | None = Field(
         None, exclude_if=lambda value: value is None,

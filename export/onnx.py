@@ -37,8 +37,8 @@ from edgetune.export.onnx_graph import (
     with_float_activations,
 )
 from edgetune.export.onnx_own import build_own, check_own, read_embedding
-from edgetune.export.onnx_run import LOOP, lead_loop, run_rows
 from edgetune.export.onnx_repack import settle
+from edgetune.export.onnx_run import LOOP, lead_loop, run_rows
 from edgetune.export.onnx_shapes import Promise, check_shapes
 from edgetune.export.parity import HALF, Tolerance, hold, parity, torch_logits
 from edgetune.export.perplexity import LIMIT, compare, hold_perplexity, text_windows, token_losses

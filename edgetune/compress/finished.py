@@ -28,14 +28,16 @@ class LayerResult(Generic[Made]):
     """One finished layer. `relative_error` is tr(E H E^T) / tr(W H W^T); H is the identity without calibration.
 
     `pair` is what was fitted to E, if anything was, and E what is left. `tuned` is the relative error of the block's
-    output before and after its scales were learned, which `relative_error` precedes.
+    output before and after its grids were learned, which `relative_error` precedes, and where they may move, how many
+    zero points moved. `damping` is the one that was chosen.
     """
 
     quantized: Made
     relative_error: float
     fallbacks: tuple[str, ...]
     pair: Pair | None = None
-    tuned: tuple[float, float] | None = None
+    tuned: tuple[float, ...] | None = None
+    damping: float | None = None
 
     def weight(self) -> Tensor:
         """Give the weight [R, C] that the layer stands for, float32."""
@@ -71,6 +73,7 @@ def write_block(file: Path, key: str, done: dict[str, LayerResult[Made]]) -> Non
             "relative_error": r.relative_error,
             "fallbacks": list(r.fallbacks),
             "tuned": r.tuned,
+            "damping": r.damping,
         }
         for n, r in done.items()
     }
@@ -107,5 +110,6 @@ def _layer(stored: Any, name: str, about: dict[str, Any]) -> LayerResult[Any]:
     made = kind(*(stored.get_tensor(f"{name}.{part}") for part in kind.__dataclass_fields__))
     paired = f"{name}.A" in stored.keys()  # noqa: SIM118
     pair = (stored.get_tensor(f"{name}.A"), stored.get_tensor(f"{name}.B")) if paired else None
-    tuned = (entry["tuned"][0], entry["tuned"][1]) if entry["tuned"] else None
-    return LayerResult(made, float(entry["relative_error"]), tuple(entry["fallbacks"]), pair, tuned)
+    tuned = tuple(entry["tuned"]) if entry["tuned"] else None
+    damping = entry.get("damping")  # blocks that were finished before there was a choice have no such entry
+    return LayerResult(made, float(entry["relative_error"]), tuple(entry["fallbacks"]), pair, tuned, damping)

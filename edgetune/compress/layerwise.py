@@ -24,8 +24,9 @@ from edgetune.artifact import Artifact
 from edgetune.compress.architectures import SHARED_INPUTS, check_architecture
 from edgetune.compress.checkpoint import open_config
 from edgetune.compress.correction import Pair, corrected_weight
+from edgetune.compress.damping import Moments, Seen, joined
 from edgetune.compress.finished import LayerResult, Lazily, Made, read_block, read_layer, write_block
-from edgetune.compress.hessian import Hessian, all_finite, output_loss
+from edgetune.compress.hessian import all_finite, output_loss
 from edgetune.compress.shortcuts import LAST, shortcuts
 from edgetune.compress.spill import Shelf, Spill
 from edgetune.compress.streamed import present
@@ -39,11 +40,13 @@ TRIM_BLOCKS = 6  # so often what the solver freed goes back to the system, which
 # names of the layers, their weights stacked [R, C], H [C, C], and the cross moments [C, C] of `gptaq.py` where asked
 # for -> what was made
 Solve = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None], tuple[Made, tuple[str, ...]]]
+# names, weights, and the moments of the rows shown and of those held out -> the solver for all rows, and its damping
+Choose = Callable[[Sequence[str], Tensor, Sequence[Moments]], tuple[Solve[Made], float]]
 
-# E [R, C] and H [C, C] of one layer -> what is kept beside its integers; a block's layers, what it gives with other
-# weights, the number of batches, and the device -> its layers with other scales
+# E [R, C] and H [C, C] of one layer -> what is kept beside its integers; a block's layers and float weights, what it
+# gives with other weights, the number of batches, and the device -> its layers on other grids
 Correct = Callable[[Tensor, Tensor], Pair]
-Tune = Callable[[Mapping[str, LayerResult[Any]], Outputs, int, str], dict[str, LayerResult[Any]]]
+Tune = Callable[[Mapping[str, LayerResult[Any]], Mapping[str, Tensor], Outputs, int, str], dict[str, LayerResult[Any]]]
 
 
 class _Batch:
@@ -127,13 +130,15 @@ def quantize_blocks(
     fast: bool = False,
     correct: Correct | None = None,
     tune: Tune | None = None,
+    choose: Choose[Made] | None = None,
 ) -> Mapping[str, LayerResult[Made]]:
     """Quantize every linear layer of every block; the model is used up, a block's weights are let go when it is done.
 
     The model is whole, or a skeleton of `open_model`, whose blocks are read when it is their turn.
     rows [N, T] are token ids; without them no forward is run and `solve` gets no Hessian. With `both` the float model
     is followed beside the quantized one, and `solve` gets their cross moments; `fast` is that of `Hessian`.
-    `correct` gives each layer a pair beside its integers, `tune` each block other scales. Each finished block is kept
+    `correct` gives each layer a pair beside its integers, `tune` each block other scales; `choose` gives each layer its
+    own solver, by rows held out of the calibration. Each finished block is kept
     in `work` under `key`, and its codes are read from there when they are looked at; a walk that is begun again puts
     those back and ends in the same bytes.
     Raises StageError naming the layer, and the row where an activation is not finite.
@@ -154,9 +159,10 @@ def quantize_blocks(
                 _follow(block, index, batches, keep=both)
             if done is None:
                 fast_here = fast and dtype == torch.bfloat16
-                done = _quantize_block(block, index, original, batches, solve, correct, device, fast_here)
+                given = original if tune is None else dict(original)
+                done = _quantize_block(block, index, given, batches, solve, correct, choose, device, fast_here)
                 if tune is not None and batches is not None:
-                    done = tune(done, partial(_outputs, block, index, batches), len(batches), device)
+                    done = tune(done, original, partial(_outputs, block, index, batches), len(batches), device)
                     for batch in batches:
                         batch.seen.clear()  # by scales that are no more
                 write_block(file, key, done)
@@ -279,6 +285,7 @@ def _quantize_block(
     batches: list[_Batch] | None,
     solve: Solve[Made],
     correct: Correct | None,
+    choose: Choose[Made] | None,
     device: str,
     fast: bool,
 ) -> dict[str, LayerResult[Made]]:
@@ -291,11 +298,15 @@ def _quantize_block(
                 raise StageError(f"{name} has a weight that is not finite; make the model again")
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
         weights = list(torch.split(whole, [len(weight) for weight in weights]))  # what was stacked is let go
-        H, cross = None, None
+        parts: list[Moments] = []
         if batches is not None:
-            H, cross = _collect(block, index, group[0], batches, weights[0].shape[1], device, fast)
+            seen = Seen(weights[0].shape[1], apart=choose is not None, device=device, fast=fast)
+            parts = _collect(block, index, group[0], batches, seen)
+            del seen
         try:
-            stacked, fallbacks = solve(names, whole, H, cross)
+            solving, damping = choose(names, whole, parts) if choose is not None else (solve, None)
+            H, cross = joined(parts)
+            stacked, fallbacks = solving(names, whole, H, cross)
         except EdgetuneError as error:
             raise type(error)(f"{' + '.join(names)}: {error}") from error
         start = 0
@@ -314,25 +325,19 @@ def _quantize_block(
             )  # fmt: skip
             share = float(f"{loss / most if most else 0.0:.3g}")
             pair = pair and (pair[0].cpu(), pair[1].cpu())
-            done[name] = LayerResult(quantized.cpu(), share, fallbacks, pair)
+            done[name] = LayerResult(quantized.cpu(), share, fallbacks, pair, damping=damping)
             _put(block, short, made)
     return done
 
 
-def _collect(
-    block: nn.Module, index: int, name: str, batches: list[_Batch], in_features: int, device: str, fast: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Give the Hessian of a layer's inputs, and their cross moments; each forward ends where the layer is reached."""
-    hessian, cross = (Hessian(in_features, device=device, fast=fast) for _ in range(2))
-
+def _collect(block: nn.Module, index: int, name: str, batches: list[_Batch], seen: Seen) -> list[Moments]:
+    """Show `seen` a layer's inputs, and give their moments; each forward ends where the layer is reached."""
     for batch in batches:
 
         def see(called: str, X: Tensor, batch: _Batch = batch) -> None:
             if called != name:
                 return
-            hessian.add(X)
-            if name in batch.inputs:
-                cross.add(X, batch.inputs.pop(name) - X)
+            seen.add(X, batch.inputs.pop(name) if name in batch.inputs else None, batch.first_row)
             if name in LAST.values():
                 batch.seen[name] = X
             raise _CapturedError
@@ -342,7 +347,7 @@ def _collect(
                 block(batch.hidden, **batch.block_kwargs[index])
             except _CapturedError:
                 continue
-    return hessian.H, cross.H if cross.n_inputs else None
+    return seen.parts
 
 
 def _outputs(

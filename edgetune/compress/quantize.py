@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgetune.compress.correction import Pair
+    from edgetune.compress.damping import Moments
     from edgetune.compress.finished import LayerResult
-    from edgetune.compress.layerwise import Correct, Solve, Tune
+    from edgetune.compress.layerwise import Choose, Correct, Solve, Tune
     from edgetune.compress.scheme import Quantized
     from edgetune.compress.tune import Outputs
     from edgetune.data.calibration import CalibrationSet
@@ -55,6 +56,8 @@ def check(config: Rtn | Gptq, model_config: dict[str, Any]) -> None:
                 check_pack(name, out_features, in_features, scheme.bits)
     if config.allocate is not None:
         check_budget(config, model_config)
+    if isinstance(config, Gptq):
+        _check_held_out(config)
 
 
 def planned_identity(
@@ -118,14 +121,14 @@ def run(
             progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16", correct=_corrector(config),
-            tune=_tuner(config),
+            tune=_tuner(config, bits), choose=_chooser(config, bits),
         )  # fmt: skip
         layers = Lazily(results, lambda name: results[name].quantized)
         how: dict[str, Any] = {"method": "rtn"}
         if isinstance(config, Gptq):
             how = {
                 "method": "gptq", "desc_act": config.desc_act, "static_groups": config.static_groups,
-                "damp_percent": config.damp_percent,
+                "damp_percent": config.damp_percent if config.damping == "fixed" else None,
             }  # fmt: skip
         write_checkpoint(pending.path, source, layers, of, form=config.checkpoint, **how)
         if pairs := {name: result.pair for name, result in results.items() if result.pair is not None}:
@@ -151,6 +154,8 @@ def run(
         }  # fmt: skip
         if tuned := {n.partition(".self_attn")[0]: r.tuned for n, r in results.items() if r.tuned and ".q_proj" in n}:
             pending.notes["tuned"] = tuned
+        if dampings := {name: result.damping for name, result in results.items() if result.damping is not None}:
+            pending.notes["damping"] = dampings
     return pending.artifact
 
 
@@ -181,6 +186,28 @@ def _schemes(
     return layer_schemes(config, model_config, read(sensitivity), None if kept is None else read_kept(kept))
 
 
+def _check_held_out(config: Gptq) -> None:
+    """Refuse calibration rows that are too few to hold some out."""
+    rows = config.calibration
+    if config.damping == "held-out":
+        from edgetune.compress.damping import EVERY
+
+        if rows.n_samples < EVERY:
+            raise UnsupportedError(
+                f"damping: held-out holds out every {EVERY}th calibration row, of which there are {rows.n_samples}; "
+                "raise calibration.n_samples"
+            )
+    if config.tune is not None and config.tune.zeros:
+        from edgetune.compress.layerwise import BATCH_TOKENS
+
+        at_once = max(1, BATCH_TOKENS // rows.n_tokens)
+        if rows.n_samples <= at_once:
+            raise UnsupportedError(
+                f"tune.zeros is judged by calibration rows that it does not learn from, and {at_once} are learned from "
+                f"at once; raise calibration.n_samples={rows.n_samples} above that"
+            )
+
+
 def solver(config: Rtn | Gptq, of: Mapping[str, Scheme]) -> Solve[Quantized]:
     """Give what quantizes the layers of a group, by the scheme of the first of them."""
     from edgetune.compress.gptq import gptq_quantize
@@ -203,6 +230,20 @@ def solver(config: Rtn | Gptq, of: Mapping[str, Scheme]) -> Solve[Quantized]:
     return solve
 
 
+def _chooser(config: Rtn | Gptq, bits: Mapping[str, int]) -> Choose[Quantized] | None:
+    if not isinstance(config, Gptq) or config.damping == "fixed":
+        return None
+    from edgetune.compress.damping import DAMPINGS, least_damping
+
+    solvers = {share: solver(config.model_copy(update={"damp_percent": share}), bits) for share in DAMPINGS}
+
+    def choose(names: Sequence[str], weight: Tensor, parts: Sequence[Moments]) -> tuple[Solve[Quantized], float]:
+        chosen = least_damping(solvers, names, weight, parts)
+        return solvers[chosen], chosen
+
+    return choose
+
+
 def _corrector(config: Rtn | Gptq) -> Correct | None:
     if (recover := config.recover) is None:
         return None
@@ -215,25 +256,36 @@ def _corrector(config: Rtn | Gptq) -> Correct | None:
     return correct
 
 
-def _tuner(config: Rtn | Gptq) -> Tune | None:
+def _tuner(config: Rtn | Gptq, bits: Mapping[str, int]) -> Tune | None:
     if not isinstance(config, Gptq) or (asked := config.tune) is None:
         return None
     from edgetune.compress.correction import corrected_weight
     from edgetune.compress.tune import tune_scales
+    from edgetune.compress.zero_points import Reach
 
     def tune(
-        done: Mapping[str, LayerResult[Any]], outputs: Outputs, n_batches: int, device: str
+        done: Mapping[str, LayerResult[Any]],
+        floats: Mapping[str, Tensor],
+        outputs: Outputs,
+        n_batches: int,
+        device: str,
     ) -> dict[str, LayerResult[Any]]:
         def corrected(weights: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
             return outputs({name: corrected_weight(W, done[name].pair) for name, W in weights.items()}, i)
 
         layers = {name: result.quantized.to(device) for name, result in done.items()}
-        tuned = tune_scales(layers, corrected, n_batches, steps=asked.steps, learning_rate=asked.learning_rate)
-        errors = (float(f"{tuned.before:.3g}"), float(f"{tuned.after:.3g}"))
-        return {
-            name: replace(result, quantized=replace(result.quantized, scales=tuned.scales[name].cpu()), tuned=errors)
-            for name, result in done.items()
-        }
+        reach = None
+        if asked.zeros:
+            weights = {name: floats[f"{name.split('.', 3)[3]}.weight"].to(device) for name in done}
+            reach = {
+                name: Reach.of(layer, weights[name], Scheme(bits[name]).max_code) for name, layer in layers.items()
+            }
+        tuned = tune_scales(
+            layers, corrected, n_batches, steps=asked.steps, learning_rate=asked.learning_rate, reach=reach
+        )
+        made, n_moved = tuned.applied(layers, reach)
+        errors = (float(f"{tuned.before:.3g}"), float(f"{tuned.after:.3g}"), *([n_moved] if asked.zeros else []))
+        return {name: replace(result, quantized=made[name].cpu(), tuned=errors) for name, result in done.items()}
 
     return tune
 

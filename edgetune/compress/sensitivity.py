@@ -2,9 +2,10 @@
 
 Measured, not estimated: a group is quantized as its step will do it, on what the float model shows it, and the blocks
 from there on are run again; those before it keep their outputs. What a step does beyond that is left out: GPTAQ's share
-for inputs that are quantized already, since here none are, factors of the Hessian in bfloat16, scales that are learned
-afterwards, and corrections beside the integers. All of it is computed in float32: the noise of bfloat16, 0.001 to 0.002
-nats, is as large as what five bits cost a group.
+for inputs that are quantized already, since here none are, factors of the Hessian in bfloat16, a damping that is chosen
+by layer (damp_percent's default stands for it), scales that are learned afterwards, and corrections beside the
+integers. All of it is computed in float32: the noise of bfloat16, 0.001 to 0.002 nats, is as large as what five bits
+cost a group.
 Shapes: B rows of a batch, T tokens, C in-features, N positions.
 """
 
@@ -203,7 +204,7 @@ def _losses(file: Path) -> Losses:
 
 def _config(config: Rtn | Gptq) -> dict[str, Any]:
     """Give what is read while measuring; rows to calibrate on are GPTQ's alone."""
-    unread = dict.fromkeys(("recover", "tune", "correction", "hessian", "checkpoint"), True)
+    unread = dict.fromkeys(("recover", "tune", "correction", "hessian", "checkpoint", "damping"), True)
     rows = {} if isinstance(config, Gptq) else {"calibration": True}
     return config.model_dump(mode="json", exclude={"allocate": {"budget", "keep_update"}, **unread, **rows})
 

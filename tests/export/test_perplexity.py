@@ -84,9 +84,7 @@ def test_windows_lie_over_the_text_and_fit_the_model(tiny_model: Artifact, tmp_p
     assert [len(window) for window in text_windows(folder)] == [50] * 30
 
 
-def test_logits_that_are_too_sharp(
-    children_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_that_are_too_sharp(children_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key by which llama.cpp scales Granite's logits, half as much again: weights, ids and logits hold."""
     pytest.importorskip("llama_cpp")
     granite = gguf_families.FAMILIES["GraniteForCausalLM"]
