@@ -121,7 +121,7 @@ def run(
             progress=progress,
             both=isinstance(config, Gptq) and config.correction > 0,
             fast=isinstance(config, Gptq) and config.hessian == "bfloat16", correct=_corrector(config),
-            tune=_tuner(config, bits), choose=_chooser(config, bits),
+            tune=_tuner(config, of), choose=_chooser(config, of),
         )  # fmt: skip
         layers = Lazily(results, lambda name: results[name].quantized)
         how: dict[str, Any] = {"method": "rtn"}
@@ -230,12 +230,12 @@ def solver(config: Rtn | Gptq, of: Mapping[str, Scheme]) -> Solve[Quantized]:
     return solve
 
 
-def _chooser(config: Rtn | Gptq, bits: Mapping[str, int]) -> Choose[Quantized] | None:
+def _chooser(config: Rtn | Gptq, of: Mapping[str, Scheme]) -> Choose[Quantized] | None:
     if not isinstance(config, Gptq) or config.damping == "fixed":
         return None
     from edgetune.compress.damping import DAMPINGS, least_damping
 
-    solvers = {share: solver(config.model_copy(update={"damp_percent": share}), bits) for share in DAMPINGS}
+    solvers = {share: solver(config.model_copy(update={"damp_percent": share}), of) for share in DAMPINGS}
 
     def choose(names: Sequence[str], weight: Tensor, parts: Sequence[Moments]) -> tuple[Solve[Quantized], float]:
         chosen = least_damping(solvers, names, weight, parts)
@@ -256,7 +256,7 @@ def _corrector(config: Rtn | Gptq) -> Correct | None:
     return correct
 
 
-def _tuner(config: Rtn | Gptq, bits: Mapping[str, int]) -> Tune | None:
+def _tuner(config: Rtn | Gptq, of: Mapping[str, Scheme]) -> Tune | None:
     if not isinstance(config, Gptq) or (asked := config.tune) is None:
         return None
     from edgetune.compress.correction import corrected_weight
@@ -277,9 +277,7 @@ def _tuner(config: Rtn | Gptq, bits: Mapping[str, int]) -> Tune | None:
         reach = None
         if asked.zeros:
             weights = {name: floats[f"{name.split('.', 3)[3]}.weight"].to(device) for name in done}
-            reach = {
-                name: Reach.of(layer, weights[name], Scheme(bits[name]).max_code) for name, layer in layers.items()
-            }
+            reach = {name: Reach.of(layer, weights[name], of[name].max_code) for name, layer in layers.items()}
         tuned = tune_scales(
             layers, corrected, n_batches, steps=asked.steps, learning_rate=asked.learning_rate, reach=reach
         )
