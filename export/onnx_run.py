@@ -35,9 +35,10 @@ def lead_loop(folder: Path, runs: Sequence[Led]) -> list[Ran] | str:
     """Lead onnxruntime-genai's own loop through each run, with the settings of the folder; or say why it does not run.
 
     `is_done` answers for a token that was generated, not for one that was appended: so each is made the only choice.
+    One thread: more would spin, and crawl where the machine is shared.
     """
     lib = require("onnxruntime_genai")
-    threads = {"intra_op_num_threads": n_cpus(), "inter_op_num_threads": 1, "log_severity_level": 3}
+    threads = {"intra_op_num_threads": 1, "inter_op_num_threads": 1, "log_severity_level": 3}
     try:
         config = lib.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))

@@ -137,8 +137,9 @@ def _cell(found: str, notes: list[str]) -> str:
 HEAD = """# What goes into what
 
 Written by `python -m tests.export.support`, which makes every cell with a small random model of the family: planned as
-a recipe is, compressed, exported and held to its contract (token ids, stop set, template, logits). `yes` was made and
-held; a number is the note below with which `edgetune plan` and `run` refuse it. TensorRT engines are built, not run.
+a recipe is, compressed, exported and held to its contract (token ids, stop set, template, logits, perplexity, end of
+generation; TensorRT's without the last two). `yes` was made and held; a number is the note below with which
+`edgetune plan` and `run` refuse it. TensorRT engines are built, not run.
 Checkpoints for torch and vLLM: [quantization.md](quantization.md).
 """
 

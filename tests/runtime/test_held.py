@@ -17,6 +17,13 @@ PARITY = ParityResult(max_abs=2.5, mean_kl=0.0028531, top1_agreement=0.98412, n_
 CONTRACT = {"conversations": 8, "texts": 4, "tokens": 1566, "n_bos": 1, "stop_ids": [2], "extra_stop_ids": [0, 4]}
 
 
+PERPLEXITY = {
+    "reference": 14.679, "runtime": 14.741, "difference": 0.004224, "error": 0.0025, "limit": 0.005, "n_windows": 12,
+    "n_tokens": 1524,
+}  # fmt: skip
+GENERATION = {"loop": "llama-cpp-python", "positions": 401, "ends": 8, "near_ties": 0}
+
+
 def said(notes: dict[str, Any]) -> list[str]:
     return [found.text for found in held(notes)]
 
@@ -35,6 +42,17 @@ def test_each_proof_is_a_sentence() -> None:
         "logits against the same weights in torch, float activations",
         "logits against the same weights in torch, shipped",
     ]  # fmt: skip
+
+
+def test_perplexity_and_the_end_of_generation_are_sentences() -> None:
+    assert said({"perplexity": PERPLEXITY, "generation": GENERATION}) == [
+        "perplexity of 1,524 tokens of general text in its runtime 14.74, of the same weights in torch 14.68: +0.42%, "
+        "standard error 0.25% (allowed: 0.50% and what chance adds)",
+        "generation in llama-cpp-python goes on through the end of a golden answer and stops at each end token; at 401 "
+        "places of golden answers its first choice is to end where that of the same weights in torch is",
+    ]
+    (tied,) = said({"generation": GENERATION | {"near_ties": 2}})
+    assert tied.endswith("in torch is, but for 2 near ties")
 
 
 def test_broken_rules_of_vllm_are_named() -> None:
