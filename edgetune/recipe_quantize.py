@@ -64,7 +64,7 @@ class CheckpointOptions(Closed):
 class Grid(Closed):
     """Bits and a group size of their own, in the format of compressed-tensors."""
 
-    bits: Bits
+    bits: Bits = Field(description="of a weight")
     group_size: int = Field(description="columns that share a scale; -1 for the whole row")
 
     def __str__(self) -> str:
