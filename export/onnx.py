@@ -321,7 +321,7 @@ def _hold_logits(config: OnnxExport, reference: Any, source: Path, folder: Path,
     if config.precision in ("fp32", "fp16"):
         tolerance = EXACT if config.precision == "fp32" else HALF
         hold(found, tolerance)
-        notes = {config.precision: found.note(tolerance)}
+        notes: dict[str, Any] = {config.precision: found.note(tolerance)}
     else:
         with _float_twin(folder / GRAPH) as twin:
             exact = parity(wanted, run_rows(twin, rows))
