@@ -17,6 +17,7 @@ from edgetune.compress.answers import CHUNK_ROWS
 from edgetune.compress.chain import configs, so_far, step_names
 from edgetune.counts import NOTHING, UNKNOWN, Counts, Sizes, Speeds
 from edgetune.export.gguf_allocation import offered
+from edgetune.export.perplexity import N_TOKENS
 from edgetune.graph import (
     ANSWERS,
     IMPORTANCE,
@@ -128,7 +129,7 @@ class Estimator:
             return self._calibrating(gguf.calibration, along[-1], solves=False)
         if what.startswith(("gguf", "onnx", "tensorrt")):
             n_bytes = along[-1].bytes_16
-            seconds = START_S + EXPORT_S_PER_GB * n_bytes / 1e9
+            seconds = START_S + EXPORT_S_PER_GB * n_bytes / 1e9 + self._reading(_kind(candidate), along[-1])
             asked = candidate.export.gguf if candidate.export else None
             if asked is not None and asked.gptq:
                 seconds += self._calibrating(asked.calibration, along[-1], solves=True).seconds
@@ -291,6 +292,13 @@ class Estimator:
         weights = {"torch": 2.0, "gguf": 0.5, "onnx": 1.0, "tensorrt": 1.0}[kind] * sizes.bytes_16
         seconds = flop / ((gflops or self.speeds.float32) * 1e9 * SCORING.get(kind, TORCH))
         return Cost(START_S + seconds, RUNTIME_MIB + weights / MIB)
+
+    def _reading(self, kind: str, sizes: Sizes) -> float:
+        """Seconds of the general text whose perplexity an export is held to: in torch, and in its runtime."""
+        if kind == "tensorrt":
+            return 0.0
+        flop = 2.0 * N_TOKENS * (sizes.linear + sizes.head)
+        return flop / (self.speeds.float32 * 1e9) * (1 / TORCH + 1 / SCORING[kind])
 
     def _calibrating(self, config: Calibration, sizes: Sizes, *, solves: bool, followed: bool = False) -> Cost:
         """Predict a pass of all blocks, one in memory at a time; with `followed` the float model takes one as well."""
