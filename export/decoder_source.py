@@ -74,7 +74,7 @@ def quantizer_of(artifact: Artifact) -> Rtn:
     fields = {name: stored.get(name) for name in ("bits", "group_size", "sym")}
     fields |= {
         "checkpoint": METHOD if stored.get("quant_method") == METHOD else "gptq",
-        "recover": artifact.manifest.config.get("recover"),
+        "recover": (artifact.manifest.config | scheme).get("recover"),
     }
     if len(widths := sorted(set(scheme.get("bits_of", {}).values()))) > 1:
         del fields["bits"]
