@@ -45,7 +45,7 @@ from edgetune.training_time import BLOCK_S, SHARE, preference_step_seconds, step
 TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 1.2  # wide products are faster than the one that is measured
 # What a solver does one element or one column after the other, which no matrix product speed tells of.
 WEIGHT_S, COLUMN_S = 2.3e-7, 6e-5
-MADE_S = 6e-9  # a weight of trained scales in a forward and a backward
+MADE_S = 4e-9  # a weight of trained scales beside its products: 3.2 to 4.6 on one thread, layers of 1536 x 576
 HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 # Of integers, between what two machines showed: 0.22 and 0.3 where float32 is fast (a Xeon with AMX), 0.7 and 0.9 where
 # it is not (an EPYC). TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's.

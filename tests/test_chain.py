@@ -180,8 +180,8 @@ def test_integers_are_made_once_and_trained_further(tmp_path: Path, tiny_model_w
     """Both candidates train the same integers by what the teacher said once; what is made is what was planned."""
     rtn = {"rtn": {"group_size": 32, "sym": False}}
     candidates = {
-        into: {"compress": [rtn, {"distill": DISTILL | {"into": into}}], "export": {"gguf": {"type": "F16"}}}
-        for into in ("scales", "adapter")
+        name: {"compress": [rtn, {"distill": DISTILL | {"into": into}}], "export": {"gguf": {"type": "F16"}}}
+        for name, into in (("scales", "scales"), ("beside", "adapter"))
     }
     recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
     store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
@@ -193,12 +193,12 @@ def test_integers_are_made_once_and_trained_further(tmp_path: Path, tiny_model_w
     for name, candidate in recipe.candidates.items():
         assert [one.identity for one in made[name] or []] == line.graph.steps(candidate)
         assert [one.manifest.kind for one in made[name] or []] == ["gptq", "gptq"]
-        assert scored_steps(candidate) == ["rtn int4 g32", f"distill forward into {name}"]
+        assert scored_steps(candidate) == ["rtn int4 g32", f"distill forward into {candidate.distilled[0].into}"]
         assert line.graph.floats(candidate) == base.identity
     ran = [stage["name"] for stage in line.stages.done if not stage["done_before"]]
     assert ran == [
         "base", "scales: rtn int4 g32", "scales: teacher's distributions", "scales: distill forward into scales",
-        "adapter: distill forward into adapter",
+        "beside: distill forward into adapter",
     ]  # fmt: skip
     planned = plan.plan(recipe, store)
     assert [stage.name for stage in planned][: len(ran)] == [*ran[:4], "scales: gguf F16", ran[4]][: len(ran)]
