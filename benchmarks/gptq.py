@@ -2,14 +2,16 @@
 
     python benchmarks/gptq.py            # 3 rounds
     python benchmarks/gptq.py --quick    # 1 round, symmetric only, half of the measured rows
+    python benchmarks/gptq.py --sides ours damped zeros    # of our settings these alone
 
 Rows of 512 tokens: 16 of the first half of Python's language reference calibrate; 16 of its second half measure inside
 the domain, and the project's general questions and answers outside of it. Each quantization is a process of its own,
 in an order that is drawn anew in each round; its CPU-seconds, imports included, and its peak memory are the kernel's.
 Perplexities are torch's, of the dequantized checkpoints, in one process. gptqmodel runs with its own defaults in the
 environment that `peers.py` makes, on the same torch. `ours` is what `SETTINGS` says; `corrected` adds GPTAQ; `awq`
-scales the model first, in the same process. Ratios are ours over gptqmodel's, the worse of the symmetric and the
-asymmetric case; `*_to_rtn` over round to nearest.
+scales the model first, in the same process; `damped` chooses each layer's damping by rows held out; `tuned` learns the
+scales of each block, and `zeros`, asymmetric alone, its zero points as well. Ratios are ours over gptqmodel's, the
+worse of the symmetric and the asymmetric case; `*_to_rtn` over round to nearest.
 """
 
 from __future__ import annotations
@@ -42,8 +44,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16"},
     "corrected": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16", "correction": 0.5},
     "awq": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16"},
+    "damped": {"grid": "weighted", "damping": "held-out", "hessian": "bfloat16"},
+    "tuned": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16", "tune": {}},
+    "zeros": {"grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16", "tune": {"zeros": True}},
 }
-SIDES = ("rtn", *SETTINGS, "gptqmodel")
+ASYMMETRIC = ("zeros",)  # sides that have no symmetric case
 PEER = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}  # its advice for two cores; no long compile
 SPIN = {"GOMP_SPINCOUNT": "20000"}  # as the command line sets it
 PACKAGES = ("edgetune", "torch", "transformers")
@@ -133,7 +138,7 @@ def measured(command: list[Any], log: Path, environment: dict[str, str]) -> dict
     return {"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
 
 
-def benchmark(rounds: int, quick: bool, seed: int, out: Path) -> None:
+def benchmark(rounds: int, quick: bool, sides: list[str], seed: int, out: Path) -> None:
     """Run all sides in every round, measure what they made, and print the ratios."""
     from folded import folded
 
@@ -141,7 +146,12 @@ def benchmark(rounds: int, quick: bool, seed: int, out: Path) -> None:
     model = folded(seed).path
     rows = make_rows(model)
     texts = {name: text[::2] if quick else text for name, text in rows.items() if name != "calibration"}
-    cases = [f"{side} {grid}" for grid in (("sym",) if quick else ("sym", "asym")) for side in SIDES]
+    cases = [
+        f"{side} {grid}"
+        for grid in (("sym",) if quick else ("sym", "asym"))
+        for side in ("rtn", *sides, "gptqmodel")
+        if not (side in ASYMMETRIC and grid == "sym")
+    ]
     samples: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     rng, meter = random.Random(seed), LoadMeter()
@@ -198,14 +208,15 @@ def scored(folder: Path, texts: Path) -> dict[str, float]:
 
 def totals(samples: dict[str, list[dict[str, float]]], perplexity: dict[str, dict[str, float]]) -> dict[str, float]:
     """Give the ratios of each of our sides, the worst over the grids."""
-    grids = sorted({case.split()[1] for case in samples})
 
     def median(case: str, key: str) -> float:
         return statistics.median(sample[key] for sample in samples[case])
 
     found: dict[str, float] = {}
     for side in SETTINGS:
-        prefix = "" if side == "ours" else f"{side}_"
+        prefix, grids = "" if side == "ours" else f"{side}_", [g for g in ("asym", "sym") if f"{side} {g}" in samples]
+        if not grids:
+            continue
         for label, key in (("cpu_ratio", "cpu_s"), ("memory_ratio", "peak_mib")):
             found[prefix + label] = max(median(f"{side} {g}", key) / median(f"gptqmodel {g}", key) for g in grids)
         for text in ("in", "out"):
@@ -228,10 +239,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="1 round, symmetric only, half of the measured rows")
+    parser.add_argument("--sides", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of our settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
-    benchmark(1 if given.quick else given.rounds, given.quick, given.seed, given.out)
+    benchmark(1 if given.quick else given.rounds, given.quick, given.sides, given.seed, given.out)
 
 
 if __name__ == "__main__":

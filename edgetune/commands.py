@@ -26,7 +26,7 @@ def run_commands(artifact: Artifact, place: Path) -> list[str]:
     if kind == "tensorrt":
         return [f"edgetune bench {folder}", ours]
     if kind == "gptq":
-        config = artifact.manifest.config
+        config = artifact.manifest.config | (artifact.manifest.scheme or {})  # which has it where integers were trained
         served = f"vllm serve {folder} --quantization {config.get('checkpoint', 'gptq')}"
         if recover := config.get("recover"):  # a LoRA adapter, which is asked for by its name
             rank = next(n for n in VLLM_RANKS if n >= recover["rank"] or n == VLLM_RANKS[-1])

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgetune.compress.answers import CHUNK_ROWS
 from edgetune.compress.chain import configs, so_far, step_names
+from edgetune.compress.damping import DAMPINGS
 from edgetune.counts import NOTHING, UNKNOWN, Counts, Sizes, Speeds
 from edgetune.export.gguf_allocation import offered
 from edgetune.export.perplexity import N_TOKENS
@@ -47,6 +48,7 @@ from edgetune.training_time import BLOCK_S, SHARE, preference_step_seconds, step
 TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 1.2  # wide products are faster than the one that is measured
 # What a solver does one element or one column after the other, which no matrix product speed tells of.
 WEIGHT_S, COLUMN_S = 2.3e-7, 6e-5
+MADE_S = 4e-9  # a weight of trained scales beside its products: 3.2 to 4.6 on one thread, layers of 1536 x 576
 HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 # Of integers, between what two machines showed: 0.22 and 0.3 where float32 is fast (a Xeon with AMX), 0.7 and 0.9 where
 # it is not (an EPYC). TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's.
@@ -154,7 +156,7 @@ class Estimator:
     def _step(self, method: Prune | Distill | Sparsify | Awq | Rtn | Gptq, before: Sizes, after: Sizes) -> Cost:
         """Predict one compress step of a model."""
         if isinstance(method, Distill):
-            return self._distilling(method, after)
+            return self._distilling(method, after) if method.into is None else self._recovering(method, after)
         if isinstance(method, Prune) and not method.cuts_blocks:
             return Cost(START_S, RUNTIME_MIB + 4 * before.bytes_16 / MIB)
         if isinstance(method, Prune):
@@ -165,19 +167,29 @@ class Estimator:
             return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
         if isinstance(method, Gptq):
             found = self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
-            return Cost(found.seconds + self._tuning(method, before), found.memory_mib)
+            choosing = self._choosing(before) if method.damping == "held-out" else Cost(0.0, 0.0)
+            seconds = found.seconds + self._tuning(method, before) + choosing.seconds
+            return Cost(seconds, found.memory_mib + choosing.memory_mib)
         if method.calibration is None:
             return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
         found = self._calibrating(method.calibration, before, solves=True)
         whole = 2 * before.bytes_16 / MIB if isinstance(method, Sparsify) else 0.0
         return Cost(found.seconds, found.memory_mib + whole)
 
+    def _choosing(self, sizes: Sizes) -> Cost:
+        """Predict the solves by which a damping is chosen, and the moments of the rows held out."""
+        seconds = len(DAMPINGS) * sizes.n_layers * self._solving(sizes, 0)
+        return Cost(seconds, 4 * sizes.intermediate**2 / MIB)
+
     def _tuning(self, config: Gptq, sizes: Sizes) -> float:
-        """Seconds of learning scales: three forwards a step, three looks at all batches, and the float model's pass."""
+        """Seconds of learning grids: three forwards a step, three looks at all batches, and the float model's pass.
+
+        With zero points a quarter of the batches is looked at five times.
+        """
         if config.tune is None:
             return 0.0
         n_tokens = config.calibration.n_samples * config.calibration.n_tokens
-        seen = 3 * config.tune.steps * min(n_tokens, TUNED_TOKENS) + 4 * n_tokens
+        seen = 3 * config.tune.steps * min(n_tokens, TUNED_TOKENS) + (2.25 if config.tune.zeros else 4) * n_tokens
         return 2.0 * seen * sizes.linear / (self.speeds.training * 1e9 * CALIBRATING)
 
     def _measuring(self, method: Rtn | Gptq, sizes: Sizes) -> Cost:
@@ -284,6 +296,29 @@ class Estimator:
         memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
         small = steps * sizes.n_layers * BLOCK_S["cpu"]
         return Cost(START_S + small + sampling + self._seconds(flop, SHARE), memory)
+
+    def _recovering(self, config: Distill, sizes: Sizes) -> Cost:
+        """Train what is beside the integers of a checkpoint, in the dtype that training computes in."""
+        n_rows, n_tokens, n_labels = max(self.train.n_rows, 1), self.train.n_tokens, self.train.n_labels
+        passes = config.epochs if config.max_steps is None else config.max_steps * config.batch_size / n_rows
+        steps, scales = passes * n_rows / config.batch_size, config.into == "scales"
+        products = 6 if scales else 4  # scales want the gradient of each weight
+        flop = passes * (products * n_tokens * sizes.linear + 4 * n_labels * sizes.head)
+        rows = config.micro_batch_size or config.batch_size
+        made = scales * steps * config.batch_size / rows * sizes.linear * MADE_S  # weights, anew for each product
+        beside, sampling = 0.0, 0.0
+        if config.on_policy:
+            judged, beside = passes * config.on_policy, 2.0 * self.sizes.bytes_16
+            flop += 2 * judged * (n_tokens * self.sizes.linear + n_labels * self.sizes.head)
+            batches = steps * config.on_policy * config.batch_size / rows
+            sampling = self._answering(config, sizes, judged * n_rows, batches)
+        width = self._number_bytes
+        activations = rows * n_tokens / n_rows * sizes.n_layers * (14 * sizes.hidden + 6 * sizes.intermediate) * width
+        logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
+        memory = TRAINER_MIB + (4 * sizes.linear + width * sizes.head + beside + activations + logits) / MIB
+        small = steps * sizes.n_layers * BLOCK_S["cpu"]
+        seconds = START_S + small + made + sampling + flop / (self.speeds.training * 1e9 * SHARE)
+        return Cost(seconds, memory)
 
     def _scoring(self, candidate: Candidate | None, sizes: Sizes, rows: Counts, *, gflops: float | None = None) -> Cost:
         """Score rows once, in float32 without `gflops`; a subject that is no candidate runs in torch."""

@@ -156,8 +156,7 @@ class Graph:
 
     def floats(self, candidate: Candidate) -> str:
         """Identity of the last model in a candidate's chain whose weights are not integers."""
-        steps = self.steps(candidate)
-        before = steps[:-1] if candidate.quantizer is not None else steps
+        before = self.steps(candidate)[: candidate.n_float_steps]
         return before[-1] if before else self.model
 
     def steps(self, candidate: Candidate) -> list[str]:
@@ -345,7 +344,7 @@ def stage_names(recipe: Recipe) -> list[str]:
             add(f"{name}: {label}", so_far(candidate, place + 1))
         if meets_update(recipe, candidate):
             add(f"{name}: {UPDATE_LEFT}", UPDATE_LEFT, so_far(candidate, 1))
-        floats = so_far(candidate, len(candidate.compress) - (candidate.quantizer is not None))
+        floats = so_far(candidate, candidate.n_float_steps)
         if (gguf := weighed_export(candidate)) is not None:
             add(f"{name}: {IMPORTANCE}", floats, gguf.calibration)
             if gguf.allocate is not None:

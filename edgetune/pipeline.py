@@ -106,7 +106,7 @@ class Pipeline:
         weighed, rows = self.graph.moments(candidate), self.graph.gguf_rows(candidate)
         if weighed is not None:
             assert rows is not None, "what is weighed is calibrated"
-            floats = chain[-2] if candidate.quantizer is not None else source
+            floats = chain[candidate.n_float_steps]
             found = self.stages.run(
                 f"{name}: {IMPORTANCE}",
                 weighed,

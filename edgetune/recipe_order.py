@@ -16,6 +16,11 @@ def check_order(steps: Sequence[CompressStep]) -> None:
     What is trained of integers comes right after them. Raises ValueError.
     """
     _scales_meet_their_grid(steps)
+    for index, step in enumerate(steps):
+        if step.distill is not None and step.keeps_integers and all(one.quantizer is None for one in steps[:index]):
+            raise ValueError(
+                f"distill.into {step.distill.into} trains what an rtn or gptq step made; put one before it"
+            )
     for before, step in pairwise(steps):
         if before.quantizer is None and not before.keeps_integers:
             continue
@@ -27,10 +32,6 @@ def check_order(steps: Sequence[CompressStep]) -> None:
     for index, step in enumerate(steps):
         if step.distill is None:
             continue
-        if step.keeps_integers and (index == 0 or steps[index - 1].quantizer is None):
-            raise ValueError(
-                f"distill.into {step.distill.into} trains what an rtn or gptq step made; put one before it"
-            )
         if step.distill.into != "scales" and any(earlier.sparsify is not None for earlier in steps[:index]):
             advice = "leave sparsify out" if step.keeps_integers else "put distill before sparsify"
             raise ValueError(f"distill after sparsify trains what it set to zero; {advice}")

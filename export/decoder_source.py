@@ -90,7 +90,7 @@ def quantizer_of(artifact: Artifact) -> Rtn:
     fields = {name: stored.get(name) for name in ("bits", "group_size", "sym")}
     fields |= {
         "checkpoint": METHOD if stored.get("quant_method") == METHOD else "gptq",
-        "recover": artifact.manifest.config.get("recover"),
+        "recover": (artifact.manifest.config | scheme).get("recover"),
     }
     bits_of, columns_of = scheme.get("bits_of", {}), scheme.get("group_size_of", {})
     if len(found := sorted({(bits, columns_of.get(name)) for name, bits in bits_of.items()}, key=str)) > 1:

@@ -101,7 +101,7 @@ def check(config: OnnxExport, model_config: dict[str, Any], quantized: Gptq | Rt
                                f"use {64 if quantized.group_size == -1 else nearest}")  # fmt: skip
     if config.builder == "genai" and quantized.recover is not None:
         raise UnsupportedError("the genai builder writes no correction beside integers; use builder: own, or leave "
-                               "recover out")  # fmt: skip
+                               "out recover or distill.into: adapter")  # fmt: skip
     if config.builder == "genai" and quantized.checkpoint != "gptq":
         raise UnsupportedError("the genai builder reads checkpoints in AutoGPTQ's format; leave checkpoint out, or use "
                                "builder: own")  # fmt: skip

@@ -71,8 +71,8 @@ def check(config: TensorrtExport, model_config: dict[str, Any], quantized: Gptq 
         raise UnsupportedError("tensorrt precision int4 writes a checkpoint's integers and rounds nothing itself; "
                                "add a gptq step (bits 4, group_size 32, sym true), or use precision fp16")  # fmt: skip
     if quantized.recover is not None:
-        raise UnsupportedError("tensorrt's graph has no correction beside integers; leave recover out, or export onnx "
-                               "with builder: own")  # fmt: skip
+        raise UnsupportedError("tensorrt's graph has no correction beside integers; leave out recover or distill.into: "
+                               "adapter, or export onnx with builder: own")  # fmt: skip
     if quantized.allocate is not None:
         raise UnsupportedError("tensorrt int4 blocks are of 4 bits in every layer; use bits: 4 in place of allocate")
     wrong = [f"{name}={getattr(quantized, name)}" for name, only in (("bits", 4), ("sym", True))

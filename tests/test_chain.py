@@ -176,6 +176,45 @@ def test_steps_are_made_once_and_a_student_may_be_another_model(tmp_path: Path, 
     assert [stage.name for stage in plan.plan(recipe, store)][: len(ran)] == ran
 
 
+def test_integers_are_made_once_and_trained_further(tmp_path: Path, tiny_model_wide: Artifact) -> None:
+    """Both candidates train the same integers by what the teacher said once; what is made is what was planned."""
+    rtn = {"rtn": {"group_size": 32, "sym": False}}
+    candidates = {
+        name: {"compress": [rtn, {"distill": DISTILL | {"into": into}}], "export": {"gguf": {"type": "F16"}}}
+        for name, into in (("scales", "scales"), ("beside", "adapter"))
+    }
+    recipe = make_recipe(tmp_path, tiny_model_wide.path, adapt=None, candidates=candidates)
+    store, said = Store(tmp_path / "store"), Console(file=io.StringIO())
+    line = pipeline.Pipeline(recipe, plan.preflight(recipe), Stages(store, tmp_path / "run", said))
+    base = line.prepare()
+    steps = Steps(recipe, line.stages, line.graph, base, line.adapt())
+    made = {name: steps.run(name, candidate) for name, candidate in recipe.candidates.items()}
+    assert not line.stages.failures
+    for name, candidate in recipe.candidates.items():
+        assert [one.identity for one in made[name] or []] == line.graph.steps(candidate)
+        assert [one.manifest.kind for one in made[name] or []] == ["gptq", "gptq"]
+        assert scored_steps(candidate) == ["rtn int4 g32", f"distill forward into {candidate.distilled[0].into}"]
+        assert line.graph.floats(candidate) == base.identity
+    ran = [stage["name"] for stage in line.stages.done if not stage["done_before"]]
+    assert ran == [
+        "base", "scales: rtn int4 g32", "scales: teacher's distributions", "scales: distill forward into scales",
+        "beside: distill forward into adapter",
+    ]  # fmt: skip
+    planned = plan.plan(recipe, store)
+    assert [stage.name for stage in planned][: len(ran)] == [*ran[:4], "scales: gguf F16", ran[4]][: len(ran)]
+    unmade = plan.plan(recipe, Store(tmp_path / "empty"))
+    assert [stage.name for stage in unmade] == [stage.name for stage in planned]
+    assert all(stage.cost is not None and stage.cost.seconds > 0 for stage in planned)
+
+
+@pytest.mark.parametrize("export", [{"onnx": {}}, {"tensorrt": {"precision": "int4"}}])
+def test_an_adapter_beside_integers_goes_where_a_correction_goes(export: dict[str, Any]) -> None:
+    steps: list[dict[str, Any]] = [{"rtn": {"group_size": 32}}, {"distill": {"into": "adapter"}}]
+    candidate = Candidate.model_validate({"compress": steps, "export": export})
+    with pytest.raises(UnsupportedError, match="correction beside integers"):
+        plan.check_candidate(candidate, SMOLLM2 | {"architectures": ["LlamaForCausalLM"]})
+
+
 def test_a_student_of_written_and_sampled_answers_in_a_recipe(tmp_path: Path, tiny_model_wide: Artifact) -> None:
     """Both candidates learn from the same answers of the teacher; what is made is what was planned."""
     written = {**DISTILL, "answers": "teacher", "max_new_tokens": 8}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgetune import estimate
+from edgetune.compress.chain import step_names
 from edgetune.counts import Counts, Speeds
 from edgetune.data.formats import read_rows
 from edgetune.estimate import Estimator
@@ -85,6 +86,26 @@ def test_a_type_that_few_groups_are_offered_takes_less_than_one_that_all_are() -
         return estimator(recipe).cost("a: sensitivity of layers").seconds
 
     assert seconds("Q5_0", "Q8_0") > seconds("Q8_0", "Q4_K") > seconds("Q8_0")  # of SmolLM2's widths one fits 256
+
+
+def test_what_is_done_beside_rounding_takes_its_time() -> None:
+    def seconds(*steps: dict[str, object]) -> float:
+        recipe = RECIPE | {"candidates": {"a": {"compress": list(steps)}}, "budgets": {}}
+        made = estimator(parse_recipe(recipe))
+        names = step_names(made.recipe.candidates["a"])
+        return made.cost(f"a: {names[-1]}").seconds
+
+    gptq = {"group_size": 32, "sym": False}
+    plain, chosen = seconds({"gptq": gptq}), seconds({"gptq": gptq | {"damping": "held-out"}})
+    assert 1.5 * plain < chosen < 6 * plain
+    scales, zeros = (seconds({"gptq": gptq | {"tune": {"zeros": on}}}) for on in (False, True))
+    assert plain < zeros < scales
+    few, many, adapter = (
+        seconds({"gptq": gptq}, {"distill": {"into": into, "max_steps": n, "eval_rows": 8}})
+        for into, n in (("scales", 50), ("scales", 200), ("adapter", 200))
+    )
+    assert 3 * few < many < 5 * few
+    assert adapter < many
 
 
 def test_repeated_runs_sweeps_and_probes_take_longer() -> None:

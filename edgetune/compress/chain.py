@@ -35,7 +35,7 @@ def check(candidate: Candidate, model_config: dict[str, Any]) -> dict[str, Any]:
             STAGES[type(method)].check(method, config)
         found = planned_config(step, config, model_config)
         if isinstance(method, Distill):
-            linear_shapes(found)
+            _check_rank(method, linear_shapes(found))
             if method.student is not None:
                 _check_vocabulary(method, found, model_config)
             pairing.check(method, found, model_config)
@@ -71,7 +71,7 @@ def step_name(step: CompressStep) -> str:
         }  # fmt: skip
         return " ".join(["prune", *(form.format(size) for form, size in sizes.items() if size is not None)])
     if isinstance(method, Distill):
-        return f"distill {method.divergence}"
+        return f"distill {method.divergence}{f' into {method.into}' if method.into else ''}"
     if isinstance(method, Sparsify):
         return f"sparsify {method.method} {method.pattern if method.group else f'{method.sparsity:.0%}'}"
     if isinstance(method, Awq):
@@ -119,6 +119,17 @@ def vocabulary(candidate: Candidate, n_steps: int | None = None) -> int | None:
 def so_far(candidate: Candidate, n_steps: int) -> str:
     """Give what tells the first steps of a chain from others: equal ones are made once."""
     return json.dumps([step.model_dump(mode="json") for step in candidate.compress[:n_steps]])
+
+
+def _check_rank(config: Distill, shapes: dict[str, tuple[int, int]]) -> None:
+    if config.into != "adapter":
+        return
+    for name, shape in shapes.items():
+        if config.adapter_rank >= min(shape):
+            raise UnsupportedError(
+                f"distill.rank={config.adapter_rank} is no less than the {min(shape)} features of {name}; "
+                "use a lower rank"
+            )
 
 
 def _check_vocabulary(config: Distill, student: dict[str, Any], teacher: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ states, through learned projections, are also drawn to the teacher's (TinyBERT, 
 `relation_weight` how its tokens relate (`relations.py`). With `answers: teacher` the teacher writes what is learned
 (`answers.py`), and in the steps of `on_policy` the student does (`on_policy.py`): there the loss is the divergence
 alone, over the whole vocabulary, from what the teacher says at once (`coach.py`).
-All weights are trained, by adapt's trainer. Shapes: N labelled positions, C hidden size, K kept tokens, V vocabulary.
+All weights are trained, by adapt's trainer; with `into` what `into.py` trains of a checkpoint of integers.
+Shapes: N labelled positions, C hidden size, K kept tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.adapt import out_of_memory
+from edgetune.adapt import methods, out_of_memory
 from edgetune.adapt.curves import diverged, history
 from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Rows, Split, make_trainer
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress import answers as answering
-from edgetune.compress import pairing
+from edgetune.compress import into, pairing
 from edgetune.compress import teacher as teaching
 from edgetune.compress.checkpoint import read_config
 from edgetune.compress.coach import Coach, Taps
@@ -73,6 +74,7 @@ def run(
 ) -> Artifact:
     """Train all weights of a `model` artifact on what the teacher says, and write it as a `model` artifact.
 
+    With `config.into` the student is a `gptq` artifact, whose integers stay, and what is written is one of its format.
     `said` is what `teacher.run` wrote for the same rows and `answers`, which `answers.run` wrote to them. `kept_tokens`
     are the teacher's ids that the student has, in the order of the student's, where its vocabulary was pruned: `rows`
     are in the student's ids. A run that was killed goes on from its last whole checkpoint, to the same bytes on the
@@ -92,25 +94,31 @@ def run(
         learned, config.on_policy, config.sample_temperature,
         answering.most_new_tokens(config, learned) if config.on_policy else 0, golden.stop_ids, seed,
     )  # fmt: skip
-    require_space(out.parent, 18 * student.size_bytes)  # three checkpoints of float32 weights and two moments
+    integers = config.into is not None
+    # Three checkpoints: of float32 weights and two moments; or of what is not quantized, and of little that is trained.
+    require_space(out.parent, (4 if integers else 18) * student.size_bytes)
     with draft(
-        out, kind="model", stage=STAGE, config=_config(config, seed), parents=parents, sources=sources,
-        versions=_versions(),
+        out, kind="gptq" if integers else "model", stage=STAGE, config=_config(config, seed), parents=parents,
+        sources=sources, versions=_versions(),
     ) as pending:  # fmt: skip
 
         def build(config: Distill, progress: Report) -> DistillTrainer:
             torch.manual_seed(seed)
-            model: Any = load_whole(student.path, torch.float32)
+            model: Any = (
+                into.attach(config, student.path, device) if integers else load_whole(student.path, torch.float32)
+            )
             model.to(device).train()
             coach = insides.coach(teacher, device, kept_tokens) if config.compares or config.on_policy else None
             if coach is not None and config.hidden_weight:
                 size = int(model.config.hidden_size)
                 setattr(model, PROJECTION, nn.ModuleList(coach.projection(size) for _ in insides.blocks).to(device))
             optimizer = torch.optim.AdamW(
-                model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-            )
+                [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
+                weight_decay=config.weight_decay, fused=True,
+            )  # fmt: skip
+            head = LabelledHead(methods.causal_of(model).get_output_embeddings())
             return make_trainer(
-                DistillTrainer, config, model, LabelledHead(model.get_output_embeddings()), data, optimizer,
+                DistillTrainer, config, model, head, data, optimizer,
                 work=pending.work, device=device, seed=seed, progress=progress, log_folder=log_folder,
                 distill=config, said=teaching.read(said), sampler=sampler, coach=coach, insides=insides,
             )  # fmt: skip
@@ -120,15 +128,22 @@ def run(
         model = trainer.model
         if config.hidden_weight:
             delattr(model, PROJECTION)
-        model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
-        copy_tokenizer(of_tokenizer.path, pending.path)
-        golden.write(pending.path)
+        if integers:
+            pending.scheme = into.write(config, model, student, pending.path)
+        else:
+            model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
+            copy_tokenizer(of_tokenizer.path, pending.path)
+            golden.write(pending.path)
         hold(pending.path)
         pending.seed = seed
         pending.fallbacks.extend([*data.fallbacks, *ran_out, *lost])
         pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
-        pending.notes["parameters"] = sum(p.numel() for p in model.parameters())
+        if integers:
+            pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            pending.notes |= {key: value for key, value in student.manifest.notes.items() if key == "vllm"}
+        else:
+            pending.notes["parameters"] = sum(p.numel() for p in model.parameters())
     return pending.artifact
 
 

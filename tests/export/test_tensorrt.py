@@ -205,7 +205,7 @@ def job(folder: Path, profiles: list[Any], *capabilities: str) -> dict[str, Any]
         ({"precision": "int4"}, {}, None, "add a gptq step"),
         ({}, {}, Rtn(), "fp16 holds no quantized weights"),
         ({"precision": "int4"}, {}, Rtn(sym=False), "cannot hold sym=False"),
-        ({"precision": "int4"}, {}, Gptq(recover=Recover()), "no correction beside integers; leave recover out"),
+        ({"precision": "int4"}, {}, Gptq(recover=Recover()), "no correction beside integers; leave out recover"),
         ({"precision": "int4"}, {}, Rtn(bits=8, group_size=96), "cannot hold bits=8, group_size=96"),
         ({"precision": "int4"}, {}, Gptq(static_groups=False), "static_groups: true"),
         ({"precision": "int4", "compute_capability": ["7.5", "8.6"]}, {}, Rtn(), "7.5 has no int4"),
