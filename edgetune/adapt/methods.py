@@ -6,6 +6,7 @@ LoRA arXiv:2106.09685, QLoRA 2305.14314, DoRA 2402.09353, rsLoRA 2312.03732, IA3
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,21 @@ def attach(config: Adapt, folder: Path, device: str) -> nn.Module:
         if parameter.requires_grad:  # peft leaves DoRA's magnitudes in 16 bits, where small updates are lost
             parameter.data = parameter.data.float()
     return model
+
+
+@torch.no_grad()
+def begin_with(model: Any, ids: Sequence[int]) -> None:
+    """Let a prefix begin as the base's own keys and values of so many tokens (arXiv:2101.00190, section 7.4).
+
+    What peft draws at random is nothing that a text could leave behind, and drowns what the base knows.
+    """
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    base = model.get_base_model()
+    given = torch.tensor([list(ids)], device=base.get_input_embeddings().weight.device)
+    with model.disable_adapter():
+        past = base(input_ids=given, use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=past)
 
 
 def peft_config(config: Adapt) -> PeftConfig:

@@ -6,6 +6,7 @@ peft holds the adapter, bitsandbytes the 4-bit base, `trainer.py` the loop and t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from edgetune.adapt.callbacks import GradualUnfreezing, KeptWithin, SpeedLog
 from edgetune.adapt.curves import diverged, history
 from edgetune.adapt.ewc import N_TOKENS, Consolidation, general_rows
 from edgetune.adapt.pull import Pull
-from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Split, make_trainer
+from edgetune.adapt.trainer import CompletionTrainer, LabelledHead, Rows, Split, make_trainer
 from edgetune.artifact import Artifact, identity, json_digest
 from edgetune.compress.checkpoint import read_config
 from edgetune.data.checks import refuse_untaught
@@ -31,7 +32,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_training import Adapt
 from edgetune.sources import copy_tokenizer
 
-STAGE = "adapt.sft/6"
+STAGE, PREFIX_STAGE = "adapt.sft/6", "adapt.sft/7"
 SPEED = "adapt-speed.json"  # in the folder of the logs
 
 
@@ -41,7 +42,7 @@ def planned_identity(
 ) -> str:  # fmt: skip
     """Identity of the adapter that `run` would make."""
     sources = _sources(config, rows, general, golden, mixture)
-    return identity(STAGE, _config(config, seed), [source_identity], sources)
+    return identity(_stage(config), _config(config, seed), [source_identity], sources)
 
 
 def run(
@@ -84,7 +85,7 @@ def run(
     with processes.drafted(
         out,
         kind="model" if full else "adapter",
-        stage=STAGE,
+        stage=_stage(asked),
         config=_config(asked, seed),
         parents=[source],
         sources=_sources(asked, rows, general, golden, mixture),
@@ -93,6 +94,8 @@ def run(
         def build(config: Adapt, progress: Report) -> CompletionTrainer:
             torch.manual_seed(seed)  # peft draws the adapter's first values from the global generator
             model, head = attach(config, source.path, device)
+            if config.method == "prefix":
+                methods.begin_with(model, first_tokens(data.train, config.virtual_tokens))
             trainer = make_trainer(
                 CompletionTrainer, config, model, head, data, methods.make_optimizer(config, model), work=pending.work,
                 device=device, seed=seed, progress=progress, log_folder=log_folder,
@@ -145,6 +148,11 @@ def attach(config: Adapt, folder: Path, device: str) -> tuple[nn.Module, Labelle
     return model, LabelledHead(methods.causal_of(model).get_output_embeddings())
 
 
+def first_tokens(rows: Rows, n: int) -> list[int]:
+    """Give the first `n` tokens of the rows, one after the other, and again from the first where they have fewer."""
+    return list(islice((token for index in cycle(range(len(rows))) for token in rows[index]["input_ids"]), n))
+
+
 def _usual_bytes(config: Adapt, source: Artifact, rows: Sequence[Rendered], device: str) -> float | None:
     """Give what a CPU training has resident when half of its kernels are made; None on a GPU and for unknown shapes."""
     if device.startswith("cuda"):
@@ -169,6 +177,10 @@ def pull_of(
     if config.ewc:
         pulls.append(Consolidation(model, config.ewc, guarded, seed))
     return (lambda: torch.stack([pull() for pull in pulls]).sum()) if len(pulls) > 1 else next(iter(pulls), None)
+
+
+def _stage(config: Adapt) -> str:
+    return PREFIX_STAGE if config.method == "prefix" else STAGE
 
 
 def _sources(

@@ -187,6 +187,21 @@ def test_loss_is_cross_entropy_of_the_labelled_positions_whatever_is_trained(
     torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
 
 
+def test_a_prefix_begins_as_text_that_was_read_before(tiny_model: Artifact, rows: list[Rendered]) -> None:
+    model, _ = sft.attach(CONFIGS["prefix"], tiny_model.path, "cpu")
+    drawn = model.prompt_encoder["default"].embedding.weight.clone()
+    shown = sft.first_tokens(Rows(rows), 4)
+    assert shown == list(rows[0].ids[:4])
+    methods.begin_with(model, shown)
+    assert not torch.equal(model.prompt_encoder["default"].embedding.weight, drawn)
+    asked = torch.tensor([rows[1].ids])
+    with torch.no_grad():
+        behind = model.float()(input_ids=asked).logits[0]
+        whole = model.get_base_model()(input_ids=torch.cat([torch.tensor([shown]), asked], 1)).logits[0]
+    torch.testing.assert_close(behind, whole[4:], atol=0.1, rtol=0.05)  # keys and values were bfloat16
+    assert sft.first_tokens(Rows(rows[:1]), 2 * len(rows[0].ids)) == 2 * list(rows[0].ids)
+
+
 def test_a_prefix_runs_apart_in_the_torch_engine(
     tiny_model: Artifact, rows: list[Rendered], trained: Callable[[str], Artifact]
 ) -> None:
