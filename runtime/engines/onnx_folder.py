@@ -27,7 +27,7 @@ _NESTED: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-INPUT, OPERATOR = 1, 4  # fields of a node
+INPUT, OUTPUT, OPERATOR = 1, 2, 4  # fields of a node
 NAME, EXTERNAL, INLINE = 8, 13, (4, 5, 7, 9, 10, 11)  # of a tensor: INLINE hold values
 LOOKUPS = {b"Gather", b"GatherBlockQuantized"}
 _Fields = list[tuple[int, memoryview]]
@@ -134,15 +134,18 @@ def load_tokenizer(folder: Path) -> Any:
 def check_graph(graph: Path) -> bool:
     """Refuse a graph that is cut, that reads outside its folder, or whose data file is too short.
 
-    Gives whether its cache is shared by input and output (GroupQueryAttention) or grows by copying (Attention).
+    Gives whether its cache is shared by input and output (GroupQueryAttention) or grows by copying (Attention, or a
+    Concat of past and new where attention is in single operators).
     Reads the protobuf itself: the onnx package would add its memory to what is measured. Raises EngineError.
     """
     operators: set[bytes] = set()
+    joined = False  # whether past and new are put together by a node of its own
     folder = graph.parent.resolve()
     try:
         for kind, fields in _nodes_and_tensors(memoryview(graph.read_bytes()), "model"):
             if kind == "node":
-                operators.add(_field(fields, OPERATOR))
+                operators.add(operator := _field(fields, OPERATOR))
+                joined |= operator == b"Concat" and _field(fields, OUTPUT).startswith(b"present.")
             entry = _external(fields) if kind == "tensor" else {}
             if not entry:
                 continue
@@ -158,7 +161,7 @@ def check_graph(graph: Path) -> bool:
                 )
     except (OSError, ValueError, IndexError) as error:
         raise EngineError(f"{graph} is damaged: {first_line(error)}; export again") from error
-    if not operators & {b"GroupQueryAttention", b"Attention"}:
+    if not joined and not operators & {b"GroupQueryAttention", b"Attention"}:
         raise EngineError(f"{graph} has no GroupQueryAttention or Attention, so no known cache; export with edgetune")
     return b"GroupQueryAttention" in operators
 
