@@ -56,7 +56,6 @@ def _plan_recipe(recipe: Recipe, store: Path) -> None:
 
     from edgetune import workload
     from edgetune.artifact import Store
-    from edgetune.estimate import spoken
     from edgetune.graph import why_not_run
     from edgetune.plan import plan as make_plan
     from edgetune.plan import preflight, rows_said, served
@@ -70,7 +69,7 @@ def _plan_recipe(recipe: Recipe, store: Path) -> None:
         state = {True: "done", False: "to do", None: "later"}[stage.done]
         time, memory = "unknown", "unknown"
         if stage.cost is not None:
-            time, memory = spoken(stage.cost.seconds), f"{stage.cost.memory_mib / 1024:.1f} GiB"
+            time, memory = terminal.spoken(stage.cost.seconds), f"{stage.cost.memory_mib / 1024:.1f} GiB"
         table.add_row(stage.name, state, "" if stage.done else time, memory)
     console.print(workload.rows_line(recipe.data), highlight=False)
     console.print(table)
@@ -84,7 +83,7 @@ def _plan_recipe(recipe: Recipe, store: Path) -> None:
             console.print(f"{name}: {rules}", highlight=False)
     left = [stage.cost for stage in stages if not stage.done and stage.cost is not None]
     if left:
-        total, peak = spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
+        total, peak = terminal.spoken(sum(cost.seconds for cost in left)), max(cost.memory_mib for cost in left)
         console.print(f"{total} left at most on this machine while it is idle, {peak / 1024:.1f} GiB at the peak")
     else:
         console.print("time and memory are not known for this architecture")
@@ -98,7 +97,6 @@ def _plan_shape(
     terminal.quiet()
     from rich.table import Table
 
-    from edgetune.estimate import spoken
     from edgetune.shape_plan import read_shape, shape_plan
 
     table = Table("Method", "How", box=None, pad_edge=False)
@@ -108,7 +106,7 @@ def _plan_shape(
         memory = f"{way.peak_gb:.1f} GB" if way.peak_gb is not None else "does not fit"
         step = "not known here (--gflops tells)"
         if way.step_s is not None:
-            step = f"{way.step_s:.2g} s" if way.step_s < 10 else spoken(way.step_s)
-        times = [step, spoken(way.all_s) if way.all_s is not None else ""] if way.peak_gb is not None else []
+            step = f"{way.step_s:.2g} s" if way.step_s < 10 else terminal.spoken(way.step_s)
+        times = [step, terminal.spoken(way.all_s) if way.all_s is not None else ""] if way.peak_gb is not None else []
         table.add_row(way.method, way.how, memory, *times[: len(table.columns) - 3])
     terminal.console().print(table, highlight=False)

@@ -395,15 +395,6 @@ def measured_stages(recipe: Recipe) -> list[str]:
     return [*(f"{name}: {what}" for names, what in named for name in names), "latency"]
 
 
-def spoken(seconds: float) -> str:
-    """Say a prediction no more exactly than it is: "20 s", "7 min", "3 h"."""
-    if seconds < 55:
-        return f"{max(5, 5 * ceil(seconds / 5))} s"
-    if seconds < 5400:
-        return f"{ceil(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def _kind(candidate: Candidate | None) -> str:
     if candidate is None or candidate.export is None:
         return "torch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import ceil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,3 +34,12 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|bitsandbytes\.|peft\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def spoken(seconds: float) -> str:
+    """Say a prediction no more exactly than it is: "20 s", "7 min", "3 h"."""
+    if seconds < 55:
+        return f"{max(5, 5 * ceil(seconds / 5))} s"
+    if seconds < 5400:
+        return f"{ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

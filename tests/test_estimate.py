@@ -14,6 +14,7 @@ from edgetune.data.formats import read_rows
 from edgetune.estimate import Estimator
 from edgetune.recipe import Recipe, parse_recipe
 from edgetune.task_work import guess_counts, probe_task
+from edgetune.terminal import spoken
 from edgetune.training_memory import Lengths
 
 REPO = Path(__file__).resolve().parents[1]
@@ -157,7 +158,7 @@ def test_preference_training_is_told_from_its_own_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "said"), [(2, "5 s"), (52, "55 s"), (61, "2 min"), (6000, "1.7 h")])
 def test_predictions_are_said_roughly(seconds: float, said: str) -> None:
-    assert estimate.spoken(seconds) == said
+    assert spoken(seconds) == said
 
 
 def student(prune: dict[str, object], distill: dict[str, object]) -> Estimator:
