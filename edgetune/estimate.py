@@ -53,12 +53,8 @@ HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 # Of integers, between what two machines showed: 0.22 and 0.3 where float32 is fast (a Xeon with AMX), 0.7 and 0.9 where
 # it is not (an EPYC). TensorRT runs on a GPU, whose speed nobody here knows: taken for torch's.
 SCORING = {"gguf": 0.43, "onnx": 0.52}
-DECODING = {
-    "torch": 1.5,
-    "gguf": 0.6,
-    "onnx": 0.5,
-    "tensorrt": 1.5,
-}  # times the bytes of the weights that pass for each token
+# Times the bytes of the weights that pass for each token.
+DECODING = {"torch": 1.5, "gguf": 0.6, "onnx": 0.5, "tensorrt": 1.5}
 MEMORY_BYTES_PER_S = 8e9
 PROBE = "general probe"  # stage: what training forgot
 START_S, BASE_S_PER_GB, EXPORT_S_PER_GB, MIB = 8.0, 90.0, 70.0, 1 << 20
