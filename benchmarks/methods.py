@@ -50,8 +50,6 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora", "learning_rate": 1e-3},
     "ia3": {"method": "ia3", "learning_rate": 1e-2},
     "prefix": {"method": "prefix", "learning_rate": 1e-2},
-    "prefix, slower": {"method": "prefix", "learning_rate": 1e-3},
-    "prefix, faster": {"method": "prefix", "learning_rate": 1e-1},
     "full": {"method": "full", "learning_rate": 1e-4},
     "full, unfrozen by block": {"method": "full", "learning_rate": 1e-4, "unfreeze_steps": 1},
     "qlora, general text alone": {"method": "qlora", "learning_rate": 3e-4, "replay": 1.0},

@@ -19,7 +19,8 @@ from edgetune.compress.architectures import linear_shapes
 from edgetune.data.golden import Golden
 from edgetune.data.render import Rendered
 from edgetune.errors import DataError, EdgetuneError, UnsupportedError
-from edgetune.graph import last_hop, scored_steps, stage_names
+from edgetune.export_names import last_hop
+from edgetune.graph import scored_steps, stage_names
 from edgetune.recipe import Candidate, Gptq, Rtn, load_recipe
 from edgetune.recipe_training import Adapt
 from edgetune.runtime.engines.torch_engine import TorchEngine
