@@ -32,7 +32,7 @@ def written_groups(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """Give the groups of layers that have one scheme, most bits first.
 
     transformers 5.23, told to dequantize, takes the first group's bits for all layers. Words that are read as wider
-    integers than they hold run out, and are refused; the other way they would be misread in silence.
+    integers than they hold run out, and are refused; the other way they may be misread in silence.
     """
     found = sorted(set(schemes.values()), key=lambda one: (-one.bits, one.group_size))
     if len(found) == 1:
