@@ -87,7 +87,7 @@ class Ends:
             return
         conversation = self._golden.conversations[index]
         end = answer_end(conversation, self._golden.stop_ids)
-        for place in range(conversation.prompt_length, min(end + 1, len(conversation.ids))):
+        for place in range(max(1, conversation.prompt_length), min(end + 1, len(conversation.ids))):
             wanted, found = (self._preference(logits[place - 1]) for logits in (reference, runtime))
             self.n_positions += 1
             self.n_ends += wanted > 0
