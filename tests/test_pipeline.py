@@ -128,8 +128,8 @@ def score_again(report: Report, folder: Path, raw: Path) -> None:
     merged = merge_timings(report, raw)
     here = set(beside.lines(report))
     assert {line.source for line in here if line.subject == "q8"} == {
-        "artifacts.q8.notes.contract", "artifacts.q8.notes.parity",
-    }  # fmt: skip
+        f"artifacts.q8.notes.{what}" for what in ("contract", "parity", "perplexity", "generation")
+    }
     ((subject, said, _),) = (line for line in beside.lines(merged) if line not in here)
     assert subject == "q8"
     assert "scored in llama.cpp on 12 rows: KL mean" in said

@@ -247,21 +247,27 @@ def test_it_is_watched_by_rows_set_aside(
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(
-    tiny_model: Artifact, files: dict[str, str], tmp_path: Path
+    tiny_model: Artifact, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"eval_rows": 3, "eval_steps": 1, "patience": 1, "learning_rate": 30.0, "max_steps": 8, "warmup_ratio": 0}
-    config = configured("dpo", files, adapter="lora", **changes)
-    examples = preference.read(config)
-    made = preference.run(config, tiny_model, tmp_path / "watched", examples=examples)
-    held = [loss for _, loss in made.manifest.notes["heldout_loss"]]
-    assert len(held) < 8
-    best = held.index(min(held)) + 1
-    assert best < len(held)
-    patient = configured("dpo", files, adapter="lora", **changes | {"patience": 8})
-    again = preference.run(patient, tiny_model, tmp_path / "patient", examples=examples)
-    losses = [loss for _, loss in again.manifest.notes["heldout_loss"]]
-    assert (len(losses), losses[: len(held)], min(losses)) == (8, held, min(held))
-    assert made.manifest.files == again.manifest.files
+    told = [3.0, 1.0, 2.0, 1.5, 1.25, 1.0, 2.0, 3.0]
+    look = DPOTrainer.evaluation_loop
+
+    def rigged(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = look(self, *args, **kwargs)
+        output.metrics["eval_loss"] = told[self.state.global_step - 1]
+        return output
+
+    monkeypatch.setattr(DPOTrainer, "evaluation_loop", rigged)
+    made = {}
+    for name, patience in (("hasty", 1), ("patient", 8), ("later", 8)):
+        if name == "later":
+            told[4] = 0.5
+        config = configured("dpo", files, adapter="lora", eval_rows=3, eval_steps=1, max_steps=8, patience=patience)
+        made[name] = preference.run(config, tiny_model, tmp_path / name, examples=preference.read(config))
+    curves = {name: [loss for _, loss in one.manifest.notes["heldout_loss"]] for name, one in made.items()}
+    assert (curves["hasty"], curves["patient"]) == ([3.0, 1.0, 2.0], [3.0, 1.0, 2.0, 1.5, 1.25, 1.0, 2.0, 3.0])
+    assert made["hasty"].manifest.files == made["patient"].manifest.files
+    assert made["later"].manifest.files != made["patient"].manifest.files
 
 
 def test_too_few_rows_to_watch_by_are_refused(tiny_model: Artifact, files: dict[str, str], tmp_path: Path) -> None:
