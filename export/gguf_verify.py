@@ -21,7 +21,7 @@ from edgetune.export.gguf_read import dequantize, read_tensors
 from edgetune.export.gguf_vocab import Vocabulary
 from edgetune.export.gguf_write import Weights, read_config, tensors
 from edgetune.export.parity import Logits, Tolerance, hold, parity
-from edgetune.export.perplexity import LIMIT, compare, hold_perplexity, text_windows, token_losses
+from edgetune.export.perplexity import EIGHT_BITS, LIMIT, compare, hold_perplexity, text_windows, token_losses
 from edgetune.export.stops import Ends, Led, Ran, hold_loop, lead
 
 if TYPE_CHECKING:
@@ -222,8 +222,9 @@ def verify(
     stops = ends.hold()
     losses = (token_losses(*pair) for pair in zip(model.logits(windows), windows, strict=True))
     perplexity = compare(losses, said.losses)
-    hold_perplexity(perplexity, file.name)
+    limit = LIMIT if target in TOLERANCES else EIGHT_BITS
+    hold_perplexity(perplexity, file.name, limit)
     return {
-        "contract": contract, "parity": result.note(held), "perplexity": perplexity.note(LIMIT),
+        "contract": contract, "parity": result.note(held), "perplexity": perplexity.note(limit),
         "generation": {"loop": LOOP, **stops},
     }  # fmt: skip

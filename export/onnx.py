@@ -41,7 +41,7 @@ from edgetune.export.onnx_repack import settle
 from edgetune.export.onnx_run import LOOP, lead_loop, run_rows
 from edgetune.export.onnx_shapes import Promise, check_shapes
 from edgetune.export.parity import HALF, Tolerance, hold, parity, torch_logits
-from edgetune.export.perplexity import LIMIT, compare, hold_perplexity, text_windows, token_losses
+from edgetune.export.perplexity import EIGHT_BITS, LIMIT, compare, hold_perplexity, text_windows, token_losses
 from edgetune.export.stops import Ends, hold_loop, lead
 from edgetune.recipe import Gptq, Rtn
 from edgetune.recipe_export import OnnxExport
@@ -318,20 +318,25 @@ def _hold_logits(config: OnnxExport, reference: Any, source: Path, folder: Path,
     shipped, ends = run_rows(folder, rows + windows), Ends(golden, ())
     found = parity(wanted, islice(shipped, len(rows)), ends.see)
     perplexity = compare(losses, map(token_losses, shipped, windows))
+    limit, same = LIMIT, {}
     if config.precision in ("fp32", "fp16"):
         tolerance = EXACT if config.precision == "fp32" else HALF
         hold(found, tolerance)
         notes: dict[str, Any] = {config.precision: found.note(tolerance)}
     else:
         with _float_twin(folder / GRAPH) as twin:
-            exact = parity(wanted, run_rows(twin, rows))
+            floats = run_rows(twin, rows + windows)
+            exact = parity(wanted, islice(floats, len(rows)))
+            in_floats = compare(losses, map(token_losses, floats, windows))
         hold(exact, EXACT_INT4, "the export with float activations")
+        hold_perplexity(in_floats, "the export with float activations")
+        limit, same = EIGHT_BITS, {"float_activations": in_floats.note(LIMIT)}
         tolerance = SHIPPED if config.accuracy_level == 4 else EXACT_INT4
         hold(found, tolerance, INT8_ADVICE if config.accuracy_level == 4 else "the export")
         notes = {"float_activations": exact.note(EXACT_INT4), "shipped": found.note(tolerance)}
     stops = ends.hold()
-    hold_perplexity(perplexity, "the export")
-    return {"parity": notes, "perplexity": perplexity.note(LIMIT), "generation": {"loop": LOOP, **stops}}
+    hold_perplexity(perplexity, "the export", limit)
+    return {"parity": notes, "perplexity": perplexity.note(limit) | same, "generation": {"loop": LOOP, **stops}}
 
 
 @contextmanager

@@ -200,6 +200,9 @@ def _by_runtime(model: Any, graph: Path) -> dict[str, Shape | None]:
     """Infer with ONNX Runtime. Its public door writes a file into the current folder where it fails."""
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
+    for node in model.graph.node:
+        if node.op_type == "GatherBlockQuantized":
+            _lookup(model.graph, node)
     inference = SymbolicShapeInference(2**31 - 1, auto_merge=False, guess_output_rank=False, verbose=0)
     try:
         inference._preprocess(model)
@@ -211,6 +214,23 @@ def _by_runtime(model: Any, graph: Path) -> dict[str, Shape | None]:
     if not whole:
         raise ContractError(f"shapes of {graph.name} cannot be inferred to the end")
     return {name: _shape(value) for name, value in inference.known_vi_.items()}
+
+
+def _lookup(graph: Any, node: Any) -> None:
+    """Make it a look-up in floats, which has its shapes: two codes of 4 bits lie in a byte, and are taken for one."""
+    onnx = require("onnx")
+    kinds = {value.name: value.type.tensor_type for value in graph.input}
+    kinds |= {tensor.name: onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+              for tensor in graph.initializer}  # fmt: skip
+    table = kinds[node.input[0]]
+    at = {attribute.name: attribute.i for attribute in node.attribute}
+    rows, columns = (dim.dim_value for dim in table.shape.dim)
+    if table.elem_type == onnx.TensorProto.UINT8:
+        columns = columns * 8 // at.get("bits", 4)
+    stand_in = f"{node.name}/stand-in"
+    graph.input.append(onnx.helper.make_tensor_value_info(stand_in, onnx.TensorProto.FLOAT, [rows, columns]))
+    made = onnx.helper.make_node("Gather", [stand_in, node.input[1]], [*node.output], node.name, axis=0)
+    node.CopyFrom(made)
 
 
 def _line(error: Exception) -> str:

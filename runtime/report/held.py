@@ -47,7 +47,7 @@ def held(notes: dict[str, Any]) -> Iterator[Held]:
         yield Held(
             f"perplexity of {found['n_tokens']:,} tokens of general text in its runtime {found['runtime']:.4g}, of the "
             f"same weights in torch {found['reference']:.4g}: {found['difference']:+.2%}, standard error "
-            f"{found['error']:.2%} (allowed: {found['limit']:.2%} and what chance adds)",
+            f"{found['error']:.2%} (allowed: {found['limit']:.2%} and what chance adds){_in_floats(found)}",
             "perplexity",
         )
     if (found := notes.get("generation")) is not None:
@@ -61,3 +61,9 @@ def held(notes: dict[str, Any]) -> Iterator[Held]:
     for which, says in SAYS.items():
         if rules := (notes.get("vllm") or {}).get(which):
             yield Held(f"{says}: {'; '.join(rules)}", f"vllm.{which}")
+
+
+def _in_floats(found: dict[str, Any]) -> str:
+    """What the perplexity of the same graph is with float activations, where that was measured, too."""
+    floats = found.get("float_activations")
+    return f"; with float activations {floats['difference']:+.2%} ({floats['limit']:.2%})" if floats else ""

@@ -14,9 +14,10 @@ import pytest
 
 from edgetune.artifact import Artifact
 from edgetune.errors import ContractError
-from edgetune.export import gguf, gguf_families
+from edgetune.export import gguf, gguf_families, gguf_verify
 from edgetune.export.parity import Logits
 from edgetune.export.perplexity import (
+    EIGHT_BITS,
     LIMIT,
     N_TOKENS,
     WINDOW,
@@ -93,6 +94,7 @@ def test_logits_that_are_too_sharp(children_here: None, tmp_path: Path, monkeypa
     def sharper(writer: Any, config: dict[str, Any]) -> None:
         write(writer, config | {"logits_scaling": config["logits_scaling"] / 2})
 
+    monkeypatch.setattr(gguf_verify, "EIGHT_BITS", LIMIT)  # nothing of this model is lost in 8 bits
     source = make(tmp_path / "model", "granite")
     made = gguf.run(GgufExport(type="Q8_0"), source, tmp_path / "right", moments=None)
     note = made.manifest.notes["perplexity"]
@@ -123,8 +125,11 @@ def test_an_onnx_graph_that_favours_a_token_of_no_text(
 
     config = OnnxExport(precision="int4", builder="own")
     made = onnx.run(config, source, tmp_path / "right")
-    assert made.manifest.notes["perplexity"]["n_tokens"] == 1524
+    note = made.manifest.notes["perplexity"]
+    assert (note["n_tokens"], note["limit"]) == (1524, EIGHT_BITS)
+    assert abs(note["float_activations"]["difference"]) < 1e-5
     monkeypatch.setattr(onnx, "run_rows", biased)
+    monkeypatch.setattr(onnx, "EIGHT_BITS", LIMIT)
     with pytest.raises(ContractError, match=r"^perplexity of the export"):
         onnx.run(config, source, tmp_path / "biased")
     assert not (tmp_path / "biased").exists()
