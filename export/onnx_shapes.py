@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -217,14 +218,18 @@ def _by_runtime(model: Any, graph: Path) -> dict[str, Shape | None]:
 
 
 def _lookup(graph: Any, node: Any) -> None:
-    """Make it a look-up in floats, which has its shapes: two codes of 4 bits lie in a byte, and are taken for one."""
+    """Make it a look-up in floats, which has its shapes: two codes of 4 bits lie in a byte, and are taken for one.
+
+    The table is a weight, or the head's weight in another shape, where the two are tied.
+    """
     onnx = require("onnx")
     kinds = {value.name: value.type.tensor_type for value in graph.input}
     kinds |= {tensor.name: onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
               for tensor in graph.initializer}  # fmt: skip
-    table = kinds[node.input[0]]
+    source = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Reshape"}.get(node.input[0], node.input[0])
+    table = kinds[source]
     at = {attribute.name: attribute.i for attribute in node.attribute}
-    rows, columns = (dim.dim_value for dim in table.shape.dim)
+    rows, columns = table.shape.dim[0].dim_value, prod(dim.dim_value for dim in table.shape.dim[1:])
     if table.elem_type == onnx.TensorProto.UINT8:
         columns = columns * 8 // at.get("bits", 4)
     stand_in = f"{node.name}/stand-in"
