@@ -88,13 +88,16 @@ def distilled(config: Distill, source: Artifact, integers: Artifact, rows: Path,
 
 
 def taught_rows(model: Path) -> list[list[int]]:
-    """Cut the text that calibrates into rows, the rest left out."""
+    """Cut the text that calibrates into rows, the rest left out; its end is in the last one."""
     from transformers import AutoTokenizer
 
     from edgetune.data.general import general_text
+    from edgetune.data.golden import Golden
 
     ids = AutoTokenizer.from_pretrained(model, local_files_only=True)(general_text(None, "calibrate"))["input_ids"]
-    return [ids[start : start + TAUGHT_TOKENS] for start in range(0, len(ids) - TAUGHT_TOKENS + 1, TAUGHT_TOKENS)]
+    rows = [ids[start : start + TAUGHT_TOKENS] for start in range(0, len(ids) - TAUGHT_TOKENS + 1, TAUGHT_TOKENS)]
+    rows[-1] = [*rows[-1][:-1], Golden.read(model).stop_ids[0]]
+    return rows
 
 
 def benchmark(all_bits: list[int], sides: list[str], seed: int, out: Path, *, add: bool) -> None:
