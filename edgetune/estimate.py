@@ -271,7 +271,7 @@ class Estimator:
         return Cost(START_S + self._seconds(flop, TORCH), RUNTIME_MIB + 2 * self.sizes.bytes_16 / MIB)
 
     def _distilling(self, config: Distill, sizes: Sizes) -> Cost:
-        """Train all weights: six operations a weight and token, float32 with gradient and two moments."""
+        """Train all weights: six operations a weight and token; float32 with gradient and two moments, and a copy."""
         n_rows, n_tokens, n_labels = max(self.train.n_rows, 1), self.train.n_tokens, self.train.n_labels
         passes = config.epochs if config.max_steps is None else config.max_steps * config.batch_size / n_rows
         flop = passes * 6 * (n_tokens * sizes.linear + n_labels * sizes.head)
@@ -286,12 +286,13 @@ class Estimator:
             sampling = self._answering(config, sizes, judged * n_rows, batches)
         beside = 2.0 * self.sizes.bytes_16 if config.compares or config.on_policy else 0.0
         rows = config.micro_batch_size or config.batch_size
-        activations = rows * n_tokens / n_rows * sizes.n_layers * (14 * sizes.hidden + 6 * sizes.intermediate) * 4
+        width = (4 + self._number_bytes) / 2  # sums stay float32, what products read need not
+        activations = rows * n_tokens / n_rows * sizes.n_layers * (14 * sizes.hidden + 6 * sizes.intermediate) * width
         logits = 5 * 4 * sizes.vocabulary * rows * n_labels / n_rows
-        weights = 16 * (sizes.linear + sizes.head)
+        weights = 18 * (sizes.linear + sizes.head)
         memory = TRAINER_MIB + (weights + beside + activations + logits) / MIB
         small = steps * sizes.n_layers * BLOCK_S["cpu"]
-        return Cost(START_S + small + sampling + self._seconds(flop, SHARE), memory)
+        return Cost(START_S + small + sampling + flop / (self.speeds.training * 1e9 * SHARE), memory)
 
     def _recovering(self, config: Distill, sizes: Sizes) -> Cost:
         """Train what is beside the integers of a checkpoint, in the dtype that training computes in."""

@@ -112,6 +112,8 @@ def attention(
     heads: Tensor, n_query: int, n_key: int, packed: Layout, scale: float | None, dropout: float = 0.0
 ) -> Tensor:
     """Attend within each row and to the prefix: queries, keys and values [S, H + 2 H', D] -> [S, H, D]."""
+    if torch.is_autocast_enabled(heads.device.type):  # rotation leaves queries and keys wider than their products
+        heads = heads.to(torch.get_autocast_dtype(heads.device.type))
     n, sizes = packed.n_prefix, [n_query, n_key, n_key]
     prefix, own = torch.split(heads, [n, len(heads) - n])
     rows = own.index_select(0, packed.padded).view(len(packed.lengths), -1, *own.shape[1:]).transpose(1, 2)

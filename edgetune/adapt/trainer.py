@@ -296,10 +296,12 @@ def make_trainer(
     seed: int,
     progress: Report,
     log_folder: Path | None,
+    mixed: bool = False,
     **kwargs: Any,
 ) -> T:
     """Build a trainer of that kind: length-grouped batches, cosine schedule, early stopping, sealed checkpoints.
 
+    `mixed` has a CPU compute products of float32 weights in bfloat16 where that is native, as a GPU always does.
     `kwargs` are the kind's own.
     """
     micro, accumulation = processes.share(config.batch_size, config.micro_batch_size)
@@ -319,7 +321,7 @@ def make_trainer(
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         ddp_find_unused_parameters=False,
-        bf16=torch.device(device).type == "cuda" and has_fast_bfloat16(device),
+        bf16=(mixed or torch.device(device).type == "cuda") and has_fast_bfloat16(device),
         use_cpu=torch.device(device).type == "cpu",
         eval_strategy="steps",
         eval_steps=every,

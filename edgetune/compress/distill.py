@@ -6,7 +6,8 @@ states, through learned projections, are also drawn to the teacher's (TinyBERT, 
 `relation_weight` how its tokens relate (`relations.py`). With `answers: teacher` the teacher writes what is learned
 (`answers.py`), and in the steps of `on_policy` the student does (`on_policy.py`): there the loss is the divergence
 alone, over the whole vocabulary, from what the teacher says at once (`coach.py`).
-All weights are trained, by adapt's trainer; with `into` what `into.py` trains of a checkpoint of integers.
+All weights are trained, by adapt's trainer, in float32 whose products are bfloat16 where a processor is fast at it;
+with `into` what `into.py` trains of a checkpoint of integers.
 Shapes: N labelled positions, C hidden size, K kept tokens, V vocabulary.
 """
 
@@ -46,7 +47,7 @@ from edgetune.progress import Report, silent
 from edgetune.recipe_distill import Distill
 from edgetune.sources import copy_tokenizer
 
-STAGE = "compress.distill/3"
+STAGE = "compress.distill/4"
 PROJECTION = "distill_projection"
 
 
@@ -120,7 +121,8 @@ def run(
             return make_trainer(
                 DistillTrainer, config, model, head, data, optimizer,
                 work=pending.work, device=device, seed=seed, progress=progress, log_folder=log_folder,
-                distill=config, said=teaching.read(said), sampler=sampler, coach=coach, insides=insides,
+                mixed=not integers, distill=config, said=teaching.read(said), sampler=sampler, coach=coach,
+                insides=insides,
             )  # fmt: skip
 
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)

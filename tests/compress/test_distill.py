@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from edgetune import devices
 from edgetune.adapt.trainer import Rows, pack, pad
 from edgetune.artifact import Artifact
 from edgetune.compress import distill, teacher
@@ -192,6 +193,24 @@ def test_a_student_learns_and_goes_on_after_a_kill_to_the_same_bytes(
     _, info = AutoModelForCausalLM.from_pretrained(whole.path, output_loading_info=True)
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
+
+
+def test_weights_are_float32_and_products_what_the_processor_is_fast_at(
+    tiny_model: Artifact, student: Artifact, rows: list[Rendered], said: Artifact, tmp_path: Path
+) -> None:
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def spy(module: torch.nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Linear):
+            seen.add((module.weight.dtype, output.dtype))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(spy)
+    try:
+        config = CONFIG.model_copy(update={"max_steps": 1})
+        distill.run(config, student, tiny_model, said, tmp_path / "student", rows=rows)
+    finally:
+        handle.remove()
+    assert seen == {(torch.float32, devices.compute_dtype("cpu"))}
 
 
 def test_another_tokenizer_and_rows_without_labels_are_refused(
