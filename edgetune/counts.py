@@ -42,7 +42,7 @@ class Sizes:
     def solving_bytes(self, solved: int) -> int:
         """Give the bytes of a block in 16 bits, before and after, and of its widest layers while they are solved."""
         h, i = self.hidden, self.intermediate
-        return 4 * self.linear // self.n_layers + solved * max(8 * h * i * 6, 4 * h * i * 4 + 20 * i**2)
+        return 4 * self.linear // self.n_layers + solved * max(28 * h * i, 14 * h * i + 8 * i**2)
 
 
 @dataclass(frozen=True)

@@ -154,13 +154,15 @@ class Estimator:
         if isinstance(method, Distill):
             return self._distilling(method, after) if method.into is None else self._recovering(method, after)
         if isinstance(method, Prune) and not method.cuts_blocks:
-            return Cost(START_S, RUNTIME_MIB + 4 * before.bytes_16 / MIB)
+            return Cost(START_S, RUNTIME_MIB + 2 * before.head / MIB)
         if isinstance(method, Prune):
             once = self._calibrating(method.calibration, before, solves=False)
-            return Cost(once.seconds + self._searching(method, before), once.memory_mib + 4 * before.bytes_16 / MIB)
+            whole = 4 * before.bytes_16 / MIB if method.search == "kl" else 0.0
+            return Cost(once.seconds + self._searching(method, before), once.memory_mib + whole)
         if isinstance(method, Awq):
             found = self._calibrating(method.calibration, before, solves=True)
-            return Cost(found.seconds, found.memory_mib + 2 * before.bytes_16 / MIB)
+            moments = 4 * (3 * before.hidden**2 + before.intermediate**2)  # of the whole block at once
+            return Cost(found.seconds, found.memory_mib + moments / MIB)
         if isinstance(method, Gptq):
             found = self._calibrating(method.calibration, before, solves=True, followed=method.correction > 0)
             choosing = self._choosing(before) if method.damping == "held-out" else Cost(0.0, 0.0)
@@ -168,9 +170,7 @@ class Estimator:
             return Cost(seconds, found.memory_mib + choosing.memory_mib)
         if method.calibration is None:
             return Cost(START_S, RUNTIME_MIB + before.solving_bytes(0) / MIB)
-        found = self._calibrating(method.calibration, before, solves=True)
-        whole = 2 * before.bytes_16 / MIB if isinstance(method, Sparsify) else 0.0
-        return Cost(found.seconds, found.memory_mib + whole)
+        return self._calibrating(method.calibration, before, solves=True)
 
     def _choosing(self, sizes: Sizes) -> Cost:
         """Predict the solves by which a damping is chosen, and the moments of the rows held out."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class Seen:
 
     def __init__(self, in_features: int, *, apart: bool, **kwargs: Any) -> None:
         """`kwargs` are those of `Hessian`."""
-        self._parts = [[Hessian(in_features, **kwargs) for _ in range(2)] for _ in range(1 + apart)]
+        self._new = partial(Hessian, in_features, **kwargs)
+        self._parts = [[self._new()] for _ in range(1 + apart)]
 
     def add(self, X: Tensor, floats: Tensor | None, first_row: int) -> None:
         """Take in rows [B, T, C] from `first_row` on, and what the float model shows the layer, if it is followed."""
@@ -48,12 +50,14 @@ class Seen:
                 continue
             part[0].add(x)
             if f is not None:
+                if len(part) == 1:
+                    part.append(self._new())
                 part[1].add(x, f - x)
 
     @property
     def parts(self) -> list[Moments]:
         """The moments of all rows, or those of the rows that are shown and those of the rows held out."""
-        return [Moments(H.H, cross.H if cross.n_inputs else None, H.n_inputs) for H, cross in self._parts]
+        return [Moments(H.H, cross[0].H if cross else None, H.n_inputs) for H, *cross in self._parts]
 
 
 def least_damping(

@@ -77,8 +77,13 @@ def write_block(file: Path, key: str, done: dict[str, LayerResult[Made]]) -> Non
         }
         for n, r in done.items()
     }
+    keep_tensors(file, tensors, {"key": key, "layers": layers})
+
+
+def keep_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Keep some tensors, and what is to be known of them, whole or not at all."""
     beside = file.with_suffix(".part")
-    save_file(tensors, beside, metadata={"edgetune": json.dumps({"key": key, "layers": layers})})
+    save_file(tensors, beside, metadata={"edgetune": json.dumps(about)})
     with beside.open("rb") as stream:
         os.fsync(stream.fileno())
     beside.replace(file)

@@ -82,7 +82,7 @@ def gptq_quantize(
         scales, zeros = W.new_ones(C // n, R), W.new_zeros(C // n, R)
         group_of = g_idx.tolist()
         g_idx = torch.empty_like(g_idx).scatter_(0, order, g_idx)
-    W = W.index_select(1, order).T.contiguous()  # [C, R], a copy
+    W = W.T.index_select(0, order)  # [C, R], a copy
     before = None if static_groups else W.clone()
     inverse, low = scales.reciprocal(), -zeros  # codes count from the zero point until all are found
     high = low + scheme.max_code
@@ -101,8 +101,7 @@ def gptq_quantize(
             inverse[g], low[g], high[g] = scales[g].reciprocal(), -zeros[g], scheme.max_code - zeros[g]
         return scales[g], inverse[g], low[g], high[g]
 
-    Q, loss = nearest_plane(W, N, d, at, block)
-    codes = Q.add_(zeros[group_of]).to(torch.uint8)
+    codes, loss = nearest_plane(W, N, d, at, block)
     codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
     quantized = Quantized(codes, scales.T.contiguous().half(), zeros.T.contiguous().int(), g_idx.int())
     return GptqResult(quantized, loss, fallbacks)
@@ -139,26 +138,29 @@ def gptq_codes(
 
     M = factor.upper.to(dtype)
     d = M.diagonal().clone()
-    codes = nearest_plane(W.contiguous(), M.div_(d), d, at, block_size)[0].to(torch.uint8)
+    codes = nearest_plane(W.contiguous(), M.div_(d), d, at, block_size)[0]
     return torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous(), factor.fallbacks
 
 
 def nearest_plane(W: Tensor, N: Tensor, d: Tensor, at: At, block_size: int) -> tuple[Tensor, float]:
     """Round the rows of W [C, R] one after the other, each error made up for by the rows that follow; W is used up.
 
-    N [C, C] is the upper factor M of the Hessian with its columns over its diagonal d [C]. Returns codes [C, R] and the
-    loss.
+    N [C, C] is the upper factor M of the Hessian with its columns over its diagonal d [C]. Returns codes [C, R] uint8,
+    counted from the least that `at` gives for their row, and the loss.
     """
-    E, Q, loss = W.clone(), torch.empty_like(W), 0.0
-    now, errors, codes = W.unbind(), E.unbind(), Q.unbind()
+    E, Q, loss = W.clone(), torch.empty(W.shape, dtype=torch.uint8, device=W.device), 0.0
+    block = W.new_empty(min(block_size, len(W)), W.shape[1])
+    now, errors, codes = W.unbind(), E.unbind(), block.unbind()
     for i1 in range(0, len(W), block_size):
         i2 = min(i1 + block_size, len(W))
         for i in range(i1, i2):
             scale, inverse, low, high = at(i)
-            q = torch.mul(now[i], inverse, out=codes[i]).round_().clamp_(low, high)
+            q = torch.mul(now[i], inverse, out=codes[i - i1]).round_().clamp_(low, high)
             e = errors[i].addcmul_(q, scale, value=-1)
             now[i].addcmul_(q, scale, value=-1)
             W[i + 1 : i2].addr_(N[i, i + 1 : i2], e)
+            q.sub_(low)
+        Q[i1:i2] = block[: i2 - i1]
         W[i2:].addmm_(N[i1:i2, i2:].T, E[i1:i2])
         Err = W[i1:i2].mul_(d[i1:i2, None])
         loss += float(Err.square().sum(dtype=torch.float64))  # (W - Q) M = Err, so |Err|^2 is the loss

@@ -18,7 +18,7 @@ from edgetune.errors import StageError
 
 RETRIES = (1, 10, 100)  # times damp_percent, tried in turn
 DIRECT = 192  # rows of a triangular matrix that are inverted by substitution
-WHOLE, STEP = 4096, 1024  # columns up to which LAPACK factors a copy; columns at a time, in place, of a wider matrix
+WHOLE, STEP = 4096, 1024  # columns up to which LAPACK factors a copy; rows or columns of a matrix at a time
 PANEL, PANELS = 192, 8  # a symmetric product is made of so wide pieces at least, and so many at most
 
 
@@ -119,7 +119,9 @@ def damped_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = N
     mean = float(diagonal[~dead].mean(dtype=torch.float64)) if n_dead < C else 1.0
     fallbacks = [f"{n_dead} of {C} input columns were never active: rounded to nearest"] if n_dead else []
     for times in RETRIES:
-        damped = hessian.index_select(0, backwards).index_select(1, backwards)
+        damped = torch.empty_like(hessian)
+        for i in range(0, C, STEP):
+            damped[i : i + STEP] = hessian[backwards[i : i + STEP]].index_select(1, backwards)
         if n_dead:
             damped[dead, :] = 0
             damped[:, dead] = 0

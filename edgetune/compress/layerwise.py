@@ -28,7 +28,7 @@ from edgetune.compress.damping import Moments, Seen, joined
 from edgetune.compress.finished import LayerResult, Lazily, Made, read_block, read_layer, write_block
 from edgetune.compress.hessian import all_finite, output_loss
 from edgetune.compress.shortcuts import LAST, shortcuts
-from edgetune.compress.spill import Shelf, Spill
+from edgetune.compress.spill import Batch, Spill
 from edgetune.compress.streamed import present
 from edgetune.compress.tune import Outputs, call_with
 from edgetune.devices import compute_dtype
@@ -47,36 +47,6 @@ Choose = Callable[[Sequence[str], Tensor, Sequence[Moments]], tuple[Solve[Made],
 # gives with other weights, the number of batches, and the device -> its layers on other grids
 Correct = Callable[[Tensor, Tensor], Pair]
 Tune = Callable[[Mapping[str, LayerResult[Any]], Mapping[str, Tensor], Outputs, int, str], dict[str, LayerResult[Any]]]
-
-
-class _Batch:
-    """A batch of rows between two blocks, and what each block is called with beside it."""
-
-    def __init__(self, first_row: int, hidden: Tensor, block_kwargs: list[dict[str, Any]], spill: Spill) -> None:
-        self.first_row, self.block_kwargs = first_row, block_kwargs
-        self._streams = Shelf(spill, f"{first_row}.stream")
-        self.inputs = Shelf(spill, f"{first_row}.float")  # what the float block shows each group of layers
-        self.seen = Shelf(spill, f"{first_row}.seen")  # what the quantized one shows it
-        self.hidden = hidden
-
-    @property
-    def hidden(self) -> Tensor:
-        """The quantized model's stream [B, T, C]."""
-        return self._streams["quantized"]
-
-    @hidden.setter
-    def hidden(self, found: Tensor) -> None:
-        self._streams["quantized"] = found
-
-    @property
-    def unquantized(self) -> Tensor | None:
-        """The float model's stream [B, T, C], where both are followed."""
-        return self._streams.get("float")
-
-    @unquantized.setter
-    def unquantized(self, found: Tensor | None) -> None:
-        if found is not None:
-            self._streams["float"] = found
 
 
 class _CapturedError(Exception):
@@ -245,7 +215,7 @@ def observe(
         progress(index + 1, len(blocks), f"model.layers.{index}")
 
 
-def enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype, spill: Spill) -> list[_Batch]:
+def enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype, spill: Spill) -> list[Batch]:
     """Run everything before the first block: embeddings, positions and masks, with recorders in place of blocks."""
     vocabulary = int(model.config.vocab_size)
     if rows.ndim != 2 or not rows.size or rows.min() < 0 or rows.max() >= vocabulary:
@@ -261,7 +231,7 @@ def enter(model: Any, rows: NDArray[np.int64], device: str, dtype: torch.dtype, 
                 ids = torch.from_numpy(rows[first : first + n_rows]).to(device)
                 hidden = inner.embed_tokens(ids).to(dtype)
                 inner(inputs_embeds=hidden, use_cache=False)
-                batches.append(_Batch(first, hidden, [recorder.kwargs for recorder in recorders], spill))
+                batches.append(Batch(first, hidden, [recorder.kwargs for recorder in recorders], spill))
             inner.to("cpu")
     finally:
         inner.layers = blocks
@@ -282,7 +252,7 @@ def _quantize_block(
     block: nn.Module,
     index: int,
     original: dict[str, Tensor],
-    batches: list[_Batch] | None,
+    batches: list[Batch] | None,
     solve: Solve[Made],
     correct: Correct | None,
     choose: Choose[Made] | None,
@@ -297,44 +267,64 @@ def _quantize_block(
             if not all_finite(weight):
                 raise StageError(f"{name} has a weight that is not finite; make the model again")
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-        weights = list(torch.split(whole, [len(weight) for weight in weights]))  # what was stacked is let go
+        sizes = [len(weight) for weight in weights]
+        weights.clear()
         parts: list[Moments] = []
         if batches is not None:
-            seen = Seen(weights[0].shape[1], apart=choose is not None, device=device, fast=fast)
+            seen = Seen(whole.shape[1], apart=choose is not None, device=device, fast=fast)
             parts = _collect(block, index, group[0], batches, seen)
             del seen
-        try:
-            solving, damping = choose(names, whole, parts) if choose is not None else (solve, None)
-            H, cross = joined(parts)
-            stacked, fallbacks = solving(names, whole, H, cross)
-        except EdgetuneError as error:
-            raise type(error)(f"{' + '.join(names)}: {error}") from error
-        start = 0
-        for name, short, weight in zip(names, group, weights, strict=True):
-            quantized = stacked.rows(start, start + len(weight))
-            start += len(weight)
-            assert correct is None or H is not None, "a correction is fitted to the inputs of calibration rows"
-            try:
-                pair = correct(weight - quantized.dequantize(), H) if correct is not None and H is not None else None
-            except EdgetuneError as error:
-                raise type(error)(f"{name}: {error}") from error
-            made = corrected_weight(quantized.dequantize(), pair)
-            E = weight - made
-            loss, most = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
-                output_loss(E, H, fast=fast), output_loss(weight, H, fast=fast)
-            )  # fmt: skip
-            share = float(f"{loss / most if most else 0.0:.3g}")
-            pair = pair and (pair[0].cpu(), pair[1].cpu())
-            done[name] = LayerResult(quantized.cpu(), share, fallbacks, pair, damping=damping)
+        found = _quantize_group(names, whole, sizes, parts, solve, correct, choose, fast)
+        for name, short in zip(names, group, strict=True):
+            done[name], made = next(found)
             _put(block, short, made)
+        del weight, whole, found, made  # the next group has no room for them
     return done
 
 
-def _collect(block: nn.Module, index: int, name: str, batches: list[_Batch], seen: Seen) -> list[Moments]:
+def _quantize_group(
+    names: Sequence[str],
+    whole: Tensor,
+    sizes: Sequence[int],
+    parts: list[Moments],
+    solve: Solve[Made],
+    correct: Correct | None,
+    choose: Choose[Made] | None,
+    fast: bool,
+) -> Iterator[tuple[LayerResult[Made], Tensor]]:
+    """Give each layer of a group and what its weight is then; `whole` has their weights, of so many rows each."""
+    try:
+        solving, damping = choose(names, whole, parts) if choose is not None else (solve, None)
+        H, cross = joined(parts)
+        stacked, fallbacks = solving(names, whole, H, cross)
+    except EdgetuneError as error:
+        raise type(error)(f"{' + '.join(names)}: {error}") from error
+    del cross
+    start = 0
+    for name, weight in zip(names, torch.split(whole, list(sizes)), strict=True):
+        quantized = stacked.rows(start, start + len(weight))
+        start += len(weight)
+        made = quantized.dequantize()
+        assert correct is None or H is not None, "a correction is fitted to the inputs of calibration rows"
+        try:
+            pair = correct(weight - made, H) if correct is not None and H is not None else None
+        except EdgetuneError as error:
+            raise type(error)(f"{name}: {error}") from error
+        made = corrected_weight(made, pair)
+        E = weight - made
+        loss, most = (float(E.square().sum()), float(weight.square().sum())) if H is None else (
+            output_loss(E, H, fast=fast), output_loss(weight, H, fast=fast)
+        )  # fmt: skip
+        share = float(f"{loss / most if most else 0.0:.3g}")
+        pair = pair and (pair[0].cpu(), pair[1].cpu())
+        yield LayerResult(quantized.cpu(), share, fallbacks, pair, damping=damping), made
+
+
+def _collect(block: nn.Module, index: int, name: str, batches: list[Batch], seen: Seen) -> list[Moments]:
     """Show `seen` a layer's inputs, and give their moments; each forward ends where the layer is reached."""
     for batch in batches:
 
-        def see(called: str, X: Tensor, batch: _Batch = batch) -> None:
+        def see(called: str, X: Tensor, batch: Batch = batch) -> None:
             if called != name:
                 return
             seen.add(X, batch.inputs.pop(name) if name in batch.inputs else None, batch.first_row)
@@ -351,7 +341,7 @@ def _collect(block: nn.Module, index: int, name: str, batches: list[_Batch], see
 
 
 def _outputs(
-    block: nn.Module, index: int, batches: list[_Batch], weights: Mapping[str, Tensor], i: int
+    block: nn.Module, index: int, batches: list[Batch], weights: Mapping[str, Tensor], i: int
 ) -> tuple[Tensor, Tensor]:
     """Give a block's output [B, T, C] for a batch, its layers having other weights, and the float model's."""
     batch = batches[i]
@@ -360,7 +350,7 @@ def _outputs(
     return made, batch.unquantized
 
 
-def _follow(block: nn.Module, index: int, batches: list[_Batch], *, keep: bool) -> None:
+def _follow(block: nn.Module, index: int, batches: list[Batch], *, keep: bool) -> None:
     """Send the float model's hidden states through the block, which still is float; `keep` what its layers read."""
     for batch in batches:
         assert batch.unquantized is not None
@@ -369,7 +359,7 @@ def _follow(block: nn.Module, index: int, batches: list[_Batch], *, keep: bool) 
 
 
 @contextmanager
-def _watch(block: nn.Module, index: int, batch: _Batch, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watch(block: nn.Module, index: int, batch: Batch, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Hand the input [B, T, C] of the first layer of each group to `see`. Raises StageError where not finite."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.artifact import Artifact, draft, identity, require_space
 from edgetune.compress.architectures import linear_shapes
-from edgetune.data.contract import hold
-from edgetune.data.golden import Golden
 from edgetune.errors import StageError, UnsupportedError
 from edgetune.progress import Report, silent
 from edgetune.recipe_sparsify import Sparsify
-from edgetune.sources import copy_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     from edgetune.compress.masks import Sparse
     from edgetune.data.calibration import CalibrationSet
 
-STAGE = "compress.sparsify/1"
+STAGE = "compress.sparsify/2"
 
 
 def check(config: Sparsify, model_config: dict[str, Any]) -> None:
@@ -54,12 +51,15 @@ def run(
 ) -> Artifact:
     """Make a `model` artifact of a `model` artifact, zeros in the linear layers of its blocks.
 
-    Wanda and SparseGPT need `calibration`, and see what the sparse layers before give. A run that was killed goes on
-    after its last finished block and ends in the same bytes. Raises UnsupportedError before any work, StageError
-    naming the layer.
+    One block is in memory at a time. Wanda and SparseGPT need `calibration`, and see what the sparse layers before
+    give. A run that was killed goes on after its last finished block and ends in the same bytes. Raises
+    UnsupportedError before any work, StageError naming the layer.
     """
     from edgetune.compress.checkpoint import read_config
-    from edgetune.compress.layerwise import load_model, quantize_blocks
+    from edgetune.compress.finished import Lazily
+    from edgetune.compress.layerwise import quantize_blocks
+    from edgetune.compress.model_file import write_model
+    from edgetune.compress.streamed import open_model
 
     model_config = read_config(source.path)
     check(config, model_config)
@@ -68,28 +68,27 @@ def run(
         raise UnsupportedError(f"{config.method} needs calibration rows and got none; give data, or use magnitude")
     rows = calibration.ids if wants_rows and calibration is not None else None
     digest = calibration.digest if wants_rows and calibration is not None else None
-    require_space(out.parent, source.size_bytes)
+    require_space(out.parent, 3 * source.size_bytes)  # finished blocks, and the file twice (`tensor_file`)
     with draft(
         out, kind="model", stage=STAGE, config=config.model_dump(mode="json"), parents=[source],
         sources=_sources(digest), versions=_versions(),
     ) as pending:  # fmt: skip
-        model: Any = load_model(source)
+        model: Any = open_model(source)
         results = quantize_blocks(
             model, rows, _solver(config, model_config, model.dtype), work=pending.work,
             key=planned_identity(config, source.identity, digest), device=device, progress=progress, fast=True,
         )  # fmt: skip
-        model = load_model(source)  # the walk let the blocks go
+        weights = Lazily(
+            [f"{name}.weight" for name in results], lambda name: results[name.removesuffix(".weight")].quantized.weight
+        )
+        write_model(pending.path, source, weights)
+        zeros, sizes, errors, fallbacks = {}, {}, {}, []
         for name, result in results.items():
-            model.get_submodule(name).weight.data = result.quantized.weight
-        model.save_pretrained(pending.path)
-        copy_tokenizer(source.path, pending.path)
-        Golden.read(source.path).write(pending.path)
-        hold(pending.path)
-        zeros = {name: int((result.quantized.weight == 0).sum()) for name, result in results.items()}
-        sizes = {name: result.quantized.weight.numel() for name, result in results.items()}
-        errors = {name: result.relative_error for name, result in results.items()}
+            weight = result.quantized.weight
+            zeros[name], sizes[name], errors[name] = int((weight == 0).sum()), weight.numel(), result.relative_error
+            fallbacks += [f"{name}: {line}" for line in result.fallbacks]
         pending.seed, pending.calibration = seed, digest
-        pending.fallbacks = [f"{name}: {line}" for name, result in results.items() for line in result.fallbacks]
+        pending.fallbacks = fallbacks
         pending.notes = {
             "sparsity": {name: round(zeros[name] / sizes[name], 4) for name in zeros},
             "mean_sparsity": round(sum(zeros.values()) / sum(sizes.values()), 4),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,3 +88,33 @@ class Shelf(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class Batch:
+    """A batch of rows between two blocks, and what each block is called with beside it."""
+
+    def __init__(self, first_row: int, hidden: Tensor, block_kwargs: list[dict[str, Any]], spill: Spill) -> None:
+        self.first_row, self.block_kwargs = first_row, block_kwargs
+        self._streams = Shelf(spill, f"{first_row}.stream")
+        self.inputs = Shelf(spill, f"{first_row}.float")  # what the float block shows each group of layers
+        self.seen = Shelf(spill, f"{first_row}.seen")  # what the quantized one shows it
+        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """The quantized model's stream [B, T, C]."""
+        return self._streams["quantized"]
+
+    @hidden.setter
+    def hidden(self, found: Tensor) -> None:
+        self._streams["quantized"] = found
+
+    @property
+    def unquantized(self) -> Tensor | None:
+        """The float model's stream [B, T, C], where both are followed."""
+        return self._streams.get("float")
+
+    @unquantized.setter
+    def unquantized(self, found: Tensor | None) -> None:
+        if found is not None:
+            self._streams["float"] = found

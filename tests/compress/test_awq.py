@@ -102,6 +102,26 @@ def test_the_function_stays_and_rounding_costs_less(family: str, tmp_path: Path)
     assert all(found["error"] <= 1 for found in made.manifest.notes["scales"].values())
 
 
+def test_a_killed_walk_scales_no_block_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_tiny_model(tmp_path / "model", layers=3)
+    whole = scale.run(Awq(**GRID), source, tmp_path / "whole", calibration=ROWS)
+    begun: list[int] = []
+    scale_block = scale._scale_block
+
+    def dies_once(model: Any, index: int, *args: Any) -> Any:
+        begun.append(index)
+        if begun == [0, 1]:
+            raise KeyboardInterrupt
+        return scale_block(model, index, *args)
+
+    monkeypatch.setattr(scale, "_scale_block", dies_once)
+    with pytest.raises(KeyboardInterrupt):
+        scale.run(Awq(**GRID), source, tmp_path / "cut", calibration=ROWS)
+    again = scale.run(Awq(**GRID), source, tmp_path / "cut", calibration=ROWS)
+    assert begun == [0, 1, 1, 2]
+    assert again.manifest == whole.manifest
+
+
 def _widen(source: Artifact, out: Path) -> None:
     """Give some channels of the norms much larger gains, as trained models have."""
     from edgetune.artifact import draft

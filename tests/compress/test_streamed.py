@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgetune.artifact import Artifact
-from edgetune.compress import checkpoint, layerwise, quantize, spill
+from edgetune.compress import checkpoint, layerwise, quantize, scale, sparsify, spill, streamed
 from edgetune.compress.checkpoint import load_dequantized
 from edgetune.compress.layerwise import load_model, quantize_blocks, second_moments
 from edgetune.compress.quantize import run
-from edgetune.compress.streamed import open_model
+from edgetune.compress.streamed import Stored, open_model
 from edgetune.compress.tensor_file import DTYPES, TensorFile
 from edgetune.data.calibration import CalibrationSet
 from edgetune.errors import ArtifactError, StageError
-from edgetune.recipe import Gptq
+from edgetune.recipe import Awq, Gptq
 from edgetune.recipe_quantize import Recover
+from edgetune.recipe_sparsify import Sparsify
 from tests.compress.test_layerwise import rounding
 from tests.conftest import make_tiny_model
 
@@ -71,6 +72,35 @@ def test_a_skeleton_is_observed_as_the_whole_model_is(tiny_model: Artifact, tmp_
     found = second_moments(model, ROWS.ids)
     assert all(torch.equal(found[name], moment) for name, moment in expected.items())
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [Awq(bits=3, group_size=32), Sparsify(sparsity=0.5)])
+def test_steps_that_change_weights_never_hold_the_model(
+    config: Awq | Sparsify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of two files and its own head: the same tensors but for those of its blocks."""
+    source = sharded(make_tiny_model(tmp_path / "model", layers=3, tie=False), tmp_path / "sharded")
+    step = scale.run if isinstance(config, Awq) else sparsify.run
+    most = 0
+
+    def count(*_: object, of: Any) -> None:
+        nonlocal most
+        most = max(most, len({n.split(".")[2] for n, p in of.named_parameters() if ".layers." in n and not p.is_meta}))
+
+    monkeypatch.setattr(layerwise, "load_whole", None)
+    fill = Stored.fill
+    model: list[Any] = []
+    monkeypatch.setattr(streamed, "open_model", lambda *args: model.append(open_model(*args)) or model[-1])
+    monkeypatch.setattr(Stored, "fill", lambda *args: (fill(*args), count(of=model[-1])))
+    made = step(config, source, tmp_path / "made", calibration=ROWS)  # type: ignore[operator, arg-type]
+    assert 1 <= most <= 2  # a block, and where its successor's rows tell that it is done, that one
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = load_file(made.path / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    assert all(torch.equal(after[n], t) for n, t in before.items() if ".layers." not in n)
+    assert not all(torch.equal(after[n], t) for n, t in before.items() if ".layers.2." in n)
+    monkeypatch.undo()
+    load_model(made)
 
 
 def test_a_skeleton_takes_the_dtype_of_the_file_where_the_config_names_none(

@@ -67,6 +67,7 @@ def test_whatever_is_made_elsewhere_is_timed_without_a_recipe(
         past.history(place, screen, artifact="none", machine="", add=None)
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("fakes_in_child")
 def test_ids_are_folded_into_the_smallest_vocabulary_and_ranks_tell_chance() -> None:
     jobs = [fake_job("slow", decode_s=0.02), fake_job("fast", decode_s=0.002), fake_job("as fast", decode_s=0.002)]

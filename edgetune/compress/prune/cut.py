@@ -8,7 +8,7 @@ Shapes: R out-features, C in-features, D head size.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -49,15 +49,16 @@ class Keep:
     tokens: Tensor | None = None
 
 
-def cut(state: Mapping[str, Tensor], keep: Keep, *, head_size: int, queries_per_group: int) -> dict[str, Tensor]:
-    """Give the state dict of the pruned model.
+def cut(
+    state: Mapping[str, Tensor], keep: Keep, *, head_size: int, queries_per_group: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of the pruned model by name, one after the other.
 
     A norm over fewer channels divides by a smaller mean; its weight is scaled by sqrt(C' / C)^-1 to make up for it,
     so that the numbers are those of the whole model in which the other channels are zero.
     """
     place = {old: new for new, old in enumerate(keep.layers)}
-    made: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for name in state:
         module, _, kind = name.rpartition(".")
         layer = re.match(r"model\.layers\.(\d+)\.(.+)$", module)
         if layer is not None and int(layer[1]) not in place:
@@ -65,6 +66,7 @@ def cut(state: Mapping[str, Tensor], keep: Keep, *, head_size: int, queries_per_
         index = int(layer[1]) if layer else None
         inner = layer[2] if layer else module
         assert inner in AXES, name
+        tensor = state[name]
         axes = AXES[inner] if kind == "weight" else AXES[inner][:1]
         part = tensor
         for axis, counts in enumerate(axes):
@@ -74,8 +76,7 @@ def cut(state: Mapping[str, Tensor], keep: Keep, *, head_size: int, queries_per_
         if inner in NORMS and keep.hidden is not None:
             part = (part.float() * sqrt(len(tensor) / len(part))).to(part.dtype)
         renamed = name if index is None else name.replace(f".{index}.", f".{place[index]}.", 1)
-        made[renamed] = part.contiguous()
-    return made
+        yield renamed, part.contiguous()
 
 
 def _places(counts: str | None, index: int | None, keep: Keep, head_size: int, queries_per_group: int) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgetune.compress.prune.cut import Keep
     from edgetune.data.calibration import CalibrationSet
 
-STAGE = "compress.prune/1"
+STAGE = "compress.prune/2"
 SEARCH_TOP_K = 64  # buckets in which the search compares distributions
 
 
@@ -50,13 +50,16 @@ def run(
 ) -> Artifact:
     """Prune a `model` artifact into a smaller one, in shapes that stock Transformers loads.
 
-    Blocks are chosen first, widths then within those that stay, all from one pass over the calibration rows. A search
-    that was killed goes on after the last block that it took out. `kept_tokens` are the ids that stay, ascending,
-    where `config.vocabulary` says how many; where nothing else is cut, `calibration` is not read.
+    Blocks are chosen first, widths then within those that stay, all from one pass over the calibration rows, which
+    holds one block at a time; a search holds the model. One that was killed goes on after the last block that it took
+    out. `kept_tokens` are the ids that stay, ascending, where `config.vocabulary` says how many; where nothing else is
+    cut, `calibration` is not read.
     Raises UnsupportedError before any work, StageError where a loss of the search is not finite.
     """
     from edgetune.compress.checkpoint import read_config
+    from edgetune.compress.finished import Lazily
     from edgetune.compress.layerwise import load_model
+    from edgetune.compress.streamed import open_model
 
     model_config = read_config(source.path)
     check(config, model_config)
@@ -69,17 +72,16 @@ def run(
         out, kind="model", stage=STAGE, config=_config(config), parents=[source],
         sources=_sources(config, digest, kept_tokens), versions=_versions(),
     ) as pending:  # fmt: skip
-        model = load_model(source)
-        before = sum(p.numel() for p in model.parameters())
-        state = dict(model.state_dict())  # as stored, whatever the walk casts
+        model: Any = open_model(source)
+        stored = Lazily(model.stored.shapes, model.stored.read)
         stats = Statistics(int(model_config["num_hidden_layers"]))
         if config.cuts_blocks:
             assert ids is not None, "cutting blocks reads calibration rows"
-            stats = measure(model, ids, model_config, device=device, progress=progress)
+            stats = measure(model, ids, model_config, work=pending.work, device=device, progress=progress)
             pending.notes["block_influence"] = [float(f"{value:.4g}") for value in stats.influence]
         kept = list(range(len(stats.influence)))
         if config.layers is not None and config.search == "kl" and ids is not None:
-            removed = _search(config, model, ids, pending.work / "search.json", device, progress)
+            removed = _search(config, load_model(source), ids, pending.work / "search.json", device, progress)
             kept = [index for index in kept if index not in {block for block, _ in removed}]
             pending.notes["search"] = [[block, float(f"{loss:.4g}")] for block, loss in removed]
         elif config.layers is not None:
@@ -87,8 +89,7 @@ def run(
 
             kept = most_influential(stats.influence, config.layers)
         keep = choose(config, stats, kept, model_config, kept_tokens)
-        made = build(config, state, keep, model_config, model)
-        made.save_pretrained(pending.path)
+        parameters = write(config, stored, keep, model_config, pending.path)
         if kept_tokens is None:
             copy_tokenizer(source.path, pending.path)
             Golden.read(source.path).write(pending.path)
@@ -98,8 +99,8 @@ def run(
         pending.seed, pending.calibration = seed, digest if config.cuts_blocks else None
         pending.notes |= {
             "kept_layers": kept,
-            "parameters": sum(p.numel() for p in made.parameters()),
-            "parameters_before": before,
+            "parameters": parameters,
+            "parameters_before": sum(tensor.numel() for tensor in stored.values()),
         }
     return pending.artifact
 
@@ -115,9 +116,15 @@ class Statistics:
 
 
 def measure(
-    model: Any, rows: NDArray[np.int64], model_config: dict[str, Any], *, device: str, progress: Report
+    model: Any,
+    rows: NDArray[np.int64],
+    model_config: dict[str, Any],
+    *,
+    work: Path | None = None,
+    device: str,
+    progress: Report,
 ) -> Statistics:
-    """Look at the float model once. rows [N, T] are token ids."""
+    """Look at the float model once. rows [N, T] are token ids; model and `work` as in `layerwise.observe`."""
     from edgetune.compress.layerwise import observe
     from edgetune.compress.prune.depth import block_influence
     from edgetune.compress.prune.width import feature_energy, head_energy
@@ -135,7 +142,7 @@ def measure(
     def see_block(index: int, before: Tensor, after: Tensor) -> None:
         stats.influence[index] += block_influence(before, after) / rows.size
 
-    observe(model, rows, see, see_block, device=device, progress=progress)
+    observe(model, rows, see, see_block, work=work, device=device, progress=progress)
     return stats
 
 
@@ -165,19 +172,23 @@ def choose(
     return Keep(kept, neurons, groups, hidden, tokens)
 
 
-def build(config: Prune, state: dict[str, Tensor], keep: Keep, model_config: dict[str, Any], model: Any) -> Any:
-    """Give the pruned model of the class and dtype of the whole one."""
+def write(config: Prune, state: Mapping[str, Tensor], keep: Keep, model_config: dict[str, Any], folder: Path) -> int:
+    """Write weights and `config.json` of the pruned model, one tensor after the other; gives its parameters."""
     from transformers import AutoConfig
 
+    from edgetune.compress.checkpoint import WEIGHTS
     from edgetune.compress.prune.cut import cut
+    from edgetune.compress.tensor_file import TensorFile
 
     n_heads, n_kv = heads(model_config)
-    tensors = cut(state, keep, head_size=head_size(model_config), queries_per_group=n_heads // n_kv)
-    made_config = AutoConfig.for_model(**pruned_config(config, model_config, keep.layers))
-    made = type(model)(made_config).to(next(iter(state.values())).dtype)
-    made.load_state_dict(tensors)
-    made.tie_weights()
-    return made
+    made_config, parameters = pruned_config(config, model_config, keep.layers), 0
+    with TensorFile(folder / WEIGHTS, {"format": "pt"}) as out:
+        for name, tensor in cut(state, keep, head_size=head_size(model_config), queries_per_group=n_heads // n_kv):
+            if not (name == "lm_head.weight" and made_config.get("tie_word_embeddings")):
+                out.add(name, [tensor])
+                parameters += tensor.numel()
+    AutoConfig.for_model(**made_config).save_pretrained(folder)
+    return parameters
 
 
 def _search(
