@@ -2,13 +2,15 @@
 
     python benchmarks/export.py            # 48 calibration rows, 16 measured ones
     python benchmarks/export.py --quick    # 8 and 4
-    python benchmarks/export.py --only onnx    # the other part of --out stays in it
+    python benchmarks/export.py --only onnx    # the other parts of --out stay in it
 
-The model is SmolLM2 off the grid that its file came from (`folded.py`). Rows of 512 tokens: the first half of Python's
-language reference calibrates, of its second half the divergence is measured, in llama.cpp, from torch's float32.
+The model is SmolLM2 off the grid that its file came from (`folded.py`), of GGUF files also the same function in a wider
+shape, of whose rows K-quants take all (`widened.py`, totals with `wide`). Rows of 512 tokens: the first half of
+Python's language reference calibrates, of its second half the divergence is measured, in llama.cpp, from torch's
+float32.
 Stock: `llama-imatrix` and `llama-quantize` of the same llama.cpp (`peers.py`), on the float16 file of our writer.
 Ours: `type: Q4_K_M` as recipes name it, the same with `gptq: true`, and that with `allocate` at no more bits, measured
-on text that neither calibrates nor measures. Ratios are those of `gptq: true`, but for `gguf_allocated_kl_ratio`, of
+on text that neither calibrates nor measures. Ratios are those of `gptq: true`, but for `allocated_kl_ratio`, of
 the last to it. All files are read with the same threads; no GGUF file is timed. The ONNX part: `onnx_sides.py`.
 """
 
@@ -30,6 +32,7 @@ import onnx_sides
 import peers
 from folded import folded
 from numpy.typing import NDArray
+from widened import widened
 
 from edgetune.artifact import Artifact, write_text
 from edgetune.backends import require
@@ -43,6 +46,7 @@ from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.machine import describe
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
+PARTS = ("gguf", "gguf-wide", "onnx")
 TYPE, TOKENS, ROUNDS = "Q4_K_M", 512, 12
 ROWS_THAT_CHOOSE, TOKENS_THAT_CHOOSE = 8, 128
 CHOICES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
@@ -132,10 +136,11 @@ def divergence(
 
 
 def compare_gguf(
-    model: Artifact, folder: Path, calibration: NDArray[np.int64], choosing: NDArray[np.int64],
+    part: str, model: Artifact, folder: Path, calibration: NDArray[np.int64], choosing: NDArray[np.int64],
     measured: NDArray[np.int64], text: str, threads: int,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
-    """Make the files and measure them; give the totals, and every row's figure."""
+    """Make the files and measure them; give the totals, named after the part, and every row's figure."""
+    folder.mkdir()
     plain = gguf.run(GgufExport(type="F16", imatrix=False), model, folder / "plain", moments=None).path / gguf.FILE
     files = {
         "stock": stock(plain, folder, None, threads),
@@ -148,26 +153,35 @@ def compare_gguf(
     for name in files:
         print(f"{name:<21} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
     totals = {
-        "gguf_kl_ratio": kl["ours, gptq"] / kl["stock, imatrix"],
-        "gguf_kl_ratio_without": kl["ours, gptq"] / kl["stock"],
-        "gguf_bytes_ratio": sizes["ours, gptq"] / sizes["stock, imatrix"],
-        "gguf_allocated_kl_ratio": kl["ours, gptq, allocated"] / kl["ours, gptq"],
-        "gguf_allocated_bytes_ratio": sizes["ours, gptq, allocated"] / sizes["ours, gptq"],
+        "kl_ratio": kl["ours, gptq"] / kl["stock, imatrix"],
+        "kl_ratio_without": kl["ours, gptq"] / kl["stock"],
+        "bytes_ratio": sizes["ours, gptq"] / sizes["stock, imatrix"],
+        "allocated_kl_ratio": kl["ours, gptq, allocated"] / kl["ours, gptq"],
+        "allocated_bytes_ratio": sizes["ours, gptq, allocated"] / sizes["ours, gptq"],
     }
-    return totals, {"type": TYPE, "bytes": sizes, "kl": rows}
+    prefix = part.replace("-", "_")
+    return {f"{prefix}_{name}": value for name, value in totals.items()}, {
+        "type": TYPE,
+        "model": model.digest,
+        "bytes": sizes,
+        "kl": rows,
+    }
 
 
 def benchmark(n_calibration: int, n_measured: int, threads: int, only: str | None, out: Path) -> None:
-    """Measure both parts, or one, and write every row's figure."""
+    """Measure all parts, or one, and write every row's figure."""
     began, model = time.monotonic(), folded()
     calibration, choosing, measured, text = make_rows(model.path, n_calibration, n_measured)
     before = json.loads(out.read_bytes()) if only and out.is_file() else {"totals": {}}
-    totals, parts = before["totals"], {name: before[name] for name in ("gguf", "onnx") if name in before}
+    totals, parts = before["totals"], {name: before[name] for name in PARTS if name in before}
     with tempfile.TemporaryDirectory(prefix="edgetune-export-") as temporary:
-        if only != "onnx":
-            found, parts["gguf"] = compare_gguf(model, Path(temporary), calibration, choosing, measured, text, threads)
-            totals |= found
-        if only != "gguf":
+        for part, make in (("gguf", folded), ("gguf-wide", widened)):
+            if only in (None, part):
+                found, parts[part] = compare_gguf(
+                    part, make(), Path(temporary) / part, calibration, choosing, measured, text, threads
+                )
+                totals |= found
+        if only in (None, "onnx"):
             found, parts["onnx"] = onnx_sides.compare(
                 model, Path(temporary), calibration, measured, threads, ROUNDS if n_measured > 4 else 3
             )
@@ -202,7 +216,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="calibration rows of 512 tokens")
     parser.add_argument("--measured", type=int, default=16, help="rows of 512 tokens that measure")
     parser.add_argument("--quick", action="store_true", help="8 calibration rows, 4 measured ones")
-    parser.add_argument("--only", choices=("gguf", "onnx"), help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()

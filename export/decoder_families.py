@@ -1,5 +1,6 @@
 """What differs between model families in our own graph, as data: modules of a block, norms, multipliers, soft caps.
 
+Modules have a Llama's names; where a family stores others, `gguf_families` has them and `decoder_source` renames.
 Biases and norms of queries and keys are read off the tensors that are there; windows and rotations off config.json.
 """
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.errors import UnsupportedError
+from edgetune.export.gguf_families import common, refuse_gpt2
 
 Config = Mapping[str, Any]
 
@@ -47,6 +49,11 @@ class Family:
     norm_offset: float = 0.0  # what is added to the weight of a norm
     activation: str = "silu"
     joint: bool = False  # queries, keys and values are one matrix, gate and up another
+    gated: bool = True  # the multilayer perceptron multiplies by a gate
+    layer_norm: bool = False  # a norm takes off the mean and adds a bias
+    positions: bool = False  # a vector of each position is added to its token's, and nothing is rotated
+    parallel: Callable[[Config], bool] = lambda config: False  # the perceptron reads what attention reads
+    renamed: bool = False  # tensors are stored under other names, and some in another order
     scales: Callable[[Config], Scales] = lambda config: Scales()
     rope_types: tuple[str, ...] = ROPE_TYPES
     refuse: Callable[[Config], str | None] = lambda config: None  # what of a config the graph cannot stand for
@@ -87,12 +94,20 @@ FAMILIES: dict[str, Family] = {
     "GraniteForCausalLM": Family(scales=_granite_scales),
     "Gemma2ForCausalLM": _GEMMA,
     "Gemma3ForCausalLM": _GEMMA,
-}
+    "GPT2LMHeadModel": Family(
+        activation="gelu_new", joint=True, gated=False, layer_norm=True, positions=True, renamed=True,
+        refuse=refuse_gpt2,
+    ),
+    "GPTNeoXForCausalLM": Family(
+        activation="gelu", joint=True, gated=False, layer_norm=True, renamed=True,
+        parallel=lambda config: bool(config.get("use_parallel_residual", True)),
+    ),
+}  # fmt: skip
 
 
 def family(config: Config) -> Family:
     """Give the table's entry for a config.json of a known architecture. Raises UnsupportedError."""
-    named = config["architectures"][0]
+    named, config = config["architectures"][0], common(config)
     found = FAMILIES[named]
     said = config.get("hidden_activation") or config.get("hidden_act") or found.activation
     if said != found.activation:

@@ -1,4 +1,4 @@
-"""A decoder of the Llama kind as an ONNX graph, its key/value cache as inputs and outputs.
+"""A decoder as an ONNX graph, its key/value cache as inputs and outputs.
 
 Inputs: `input_ids` and `position_ids` int64 [B, T], `attention_mask` int64 [B, S] (0 where a row is padded),
 `past_key_values.N.key` and `.value` [B, K, P, D]. Outputs: `logits` float32 [B, T, V], `present.N.key` and `.value`
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.export.decoder_layers import Dtype, FloatLayers, numpy_dtype
+from edgetune.export.decoder_layers import POSITIONS, Dtype, FloatLayers, numpy_dtype
 from edgetune.export.decoder_source import FULL, Rotation
 from edgetune.export.onnx_file import OnnxFile
 
@@ -52,6 +52,11 @@ class DecoderGraph(ABC):
                 file.output(f"present.{i}.{part}", self.dtype, [*shape[:2], "total", sizes.head_size])
         self.angles()
         x = self.scaled(self.layers.embed(ids), self.scales.embedding, "/model/embed_tokens/scaled")
+        if self.family.positions:
+            placed = file.node(
+                "Gather", "/model/embed_positions/Gather", [self.layers.weight(POSITIONS), "position_ids"]
+            )
+            x = file.node("Add", "/model/embed_positions/Add", [x, placed])
         for i in range(sizes.n_layers):
             x = self.block(x, i)
         self._logits(self.norm(x, "model.norm", "/model/norm"))
@@ -82,20 +87,29 @@ class DecoderGraph(ABC):
         return self.file.node("Mul", f"{name}/Mul", [x, stored], out)
 
     def block(self, x: str, i: int) -> str:
-        """One block: attention and a gated multilayer perceptron, each added to what it read."""
+        """One block: what attention and a multilayer perceptron give is added to what the block read."""
         layers, norms, module, name = self.layers, self.family.norms, f"model.layers.{i}", f"/model/layers.{i}"
         h = self.norm(x, f"{module}.{norms.before_attention}", f"{name}/{norms.before_attention}")
         q, k, v = self._projections(h, i)
         y = self.attention(q, k, v, i)
         h = layers.linear(y, f"{module}.self_attn.o_proj")
-        x = self._added(x, h, i, norms.after_attention, "attn")
-        h = self.norm(x, f"{module}.{norms.before_mlp}", f"{name}/{norms.before_mlp}")
+        attended = self._added(x, h, i, norms.after_attention, "attn")
+        h = self.norm(
+            x if self.source.parallel else attended, f"{module}.{norms.before_mlp}", f"{name}/{norms.before_mlp}"
+        )
+        h = self._perceptron(h, i)
+        return self._added(attended, layers.linear(h, f"{module}.mlp.down_proj"), i, norms.after_mlp, "mlp")
+
+    def _perceptron(self, x: str, i: int) -> str:
+        """What the down projection reads."""
+        linear, module, name = self.layers.linear, f"model.layers.{i}.mlp", f"/model/layers.{i}/mlp"
+        if not self.family.gated:
+            return self.activated(linear(x, f"{module}.up_proj"), name)
         if self.family.joint:
-            gate, up = self._parts(layers.linear(h, f"{module}.mlp.gate_up_proj"), f"{name}/mlp", ("gate", "up"))
+            gate, up = self._parts(linear(x, f"{module}.gate_up_proj"), name, ("gate", "up"))
         else:
-            gate, up = (layers.linear(h, f"{module}.mlp.{part}_proj") for part in ("gate", "up"))
-        h = self.file.node("Mul", f"{name}/mlp/Mul", [self.activated(gate, f"{name}/mlp"), up])
-        return self._added(x, layers.linear(h, f"{module}.mlp.down_proj"), i, norms.after_mlp, "mlp")
+            gate, up = (linear(x, f"{module}.{part}_proj") for part in ("gate", "up"))
+        return self.file.node("Mul", f"{name}/Mul", [self.activated(gate, name), up])
 
     def _projections(self, x: str, i: int) -> list[str]:
         """Queries [B, T, H * D], keys and values [B, T, K * D]."""
@@ -121,8 +135,8 @@ class DecoderGraph(ABC):
 
     def activated(self, x: str, name: str) -> str:
         """Apply the family's activation."""
-        if self.family.activation == "gelu_pytorch_tanh":
-            return self.gelu(x, f"{name}/gelu")
+        if self.family.activation != "silu":
+            return self.gelu(x, f"{name}/gelu", exact=self.family.activation == "gelu")
         sigmoid = self.file.node("Sigmoid", f"{name}/Sigmoid", [x])
         return self.file.node("Mul", f"{name}/silu", [x, sigmoid])
 
@@ -177,11 +191,14 @@ class DecoderGraph(ABC):
 
     @abstractmethod
     def norm(self, x: str, module: str, name: str) -> str:
-        """Divide by the root mean square of the last axis and multiply by the weight of `module`."""
+        """Divide by the root mean square of the last axis and multiply by the weight of `module`.
+
+        A `layer_norm` takes the mean off before, and adds the bias of `module`.
+        """
 
     @abstractmethod
-    def gelu(self, x: str, name: str) -> str:
-        """Apply GELU in its form with tanh (arXiv:1606.08415)."""
+    def gelu(self, x: str, name: str, *, exact: bool) -> str:
+        """Apply GELU (arXiv:1606.08415), where it need not be exact in its form with tanh."""
 
     @abstractmethod
     def attention(self, q: str, k: str, v: str, i: int) -> str:
@@ -252,11 +269,13 @@ class FusedGraph(DecoderGraph):
     opset = 23
 
     def norm(self, x: str, module: str, name: str) -> str:
-        weight = self.norm_weight(module)
-        return self.file.node("RMSNormalization", name, [x, weight], axis=-1, epsilon=self.sizes.eps)
+        weights, op = [self.norm_weight(module)], "RMSNormalization"
+        if self.family.layer_norm:
+            weights, op = [*weights, self.layers.weight(f"{module}.bias")], "LayerNormalization"
+        return self.file.node(op, name, [x, *weights], axis=-1, epsilon=self.sizes.eps)
 
-    def gelu(self, x: str, name: str) -> str:
-        return self.file.node("Gelu", name, [x], approximate="tanh")
+    def gelu(self, x: str, name: str, *, exact: bool) -> str:
+        return self.file.node("Gelu", name, [x], approximate="none" if exact else "tanh")
 
     def attention(self, q: str, k: str, v: str, i: int) -> str:
         sizes, name = self.sizes, f"/model/layers.{i}/attn"
@@ -282,6 +301,8 @@ class FusedGraph(DecoderGraph):
             x = self.head_norm(file.node("Reshape", f"{name}/heads", [x, heads]), i, part)
             flat = self.ints(f"{part}_flat", 0, 0, n_heads * sizes.head_size)
             x = file.node("Reshape", f"{name}/flat", [x, flat])
+        if not self.source.rotated:
+            return x
         partly: dict[str, Any] = (
             {} if self.source.rotated == sizes.head_size else {"rotary_embedding_dim": self.source.rotated}
         )
@@ -297,27 +318,38 @@ class PlainGraph(DecoderGraph):
     def norm(self, x: str, module: str, name: str) -> str:
         file = self.file
         wide = file.node("Cast", f"{name}/float", [x], to=file.type("FLOAT"))
+        if self.family.layer_norm:
+            middle = file.node("ReduceMean", f"{name}/mean", [wide, self.ints("last", -1)])
+            wide = file.node("Sub", f"{name}/Sub", [wide, middle])
         square = file.node("Mul", f"{name}/square", [wide, wide])
         mean = file.node("ReduceMean", f"{name}/ReduceMean", [square, self.ints("last", -1)])
         mean = file.node("Add", f"{name}/Add", [mean, file.constant("eps", np.array(self.sizes.eps, np.float32))])
         root = file.node("Sqrt", f"{name}/Sqrt", [mean])
         unit = file.node("Div", f"{name}/Div", [wide, root])
         unit = file.node("Cast", f"{name}/Cast", [unit], to=file.type(self.dtype))
-        return file.node("Mul", f"{name}/Mul", [unit, self.norm_weight(module)])
+        scaled = file.node("Mul", f"{name}/Mul", [unit, self.norm_weight(module)])
+        if not self.family.layer_norm:
+            return scaled
+        return file.node("Add", f"{name}/bias", [scaled, self.layers.weight(f"{module}.bias")])
 
-    def gelu(self, x: str, name: str) -> str:
-        """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))."""
+    def gelu(self, x: str, name: str, *, exact: bool) -> str:
+        """x / 2 * (1 + erf(x / sqrt(2))), or with tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)) in its place."""
         file, dtype = self.file, numpy_dtype(self.dtype)
         cubic, root, half, one = (
             file.constant(f"gelu_{what}", np.array(value, dtype))
-            for what, value in (("cubic", 0.044715), ("root", (2 / np.pi) ** 0.5), ("half", 0.5), ("one", 1))
-        )
-        inner = file.node("Mul", f"{name}/square", [x, x])
-        inner = file.node("Mul", f"{name}/cubic", [inner, cubic])
-        inner = file.node("Add", f"{name}/inner", [inner, one])
-        inner = file.node("Mul", f"{name}/by_x", [inner, x])
+            for what, value in (
+                ("cubic", 0.044715), ("root", 0.5**0.5 if exact else (2 / np.pi) ** 0.5), ("half", 0.5), ("one", 1),
+            )
+        )  # fmt: skip
+        inner = x
+        if not exact:
+            inner = file.node("Mul", f"{name}/square", [x, x])
+            inner = file.node("Mul", f"{name}/cubic", [inner, cubic])
+            inner = file.node("Add", f"{name}/inner", [inner, one])
+            inner = file.node("Mul", f"{name}/by_x", [inner, x])
         inner = file.node("Mul", f"{name}/root", [inner, root])
-        inner = file.node("Tanh", f"{name}/Tanh", [inner])
+        bent = "Erf" if exact else "Tanh"
+        inner = file.node(bent, f"{name}/{bent}", [inner])
         inner = file.node("Add", f"{name}/Add", [inner, one])
         half = file.node("Mul", f"{name}/half", [x, half])
         return file.node("Mul", f"{name}/Mul", [half, inner])
@@ -342,6 +374,8 @@ class PlainGraph(DecoderGraph):
 
     def _rotate(self, x: str, name: str, i: int) -> str:
         """Rotate the two halves of each head, or of the part of it that is rotated."""
+        if not self.source.rotated:
+            return x
         file, sizes, still = self.file, self.sizes, []
         left, right = f"{name}/left", f"{name}/right"
         if self.source.rotated == sizes.head_size:

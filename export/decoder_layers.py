@@ -19,7 +19,7 @@ from edgetune.export.decoder_source import Source
 from edgetune.export.onnx_file import OnnxFile
 
 Dtype = Literal["FLOAT", "FLOAT16"]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, POSITIONS, HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
 HEAD_BITS, HEAD_BLOCK = 8, 32  # of embedding and head beside integers; columns that share a scale
 
 

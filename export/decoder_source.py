@@ -6,6 +6,7 @@ between families is in `decoder_families`.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from edgetune.artifact import Artifact
 from edgetune.errors import UnsupportedError
 from edgetune.export.decoder_families import FAMILIES, Family, Scales, family
 from edgetune.export.gguf_families import FAMILIES as GGUF_FAMILIES
-from edgetune.export.gguf_families import rope, trained_length
+from edgetune.export.gguf_families import Change, common, rope, trained_length
 from edgetune.recipe import Rtn
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ if TYPE_CHECKING:
     from edgetune.compress.scheme import Quantized
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers that may rotate otherwise
+# Module's GGUF name -> its name in a Llama: by these tensors are named that a family stores otherwise.
+LIKE_LLAMA = {
+    "token_embd": "model.embed_tokens",
+    "position_embd": "model.embed_positions",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Source:
-    """The weights of an artifact, by their Transformers names. Nothing is read before it is asked for."""
+    """The weights of an artifact, by the names of a Llama in Transformers. Nothing is read before it is asked for."""
 
     sizes: Sizes
     family: Family
@@ -65,6 +79,7 @@ class Source:
     rotations: Mapping[str, Rotation]  # by kind of layer
     names: frozenset[str]
     get: Callable[[str], Tensor]
+    parallel: bool = False  # attention and multilayer perceptron read the same
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     bits: Mapping[str, int] = field(default_factory=dict)  # of each quantized layer
     corrections: Mapping[str, Pair] = field(default_factory=dict)  # A [r, C] and B [R, r] beside them
@@ -77,7 +92,7 @@ class Source:
     @property
     def rotated(self) -> int:
         """Channels of a head that are rotated."""
-        return 2 * next(len(rotation.inv_freq) for rotation in self.rotations.values())
+        return 2 * next((len(rotation.inv_freq) for rotation in self.rotations.values()), 0)
 
 
 def quantizer_of(artifact: Artifact) -> Rtn:
@@ -112,16 +127,17 @@ def check_named(config: Mapping[str, Any], known: Iterable[str], others: Mapping
 def check_decoder(config: Mapping[str, Any]) -> Sizes:
     """Read a config.json. Raises UnsupportedError for a decoder that our graph cannot stand for."""
     check_named(config, FAMILIES, {"gguf": GGUF_FAMILIES})
-    known = family(config).rope_types
+    of, config = family(config), common(config)
     for kind in (FULL, SLIDING):
-        if (found := rope(config, kind)[1]) not in known:
-            raise UnsupportedError(f"rope type {found!r} is not written as a graph; supported: {', '.join(known)}")
+        if (found := rope(config, kind)[1]) not in of.rope_types:
+            known = ", ".join(of.rope_types)
+            raise UnsupportedError(f"rope type {found!r} is not written as a graph; supported: {known}")
     hidden, n_heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    n_layers = int(config["num_hidden_layers"])
+    n_layers, shared = int(config["num_hidden_layers"]), None if of.renamed else config.get("num_key_value_heads")
     return Sizes(
-        n_layers=n_layers, n_heads=n_heads, n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=int(shared or n_heads),
         head_size=int(config.get("head_dim") or hidden // n_heads), hidden=hidden, n_vocab=int(config["vocab_size"]),
-        eps=float(config.get("rms_norm_eps", 1e-6)), max_length=_max_length(config),
+        eps=float(config.get("rms_norm_eps", config.get("layer_norm_eps", 1e-6))), max_length=_max_length(config),
         windows=_windows(config, n_layers), kinds=_kinds(config, n_layers),
     )  # fmt: skip
 
@@ -131,7 +147,7 @@ def shortened(config: Mapping[str, Any]) -> list[str]:
 
     LongRoPE rotates a text that outgrows the trained length by other frequencies, what is in the cache included.
     """
-    longest, held = int(config.get("max_position_embeddings", 0)), check_decoder(config).max_length
+    longest, held = int(common(config).get("max_position_embeddings", 0)), check_decoder(config).max_length
     if held >= longest:
         return []
     return [f"the graph holds {held} of the model's {longest} positions: LongRoPE rotates longer texts otherwise, "
@@ -147,9 +163,9 @@ def open_source(artifact: Artifact) -> Source:
 
     check_decoder(read_config(artifact.path))
     config = AutoConfig.from_pretrained(artifact.path, local_files_only=True)
-    filled = config.to_dict()  # with the family's defaults, those of windows above all
+    filled = common(config.to_dict())  # with the family's defaults, those of windows above all
     sizes, of = check_decoder(filled), family(filled)
-    tensors = _tensors(artifact.path)
+    tensors = _renamed(_tensors(artifact.path), filled) if of.renamed else _tensors(artifact.path)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     names = frozenset(name for name in tensors if name.rpartition(".")[2] not in PARTS)
@@ -157,7 +173,8 @@ def open_source(artifact: Artifact) -> Source:
     bits_of = stored_bits(artifact.path) if layers else None
     bits = {name: bits_of(name) for name in layers} if bits_of is not None else {}
     return Source(
-        sizes, of, of.scales(filled), _rotations(config, sizes), names, lambda name: tensors[name](), layers, bits,
+        sizes, of, of.scales(filled), {} if of.positions else _rotations(config, sizes), names,
+        lambda name: tensors[name](), of.parallel(filled), layers, bits,
         read_correction(artifact.path) if layers else {},
     )  # fmt: skip
 
@@ -188,6 +205,31 @@ def _tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         for stored in open_weights(folder)
         for name in stored.keys()  # noqa: SIM118
     }
+
+
+def _renamed(tensors: Mapping[str, Callable[[], Tensor]], config: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
+    """Give the tensors of a family that stores them otherwise as a Llama's are; buffers are left out."""
+    from functools import partial
+
+    of, found = GGUF_FAMILIES[config["architectures"][0]], {}
+    for name, read in tensors.items():
+        module, _, kind = name.rpartition(".")
+        inside = re.fullmatch(rf"{re.escape(of.blocks)}\.(\d+)\.(.+)", module)
+        place = of.modules.get(inside[2]) if inside else of.outside.get(module)
+        if place is None:
+            continue
+        change = next((change for pattern, change in of.changes.items() if re.search(pattern, name)), None)
+        block = f"model.layers.{inside[1]}." if inside else ""
+        found[f"{block}{LIKE_LLAMA[place]}.{kind}"] = (
+            read if change is None else partial(_changed, read, change, config)
+        )
+    return found
+
+
+def _changed(read: Callable[[], Tensor], change: Change, config: Mapping[str, Any]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(change.there(read().float().numpy(), config))
 
 
 def _windows(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:

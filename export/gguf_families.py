@@ -178,7 +178,8 @@ def _write_neox(writer: Any, config: Config) -> None:
     writer.add_parallel_residual(bool(config.get("use_parallel_residual", True)))
 
 
-def _refuse_gpt2(config: Config) -> str | None:
+def refuse_gpt2(config: Config) -> str | None:
+    """Name what of a GPT-2's attention neither llama.cpp nor our own graph computes."""
     unsaid = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
     found = next((key for key in unsaid if config.get(key)), None)
     if found is None and not config.get("scale_attn_weights", True):
@@ -216,7 +217,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "GPT2LMHeadModel": Family(
         "gpt2", _GPT2, _CONV1D, blocks="transformer.h", outside=_GPT2_OUTSIDE, activation="gelu_new",
-        own_keys=_GPT2_KEYS, layer_norm=True, rotated=False, refuse=_refuse_gpt2,
+        own_keys=_GPT2_KEYS, layer_norm=True, rotated=False, refuse=refuse_gpt2,
     ),
     "GPTNeoXForCausalLM": Family(
         "gptneox", _NEOX, _WOVEN, blocks="gpt_neox.layers", outside=_NEOX_OUTSIDE, activation="gelu", layer_norm=True,

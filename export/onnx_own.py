@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgetune.artifact import Artifact, write_text
 from edgetune.backends import require
 from edgetune.errors import UnsupportedError
+from edgetune.export.decoder_families import family
 from edgetune.export.decoder_graph import FusedGraph
 from edgetune.export.decoder_layers import EMBEDDING, HEAD_BITS, HEAD_BLOCK, AdaptedLayers, FloatLayers, NBitsLayers
 from edgetune.export.decoder_source import Sizes, check_decoder, open_source
@@ -29,6 +30,9 @@ SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "
 def check_own(config: OnnxExport, model_config: dict[str, Any]) -> None:
     """Refuse, before any work, what our graph cannot hold. Raises UnsupportedError."""
     sizes = check_decoder(model_config)
+    if config.adapters and family(model_config).renamed:
+        raise UnsupportedError(f"adapters: true is not for {model_config['architectures'][0]}, whose graph has its "
+                               "matrices under other names than its adapters; merge them")  # fmt: skip
     if config.adapters and config.precision not in ("fp32", "fp16"):
         raise UnsupportedError(f"adapters: true is for precision fp32 and fp16, {config.precision} was asked for")
     if config.precision in ("int8", "int4"):
@@ -98,7 +102,8 @@ def _write_genai_config(source: Path, sizes: Sizes, graph: Path) -> None:
     model = {
         "bos_token_id": config.get("bos_token_id") or 0, "context_length": sizes.max_length, "decoder": decoder,
         "eos_token_id": ends, "pad_token_id": config.get("pad_token_id") or first or 0,
-        "type": config["model_type"], "vocab_size": sizes.n_vocab,
+        # Its name for any decoder with these inputs and outputs; what it calls gpt2 has other ones.
+        "type": "decoder" if family(config).renamed else config["model_type"], "vocab_size": sizes.n_vocab,
     }  # fmt: skip
     search = {name: chosen.get(name) or plain for name, plain in SAMPLING.items()}
     search |= {"max_length": sizes.max_length, "min_length": 0, "num_beams": 1, "num_return_sequences": 1,

@@ -7,13 +7,13 @@ have patterns, which also match the names under which vLLM fuses layers: vLLM lo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgetune.compress.architectures import SHARED_INPUTS
 from edgetune.compress.dynamic import FUSED
+from edgetune.compress.patterns import is_pattern, matches
 from edgetune.compress.scheme import Scheme
 
 PATTERN, ALL = "re:", "Linear"
@@ -84,17 +84,14 @@ def _read(group: object, form: str) -> Group | None:
 
 
 def _is_target(target: object) -> bool:
-    if not isinstance(target, str):
-        return False
-    try:
-        re.compile(target.removeprefix(PATTERN))
-    except re.error:
-        return False
-    return True
+    return isinstance(target, str) and is_pattern(target.removeprefix(PATTERN))
 
 
 def matched(name: str, groups: Mapping[str, Group]) -> Group | None:
-    """Give the group of a linear layer by the targets of all groups; None where none has it."""
+    """Give the group of a linear layer by the targets of all groups; None where none has it.
+
+    Raises UnsupportedError where a pattern takes too long.
+    """
     patterns = sorted(target for target in groups if target.startswith(PATTERN))
-    fitting = (target for target in patterns if re.match(target.removeprefix(PATTERN), name))
+    fitting = (target for target in patterns if matches(target.removeprefix(PATTERN), name))
     return groups.get(name) or groups.get(next(fitting, ALL))

@@ -49,6 +49,7 @@ from edgetune.sources import copy_tokenizer
 
 STAGE = "compress.distill/4"
 PROJECTION = "distill_projection"
+AS_BEFORE = "training brought the integers no nearer to the teacher on the rows set aside: they are as they were"
 
 
 def planned_identity(
@@ -128,9 +129,13 @@ def run(
         trainer, ran_out = out_of_memory.train(build, config, pending.work, progress)
         lost = diverged(trainer)
         model = trainer.model
+        pending.notes.update(history(trainer.state))
         if config.hidden_weight:
             delattr(model, PROJECTION)
         if integers:
+            before, is_best = into.keep_better(trainer)
+            pending.notes["before"] = {config.best_by: float(f"{before:.6g}")}
+            lost += [AS_BEFORE] if is_best else []
             pending.scheme = into.write(config, model, student, pending.path)
         else:
             model.to(device="cpu", dtype=_stored_dtype(student)).save_pretrained(pending.path)
@@ -139,7 +144,6 @@ def run(
         hold(pending.path)
         pending.seed = seed
         pending.fallbacks.extend([*data.fallbacks, *ran_out, *lost])
-        pending.notes.update(history(trainer.state))
         pending.notes["rows"] = {"train": len(data.train), "early_stopping": len(data.evaluate)}
         if integers:
             pending.notes["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)

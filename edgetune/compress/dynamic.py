@@ -6,11 +6,11 @@ pattern that also matches the name under which vLLM fuses them (qkv_proj, gate_u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.compress.architectures import SHARED_INPUTS
+from edgetune.compress.patterns import is_pattern, matches
 from edgetune.errors import UnsupportedError
 
 PLUS = "+:"  # of a pattern that adds; "-:" leaves a layer unquantized
@@ -31,7 +31,8 @@ def dynamic_bits(bits: Mapping[str, int], usual: int) -> dict[str, dict[str, int
 def read_bits(config: Mapping[str, Any], folder: str) -> Callable[[str], int]:
     """Give what tells the bits of a layer by its name.
 
-    Raises UnsupportedError for more than bits, other bits, or what is no pattern.
+    Raises UnsupportedError for more than bits, other bits, or what is no pattern; so does what is given, where a
+    pattern takes too long.
     """
     dynamic: dict[str, dict[str, Any]] = config.get("dynamic") or {}
     known = isinstance(dynamic, dict) and all(
@@ -41,12 +42,11 @@ def read_bits(config: Mapping[str, Any], folder: str) -> Callable[[str], int]:
     if not named or any(bits not in (2, 3, 4, 8) for bits in named):
         raise UnsupportedError(f"{folder}: 2, 3, 4 or 8 bits can be read, for all layers or by `dynamic`, and nothing "
                                "else that differs between layers")  # fmt: skip
-    try:
-        patterns = [(re.compile(pattern.removeprefix(PLUS)), int(of["bits"])) for pattern, of in dynamic.items()]
-    except re.error as error:
-        raise UnsupportedError(f"{folder}: `dynamic` has {error.pattern!r}, no regular expression ({error})") from error
+    patterns = [(pattern.removeprefix(PLUS), int(of["bits"])) for pattern, of in dynamic.items()]
+    if wrong := [pattern for pattern, _ in patterns if not is_pattern(pattern)]:
+        raise UnsupportedError(f"{folder}: `dynamic` has {wrong[0]!r}, no regular expression")
 
     def bits_of(name: str) -> int:
-        return next((bits for pattern, bits in patterns if pattern.match(name)), int(config["bits"]))
+        return next((bits for pattern, bits in patterns if matches(pattern, name)), int(config["bits"]))
 
     return bits_of

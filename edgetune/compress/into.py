@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgetune.adapt import methods
+from edgetune.adapt.trainer import CompletionTrainer
 from edgetune.artifact import Artifact
 from edgetune.compress.checkpoint import load_dequantized, open_file, read_layers, weight_files
 from edgetune.compress.correction import Pair, read_correction, write_correction
@@ -46,6 +47,26 @@ def attach(config: Distill, folder: Path, device: str) -> Any:
             ScaledLinear(layer, None if bias is None else bias.data, pairs.get(name)),
         )  # fmt: skip
     return model.to(device)
+
+
+def keep_better(trainer: CompletionTrainer) -> tuple[float, bool]:
+    """Undo a training that made the rows set aside no better; gives what they were before it, and whether that is kept.
+
+    Scales and adapters begin as what changes nothing, zeros in `factors` and in `lora_B`.
+    """
+    model, arguments, best = trainer.model, trainer.args, trainer.state.best_metric
+    zeros = [p for name, p in model.named_parameters() if ".lora_B." in name or name.endswith(".factors")]
+    trained = [parameter.detach().clone() for parameter in zeros]
+    for parameter in zeros:
+        parameter.data.zero_()
+    rows = trainer.get_eval_dataloader()
+    looked = trainer.evaluation_loop(rows, "Before", prediction_loss_only=True, metric_key_prefix="eval")
+    before = float(looked.metrics[arguments.metric_for_best_model])
+    better = best is not None and (best > before if arguments.greater_is_better else best < before)
+    if better:
+        for parameter, values in zip(zeros, trained, strict=True):
+            parameter.data.copy_(values)
+    return before, not better
 
 
 def write(config: Distill, model: nn.Module, student: Artifact, out: Path) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def test_version_two_is_read_as_it_is(folder: Path) -> None:
         ({"dynamic": ["x"]}, "can be read"),
         ({"dynamic": {"-:x": False}}, "can be read"),
         ({"dynamic": {"+:(": {"bits": 4}}}, r"`dynamic` has '\(', no regular expression"),
+        ({"dynamic": {"+:(.|.)*(.|.)*[!?]$": {"bits": 4}}}, r"is not matched with model\.layers.* within 1 s"),
     ],
 )
 def test_what_cannot_be_read_is_refused(folder: Path, settings: dict[str, object], says: str) -> None:

@@ -113,6 +113,18 @@ def test_untrained_scales_are_what_they_were(integers: Artifact) -> None:
 
 
 @pytest.mark.parametrize("kind", ["scales", "adapter"])
+def test_a_training_that_makes_nothing_better_is_undone(
+    kind: Any, integers: Artifact, tiny_model: Artifact, rows: list[Rendered], said: Artifact, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"into": kind, "max_steps": 3, "eval_steps": 3, "learning_rate": 3.0})
+    made = distill.run(config, integers, tiny_model, said, tmp_path / "made", rows=rows)
+    assert made.manifest.notes["before"]["loss"] < min(found for _, found in made.manifest.notes["heldout_loss"])
+    assert distill.AS_BEFORE in made.manifest.fallbacks
+    ours, theirs = load_dequantized(made.path).state_dict(), load_dequantized(integers.path).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", ["scales", "adapter"])
 @pytest.mark.parametrize("more", [{}, {"checkpoint": "compressed-tensors"}, {"on_policy": 0.5, "max_new_tokens": 4}])
 def test_integers_stay_and_what_is_trained_brings_the_model_nearer(
     kind: Any, more: dict[str, Any], tiny_model: Artifact, rows: list[Rendered], said: Artifact, tmp_path: Path
@@ -135,6 +147,7 @@ def test_integers_stay_and_what_is_trained_brings_the_model_nearer(
         {f"{FOLDER}/adapter_config.json", f"{FOLDER}/adapter_model.safetensors"} if kind == "adapter" else set()
     )
     assert loss(tiny_model, made, rows) < 0.9 * loss(tiny_model, before, rows)
+    assert made.manifest.notes["before"]["loss"] > min(found for _, found in made.manifest.notes["heldout_loss"])
     for key in ("bits", "group_size", "sym", "checkpoint"):
         assert getattr(quantizer_of(made), key) == getattr(quantizer_of(before), key)
     assert made.manifest.notes["vllm"] == before.manifest.notes["vllm"]

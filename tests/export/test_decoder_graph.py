@@ -61,6 +61,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 3, "layer_types": GEMMA3_LAYERS, "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt neox": ("GPTNeoX", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}),
+    "gpt neox in turn": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False}),
 }  # fmt: skip
 
 
@@ -126,7 +129,8 @@ def test_logits_are_those_of_transformers(name: str, graph: type[DecoderGraph], 
 
 
 def test_every_family_is_tested() -> None:
-    tested = {f"{kind.removesuffix('Text')}ForCausalLM" for kind, _ in FAMILIES.values()}
+    heads = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+    tested = {heads.get(kind, f"{kind}ForCausalLM") for kind, _ in FAMILIES.values()}
     assert tested == set(decoder_families.FAMILIES)
 
 
@@ -227,7 +231,10 @@ def test_blocks_refuse_zero_points(tiny_model: Artifact, tmp_path: Path) -> None
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not written as a graph.*Llama"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not written as a graph.*gguf takes it"),
+        (
+            {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new", "scale_attn_weights": False},
+            "scale_attn_weights",
+        ),
         ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu"}, "hidden_act='gelu' of Gemma2"),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (
