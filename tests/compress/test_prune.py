@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -113,7 +114,7 @@ def test_the_pruned_model_is_the_masked_one(config: Prune, source: Artifact, tmp
     [
         (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False, "attention_bias": True}),
         (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
-        (Qwen2Config, Qwen2ForCausalLM, {}),  # biases, and no head_dim of its own
+        (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),  # biases, and no head_dim of its own
         (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),  # norms of heads
     ],
 )
@@ -126,12 +127,15 @@ def test_other_architectures_are_cut_alike(config: Any, build: Any, more: dict[s
     stats = stage.measure(model, ROWS.ids, given, device="cpu", progress=lambda *_: None)
     keep = stage.choose(ALL, stats, [0, 2], given)
     assert keep.neurons is not None and keep.groups is not None and keep.hidden is not None  # noqa: PT018
-    assert stage.write(ALL, model.state_dict(), keep, given, tmp_path) < model.num_parameters()
+    parameters = stage.write(ALL, model.state_dict(), keep, given, tmp_path)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not model.config.tie_word_embeddings)
     heads = {i: [2 * group + which for group in keep.groups[i].tolist() for which in range(2)] for i in (0, 2)}
     neurons = {i: keep.neurons[i].tolist() for i in (0, 2)}
     wanted = oracle.masked_logits(model.double(), ROWS.ids[:3], [0, 2], neurons, heads, keep.hidden.tolist())
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert parameters == sum(p.numel() for p in pruned.parameters())
     with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(torch.from_numpy(ROWS.ids[:3])).logits.numpy()
+        found = pruned(torch.from_numpy(ROWS.ids[:3])).logits.numpy()
     np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
 
 

@@ -256,3 +256,15 @@ def test_blocks_refuse_zero_points(tiny_model: Artifact, tmp_path: Path) -> None
 def test_what_the_graph_cannot_stand_for_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedError, match=says):
         check_decoder(SIZES | {"architectures": ["LlamaForCausalLM"]} | changes)
+
+
+def test_buffers_of_older_checkpoints_are_no_weights(tmp_path: Path) -> None:
+    """GPT-2's files once held the masks of its attention."""
+    from safetensors.torch import load_file, save_file
+
+    source, made = family("gpt2", tmp_path)[1], Artifact.open(tmp_path / "model")
+    file = made.path / "model.safetensors"
+    save_file(load_file(file) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}, file)
+    again = open_source(made)
+    assert again.names == source.names
+    assert "model.layers.0.self_attn.qkv_proj.weight" in source.names

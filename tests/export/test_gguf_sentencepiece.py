@@ -12,7 +12,7 @@ from edgetune.artifact import Artifact, draft
 from edgetune.data.golden import make_golden
 from edgetune.errors import ContractError, SourceError, UnsupportedError
 from edgetune.export import gguf
-from edgetune.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, read_vocabulary
+from edgetune.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_vocabulary
 from edgetune.recipe_export import GgufExport
 from tests.conftest import CHAT_TEMPLATE, WORDS
 
@@ -121,6 +121,20 @@ def test_a_special_token_behind_the_embedding_is_left_out(tmp_path: Path) -> Non
     path.write_text(json.dumps(raw | {"added_tokens": [*raw["added_tokens"], soft | {"special": False}]}))
     with pytest.raises(SourceError, match=f"the tokenizer has an id {n_vocab}, the embedding {n_vocab} rows"):
         read_vocabulary(source.path, n_vocab)
+
+
+def test_an_added_run_of_blanks_is_written_as_blanks(tmp_path: Path) -> None:
+    """As Gemma's are: not special, so that llama.cpp finds them in a text and shows them as they are written."""
+    source = make(tmp_path / "model", NEVER)
+    path = source.path / "tokenizer.json"
+    raw = json.loads(path.read_bytes())
+    token = raw["model"]["vocab"]["<0xFF>"]
+    del raw["model"]["vocab"]["<0xFF>"]
+    raw["model"]["vocab"]["\u2581\u2581"] = token
+    run = raw["added_tokens"][0] | {"id": token, "content": "\u2581\u2581", "special": False}
+    path.write_text(json.dumps(raw | {"added_tokens": [*raw["added_tokens"], run]}))
+    found = read_vocabulary(source.path, 2000)
+    assert (found.tokens[token], found.types[token]) == ("  ", USER_DEFINED)
 
 
 @pytest.mark.parametrize(
