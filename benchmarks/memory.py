@@ -168,7 +168,7 @@ def measure_speeds() -> Speeds:
             times.append(time.process_time() - began)
         return 2 * M * K * N / statistics.median(times) / 1e9
 
-    return Speeds(gflops(torch.float32), gflops(compute_dtype("cpu")))
+    return Speeds(gflops(torch.float32), gflops(compute_dtype("cpu")), threads=1)  # CPU-seconds are of one each
 
 
 def predicted(model: Path, speeds: Speeds) -> float:

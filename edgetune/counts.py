@@ -47,10 +47,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Matrix products of a machine in GFLOP/s: in float32, and in the dtype that training computes in."""
+    """Matrix products of a machine in GFLOP/s: in float32, and in the dtype that training computes in; and threads."""
 
     float32: float
     training: float
+    threads: int = 2  # of torch, which share what is done element by element
 
     @classmethod
     def measure(cls, device: str) -> Speeds:
@@ -61,7 +62,7 @@ class Speeds:
 
         float32, dtype = matmul_gflops(torch.float32), compute_dtype(device)
         same = device == "cpu" and dtype == torch.float32
-        return cls(float32, float32 if same else matmul_gflops(dtype, device))
+        return cls(float32, float32 if same else matmul_gflops(dtype, device), torch.get_num_threads())
 
 
 UNKNOWN = Lengths(((0, 0),))

@@ -45,9 +45,10 @@ from edgetune.training_time import BLOCK_S, SHARE, preference_step_seconds, step
 
 # Share of the machine's matrix product speed that a stage reaches on its own arithmetic: of the speed in the dtype that
 # training computes in where it walks, else of float32's.
-TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 1.2  # wide products are faster than the one that is measured
-# What a solver does one element or one column after the other, which no matrix product speed tells of.
-WEIGHT_S, COLUMN_S = 2.3e-7, 6e-5
+TORCH, CALIBRATING, SOLVING = 0.3, 0.5, 0.9
+# What a solver does one element after the other, of one thread, and one column after the other, which threads hardly
+# share: no matrix product speed tells of it. Of four shapes (hidden 576 to 3,072) on an EPYC: 0.99 to 1.3 of the time.
+WEIGHT_S, COLUMN_S = 9e-8, 3e-5
 MADE_S = 4e-9  # a weight of trained scales beside its products: 3.2 to 4.6 on one thread, layers of 1536 x 576
 HELD_MIB = 512  # of activations between two blocks; what is more is on disk
 # Of integers, between what two machines showed: 0.22 and 0.3 where float32 is fast (a Xeon with AMX), 0.7 and 0.9 where
@@ -345,10 +346,11 @@ class Estimator:
     def _solving(self, sizes: Sizes, n_tokens: int) -> float:
         """Seconds of one block's second moments, of four widths, and of its columns in turn."""
         h, i, weights = sizes.hidden, sizes.intermediate, sizes.linear / sizes.n_layers
-        moments = 2.0 * n_tokens * (3 * h**2 + i**2)
-        updates = 5.0 * (h * (weights - h * i) + i * h * i)  # of later columns, and two errors weighed by the moments
-        factors = 2.0 * (3 * h**3 + i**3)  # in float64, which has half of the speed
-        return self._seconds(moments + updates + factors, SOLVING) + weights * WEIGHT_S + (3 * h + i) * COLUMN_S
+        moments = 1.2 * n_tokens * (3 * h**2 + i**2)  # by panels of half of a symmetric product
+        updates = 3.0 * (h * (weights - h * i) + i * h * i)  # of later columns, and two errors weighed by the moments
+        factors = 0.6 * (3 * h**3 + i**3)  # a third as many, at somewhat more than half of the speed
+        by_one = weights * WEIGHT_S / self.speeds.threads + (3 * h + i) * COLUMN_S
+        return self._seconds(moments + updates + factors, SOLVING) + by_one
 
     def _latency(self, bench: Bench) -> Cost:
         subjects = [("torch", self.sizes)]
