@@ -1,11 +1,12 @@
-"""Writes a model from another one whose tensors were changed, one tensor at a time. Torch is loaded when it runs."""
+"""Writes a model from another one whose tensors were changed, one tensor at a time."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from edgetune.artifact import Artifact
 from edgetune.compress.checkpoint import WEIGHTS, open_file, read_config, weight_files
@@ -14,15 +15,12 @@ from edgetune.data.contract import hold
 from edgetune.data.golden import Golden
 from edgetune.sources import copy_tokenizer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def write_model(folder: Path, source: Artifact, changed: Mapping[str, Tensor]) -> None:
     """Write `source` with the tensors of `changed`, by full name, in place of its own, each asked for when due.
 
     Shapes and dtypes stay, and so do config, tokenizer and golden conversations, which the tokenizer is held to.
-    Raises ArtifactError where a file is damaged, or a tensor that is to be changed is not there.
+    Raises ArtifactError where a file is damaged.
     """
     tied, left = bool(read_config(source.path).get("tie_word_embeddings")), set(changed)
     with TensorFile(folder / WEIGHTS, {"format": "pt"}) as out:

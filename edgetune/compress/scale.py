@@ -74,13 +74,10 @@ def run(
         out, kind="model", stage=STAGE, config=config.model_dump(mode="json"), parents=[source],
         sources={"calibration": calibration.digest}, versions=_versions(),
     ) as pending:  # fmt: skip
-        scheme, key = (
-            Scheme(config.bits, config.group_size, config.sym),
-            planned_identity(config, source.identity, calibration.digest),
-        )
         found, files = scale(
-            open_model(source), calibration, scheme, work=pending.work, key=key, device=device, progress=progress
-        )
+            open_model(source), calibration, Scheme(config.bits, config.group_size, config.sym), work=pending.work,
+            key=planned_identity(config, source.identity, calibration.digest), device=device, progress=progress,
+        )  # fmt: skip
         write_model(pending.path, source, Lazily(files, lambda name: open_file(files[name]).get_tensor(name)))
         pending.seed, pending.calibration = seed, calibration.digest
         pending.notes["scales"] = found
