@@ -10,7 +10,7 @@ Letters: C hidden size, I intermediate size, Q and K widths of queries and keys,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ GB, MIB = 1e9, 1 << 20
 NF4_BYTES = 0.5 + 0.015  # a weight: 4 bits, and its share of a double-quantized scale (arXiv:2305.14314)
 # Python with all that training imports; a CUDA context (770 MiB on an H100) and what torch's allocator rounds up.
 PROCESS = {"cpu": 1050 * MIB, "cuda": 900 * MIB}
+PROCESS_FLOAT32 = 620 * MIB  # where nothing is in 16 bits on a CPU, oneDNN makes no kernels
 SHORT = 256  # tokens of a row up to which attention is by plain products on a CPU: packed.SHORT
 FUSED = ("llama", "mistral", "qwen2")
 LOSS_BYTES = 14  # a logit on the way back: in float32, log-probability, two gradients; the allocator's holes
@@ -30,6 +31,7 @@ LENGTH_BYTES = 25 * MIB  # oneDNN's kernels in 16 bits for each length of a batc
 LENGTH_STEP = 32  # lengths come in its multiples: packed.TOKENS
 EVAL_ROWS = 32  # rows at once where training is watched, without a budget
 PASS_TOKENS = 256  # what a pass over the blocks costs beside its tokens, in tokens
+GROUPED = 50  # batches that are sorted at once, at most: Trainer's sampler
 RECOMPUTING = 4 / 3  # time of a step with gradient checkpointing over one without
 
 
@@ -92,6 +94,19 @@ class Lengths:
         tokens = sum(n for n, _ in rows) + missing * rows[-1][0] + self.shared
         return tokens, sum(n for _, n in rows) + missing * rows[-1][1], rows[0][0] + self.shared
 
+    def drawn(self, n_rows: int, step: int = 0) -> tuple[int, int, int]:
+        """Give the same as `most` of the batch that is to be expected in a step, the largest in the first.
+
+        Rows are drawn in parts, each sorted and cut into batches: `order.GroupedByLength`. The longest row of all is
+        in the first batch, the others of a part are as good as evenly spaced among all rows.
+        """
+        n_batches = max(min(len(self.rows) // (4 * n_rows), GROUPED), 1)
+        first, apart = step % n_batches * n_rows, len(self.rows) / (n_batches * n_rows)
+        if apart <= 1:  # one part, and rows come again
+            return self.most(n_rows) if step == 0 else Lengths(self.rows[first:], self.shared).most(n_rows)
+        rows = [self.rows[int((i + 0.5) * apart)] for i in range(first, first + n_rows)]
+        return Lengths((self.rows[0], *rows[1:]) if step == 0 else tuple(rows), self.shared).most(n_rows)
+
     def spread(self, n_rows: int) -> int:
         """Give how many tokens lie between the longest batch of `n_rows` rows and the shortest."""
         if len(self.rows) < n_rows:  # only the longest are known, or rows come again
@@ -116,21 +131,43 @@ def number_bytes(device: str) -> int:
 
 def peak_bytes(config: Adapt, shape: Shape, lengths: Lengths, device: str, b: int) -> float:
     """Predict the peak of resident memory on a CPU, of device memory on a GPU. `b` is `number_bytes` of the device."""
-    if config.method == "full" and not device.startswith("cuda"):
-        b = 4  # computes in the dtype of its weights; a GPU's autocast holds activations in 16 bits
+    on_gpu = device.startswith("cuda")
+    process, in_float32 = PROCESS["cuda" if on_gpu else "cpu"], config.method == "full" and not on_gpu
+    if in_float32:
+        b, process = 4, PROCESS_FLOAT32  # its weights' dtype; a GPU's autocast holds activations in 16 bits
     micro = config.micro_batch_size or config.batch_size
     at_once = min(EVAL_ROWS, micro) if config.memory_gb is not None else EVAL_ROWS
     watched = min(at_once, config.eval_rows)
-    held = held_bytes(config, shape, b)
     tokens, labels, _ = lengths.most(watched)
-    watching = max(
-        block_bytes(shape, tokens, b), float(labels * shape.V * (b + 8))
-    )  # logits, in float32, their logarithms
-    backward, gradients = _backward(config, shape, lengths.most(micro), device, b), 4.0 * trained_numbers(config, shape)
-    # What is kept goes as gradients come, but for those that earlier rows of the step left.
-    working = max(backward + gradients if micro < config.batch_size else max(backward, gradients), watching)
-    kernels = kernel_bytes(config, lengths, device, b)
-    return PROCESS["cuda" if device.startswith("cuda") else "cpu"] + held + working + kernels
+    # Logits at labels, in float32, and their logarithms.
+    watching = max(block_bytes(shape, tokens, b), float(labels * shape.V * (b + 8)))
+    peak = 0.0
+    for n_blocks, batch in _batches(config, shape, lengths, on_gpu=on_gpu):
+        backward = _backward(config, shape, batch, device, b, n_blocks)
+        gradients = 4.0 * trained_numbers(config, shape, n_blocks)
+        # What is kept goes as gradients come, but for those that earlier rows of the step left. Gradients of all
+        # weights do not fit into the holes.
+        together = in_float32 or micro < config.batch_size
+        working = backward + gradients if together else max(backward, gradients)
+        peak = max(peak, held_bytes(config, shape, b, n_blocks) + max(working, watching))
+    return process + peak + kernel_bytes(config, lengths, device, b)
+
+
+def _batches(
+    config: Adapt, shape: Shape, lengths: Lengths, *, on_gpu: bool
+) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Give batches one of which takes most, and how many blocks each trains: `trained_numbers`."""
+    micro, every = config.micro_batch_size or config.batch_size, config.unfreeze_steps
+    if config.method != "full" or on_gpu:
+        yield shape.n_layers + 1, lengths.most(micro)  # in 16 bits holes in freed memory take what is drawn less
+    elif every is None:
+        yield shape.n_layers + 1, lengths.drawn(micro)
+    else:
+        all_free = shape.n_layers * every
+        for step in range(min(config.max_steps or all_free + 1, all_free)):
+            yield 1 + step // every, lengths.drawn(micro, step)
+        if config.max_steps is None or config.max_steps > all_free:
+            yield shape.n_layers + 1, lengths.drawn(micro)
 
 
 def kernel_bytes(config: Adapt, lengths: Lengths, device: str, b: int) -> float:
@@ -141,29 +178,31 @@ def kernel_bytes(config: Adapt, lengths: Lengths, device: str, b: int) -> float:
     return float(LENGTH_BYTES * min(n_lengths, config.max_steps or n_lengths))
 
 
-def held_bytes(config: Adapt, shape: Shape, b: int) -> float:
-    """Weights, and of what is trained AdamW's moments."""
-    trained = 12.0 * trained_numbers(config, shape)
+def held_bytes(config: Adapt, shape: Shape, b: int, n_blocks: int | None = None) -> float:
+    """Weights, and AdamW's moments of what is trained: `trained_numbers`."""
+    moments = 8.0 * trained_numbers(config, shape, n_blocks)
     if config.method == "full":
         # A pull holds the base, what is off from it and its squares; ewc also the weight of each square.
         pull = (16 if config.ewc else 0) or (8 if config.l2 else 0)
-        return trained + pull * shape.weights
+        return moments + (4.0 + pull) * shape.weights
     linear = (NF4_BYTES + (b if config.keep_dense else 0)) if config.four_bit else b
-    return linear * shape.linear + b * shape.embeddings + trained
+    return linear * shape.linear + b * shape.embeddings + moments + 4.0 * trained_numbers(config, shape, n_blocks)
 
 
-def trained_numbers(config: Adapt, shape: Shape) -> int:
-    """How many numbers are trained."""
+def trained_numbers(config: Adapt, shape: Shape, n_blocks: int | None = None) -> int:
+    """How many numbers are trained, all or with the last `n_blocks` blocks; one more counts embeddings."""
     if config.method == "full":
-        return shape.weights
+        if n_blocks is None or n_blocks > shape.n_layers:
+            return shape.weights
+        return shape.linear * n_blocks // shape.n_layers
     return config.r * shape.lora_per_rank if config.method in LORA else 0
 
 
-def _backward(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str, b: int) -> float:
-    """What is kept for the way back, with the block that is being worked on."""
+def _backward(config: Adapt, shape: Shape, batch: tuple[int, int, int], device: str, b: int, n_blocks: int) -> float:
+    """What the last `n_blocks` blocks keep for the way back, with the one that is being worked on."""
     tokens, labels, _ = batch
-    kept = _kept(config, shape, batch, device, b)
-    blocks = shape.n_layers * shape.C * b * tokens + kept if config.gradient_checkpointing else shape.n_layers * kept
+    kept, n = _kept(config, shape, batch, device, b), min(n_blocks, shape.n_layers)
+    blocks = n * shape.C * b * tokens + kept if config.gradient_checkpointing else n * kept
     return blocks + max(block_bytes(shape, tokens, b), float(labels * shape.V * (b + LOSS_BYTES)))
 
 

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import TrainerState
 
 from edgetune import packed
+from edgetune.adapt.order import GroupedByLength
 from edgetune.artifact import Artifact, Store
 from edgetune.compress.checkpoint import read_config
 from edgetune.errors import RecipeError, SourceError, UnsupportedError
@@ -89,6 +92,35 @@ def test_the_longest_rows_make_the_largest_batch() -> None:
     assert lengths.most(4) == (144, 29, 94)  # the last one comes again
 
 
+def test_the_largest_batch_to_be_expected_is_what_the_sampler_draws() -> None:
+    """Of rows of many lengths the longest ones hardly ever meet; over seeds the first batch is as long as expected."""
+    state = TrainerState()
+    numbers = [45 + i % 90 for i in range(700)]
+    lengths = Lengths.of([(n, n // 3) for n in numbers])
+    batches = []
+    for seed in range(20):
+        order = list(GroupedByLength(16, numbers, seed, lambda: state))
+        batches.append([sum(numbers[i] for i in order[at : at + 16]) for at in range(0, 160, 16)])
+    for step in (0, 4, 9):
+        assert lengths.drawn(16, step)[0] == pytest.approx(np.mean([one[step] for one in batches]), rel=0.02)
+    assert lengths.drawn(16, 10) == lengths.drawn(16, 0)  # the next part
+    assert lengths.drawn(16)[2] == lengths.most(16)[2] == 134
+    assert lengths.drawn(16)[0] < lengths.most(16)[0]
+    even = Lengths.of([(9, 3)] * 5)
+    assert even.drawn(8) == even.most(8)
+
+
+def test_blocks_that_are_freed_one_by_one_take_more_and_more() -> None:
+    """Until all are free and trained, which takes what `full` takes."""
+    shape, lengths = Shape.of(SMOLLM2), Lengths.of([(n, n // 3) for n in range(45, 135)] * 8)
+    plain = Adapt(method="full", unfreeze_steps=2)
+    steps: list[int | None] = [1, 20, 60, 61, None]
+    found = [peak_bytes(plain.model_copy(update={"max_steps": n}), shape, lengths, "cpu", 2) for n in steps]
+    assert found[0] < found[1] < found[2] < found[3] == found[4]
+    assert found[4] == peak_bytes(Adapt(method="full"), shape, lengths, "cpu", 2)
+    assert found[3] - found[2] >= 12 * shape.embeddings  # gradients and moments
+
+
 def test_each_length_of_a_batch_costs_its_kernels() -> None:
     """In 16 bits on a CPU, as many as there are lengths, and no more than steps."""
     shape, base = Shape.of(LLAMA["7B"]), Adapt(batch_size=2, eval_rows=1)
@@ -161,6 +193,14 @@ def test_smollm2_peaks_within_15_percent_of_the_prediction(smollm2: Artifact, na
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
 def test_a_run_of_rows_of_many_lengths_stays_within_15_percent(smollm2: Artifact) -> None:
     held(smollm2, Adapt(max_steps=20, batch_size=16, eval_rows=16, report_to=[]), MIXED)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.parametrize("keys", [{}, {"unfreeze_steps": 1}, {"micro_batch_size": 4}])
+def test_full_with_rows_of_many_lengths_stays_within_15_percent(smollm2: Artifact, keys: dict[str, int]) -> None:
+    held(smollm2, Adapt(method="full", max_steps=10, batch_size=16, eval_rows=16, report_to=[], **keys), MIXED)
 
 
 @pytest.mark.slow
