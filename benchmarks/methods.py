@@ -184,13 +184,15 @@ def benchmark(cases: list[str], data: Path, store: Path, steps: int, heldout: in
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{case} ended: {done.stderr.strip().splitlines()[-1:]}")
-        told[case] = json.loads(done.stdout.splitlines()[-1])
-        print(line(case, told[case]), *map(merge_line, told[case]["merges"]), sep="\n", flush=True)
         load = meter.stop()
-        found = {
+        where = {
             "machine": describe().model_dump(),
             "load": load.model_dump(),
             "versions": {name: metadata.version(name) for name in PACKAGES},
+        }
+        told[case] = json.loads(done.stdout.splitlines()[-1]) | where
+        print(line(case, told[case]), *map(merge_line, told[case]["merges"]), sep="\n", flush=True)
+        found = {
             "settings": {"base": BASE, "steps": steps, "rows": ROWS, "heldout": heldout, "general": GENERAL},
             "cases": kept | told,
         }

@@ -12,7 +12,7 @@ from edgetune.compress.chain import STAGES, so_far, step_names, vocabulary
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.render import Rendered, rows_digest
 from edgetune.errors import DataError, UnsupportedError
-from edgetune.export import gguf_sensitivity, gguf_times
+from edgetune.export import gguf_kept, gguf_sensitivity, gguf_times
 from edgetune.export_names import export_name
 from edgetune.recipe import Candidate, CompressStep, Gptq, Recipe
 from edgetune.recipe_distill import Distill
@@ -377,7 +377,9 @@ def merges(config: Adapt) -> bool:
 def weighed_export(candidate: Candidate) -> GgufExport | None:
     """Give the GGUF export that reads an importance matrix, None where the candidate has none such."""
     gguf = candidate.export.gguf if candidate.export else None
-    return gguf if gguf is not None and gguf.weighed else None
+    if gguf is None or not gguf.weighed or gguf_kept.planned(candidate.quantizer) == gguf.type:
+        return None
+    return gguf
 
 
 def why_not_run(candidate: Candidate) -> str | None:

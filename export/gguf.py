@@ -26,12 +26,12 @@ from edgetune.export.gguf_times import read as read_times
 from edgetune.export.gguf_types import BLOCK, PLAIN, choose_types, n_bytes
 from edgetune.export.gguf_verify import verify
 from edgetune.export.gguf_vocab import Vocabulary, read_vocabulary
-from edgetune.export.gguf_write import artifact_weights, read_config, write_gguf, written_shapes
+from edgetune.export.gguf_write import Weights, artifact_weights, read_config, tensors, write_gguf, written_shapes
 from edgetune.gguf_header import read_header, tensor_bytes
 from edgetune.progress import Report, silent
 from edgetune.recipe_export import GgufExport
 
-STAGE = "export.gguf/7"
+STAGE = "export.gguf/8"
 FILE = "model.gguf"
 ROUNDED = "allocate chooses types for float weights; drop the gptq or rtn step before it"
 TWICE = "gptq: true chooses codes by the float weights; drop the gptq or rtn step before it"
@@ -127,7 +127,7 @@ def run(
     shapes = written_shapes(weights, model_config)
     of = family(model_config)
     weighed = {gguf_name(f"{module}.weight", of): values for module, values in (moments or {}).items()}
-    given: dict[str, str] = {}
+    given = _kept_types(config, weights, model_config)
     if config.allocate is not None and sensitivity is not None:
         taken = read_times(times) if times is not None else None
         chosen = layer_types(config.allocate, model_config, read_sensitivity(sensitivity), taken)
@@ -135,6 +135,8 @@ def run(
     types, fallbacks = choose_types(
         shapes, config.type, gptq=config.gptq, n_shared=shared_heads(model_config), weighed=bool(weighed), given=given
     )
+    kept = {name for name, hf in tensors(weights, model_config) if weights.kept(hf, types[name])}
+    weighed = {name: values for name, values in weighed.items() if name not in kept}
     require_space(out.parent, n_bytes(shapes, types))
     evidence = [one for one in (sensitivity, times) if one is not None]
     with draft(
@@ -144,7 +146,13 @@ def run(
         pending.calibration = calibration_digest
         pending.fallbacks = [*fallbacks, *vocabulary.remarks]
         if source.manifest.kind == "gptq" and config.type not in PLAIN:
-            pending.fallbacks.append(f"the integers of GPTQ are rounded again, to {config.type}")
+            n_layers = len(weights.integers)
+            pending.notes["integers"] = f"{len(kept)} of {n_layers} layers as they are in the checkpoint"
+            if len(kept) < n_layers:
+                pending.fallbacks.append(
+                    f"the integers of GPTQ are rounded again in {n_layers - len(kept)} of {n_layers} layers, "
+                    f"to {config.type}"
+                )
         try:
             file = pending.path / FILE
             if config.type in PLAIN:
@@ -171,6 +179,15 @@ def run(
         if given and times is not None:
             pending.notes["predicted_ms_per_token"] = predicted_ms(model_config, chosen, read_times(times))
     return pending.artifact
+
+
+def _kept_types(config: GgufExport, weights: Weights, model_config: Mapping[str, Any]) -> dict[str, str]:
+    """Give each layer of a checkpoint the type that holds its integers, where the type that was asked for is one."""
+    kinds = {name: kept.kind for name, kept in weights.integers.items() if kept is not None}
+    if config.type not in kinds.values():
+        return {}
+    of = family(model_config)
+    return {gguf_name(name, of): kind for name, kind in kinds.items()}
 
 
 def _write_modelfile(folder: Path, golden: Golden, vocabulary: Vocabulary) -> str:

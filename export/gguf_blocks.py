@@ -73,6 +73,28 @@ def with_codes(kind: str, data: NDArray[Any], codes: Bytes) -> Bytes:
     return rows
 
 
+def make_blocks(kind: str, codes: Bytes, grid: Grid) -> Bytes:
+    """Give the bytes [R, ...] of codes [R, C] on a grid [R, C / 32]; `kind` has blocks of 32 columns, or is Q8_0.
+
+    Scales are float16 values. Where the type stores no minimum it is the scale times the middle code.
+    """
+    R, C = codes.shape
+    size = 34 if kind == "Q8_0" else _SMALL[kind][0]
+    blocks = np.zeros((R, C // 32, size), np.uint8)
+    blocks[..., :2] = _two_bytes(grid.scale)
+    if kind == "Q8_0":
+        blocks[..., 2:] = codes.reshape(R, C // 32, 32) ^ np.uint8(128)  # int8, counted from -128
+        return blocks.reshape(R, -1)
+    if _SMALL[kind][2]:
+        blocks[..., 2:4] = _two_bytes(-grid.minimum)
+    return with_codes(kind, blocks.reshape(R, -1), codes)
+
+
+def _two_bytes(values: Floats) -> Bytes:
+    """Write float16, little-endian, along a new last axis."""
+    return np.ascontiguousarray(values).astype("<f2")[..., None].view(np.uint8)
+
+
 def _read_small(kind: str, rows: Bytes, columns: int) -> tuple[Bytes, Grid]:
     size, bits, has_minimum = _SMALL[kind]
     blocks = rows.reshape(len(rows), columns // 32, size)

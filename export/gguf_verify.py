@@ -116,7 +116,8 @@ class FileWeights(Mapping[str, "Tensor"]):
 
         error, size = np.sum(list(self._threads.map(sums, _parts(tuple(found.shape)))), axis=0)
         relative = (error / max(size, 1e-30)) ** 0.5
-        if not relative <= _WEIGHT_ERROR[kind]:
+        kept = self._weights.kept(source, kind)
+        if not relative <= (_WEIGHT_ERROR[kind] if kept is None else kept.error):
             name = gguf_name(source, self._of)
             raise ContractError(
                 f"{self._file.name}: {name} ({kind}) differs from its source by {relative:.3g} of its norm"

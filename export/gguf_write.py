@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from edgetune.export.gguf_families import (
     rotated_width,
     written_shape,
 )
+from edgetune.export.gguf_kept import Kept, kept_layers
 from edgetune.export.gguf_types import PLAIN
 from edgetune.export.gguf_vocab import Vocabulary
 from edgetune.ggml_types import file_type, named
@@ -50,6 +51,14 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     dtype: str  # what all matrices are stored as: F32, F16 or BF16
     get: Callable[[str], Any]  # -> torch.Tensor
+    integers: Mapping[str, Kept | None] = field(
+        default_factory=dict
+    )  # of a checkpoint's layers, where a type holds them
+
+    def kept(self, name: str, kind: str) -> Kept | None:
+        """Give a layer's integers where a tensor of that type holds them."""
+        found = self.integers.get(name)
+        return found if found is not None and found.kind == kind else None
 
 
 def folder_weights(folder: Path, model_config: Mapping[str, Any]) -> Weights:
@@ -90,7 +99,8 @@ def artifact_weights(source: Artifact, model_config: Mapping[str, Any]) -> Weigh
         state = dict(load_dequantized(source.path).state_dict())
         if model_config.get("tie_word_embeddings"):
             state.pop("lm_head.weight", None)
-        return Weights({name: tuple(tensor.shape) for name, tensor in state.items()}, "F32", state.__getitem__)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return Weights(shapes, "F32", state.__getitem__, kept_layers(source.path))
     raise UnsupportedError(f"an artifact of kind {source.manifest.kind} cannot be exported to GGUF; model or gptq can")
 
 
@@ -142,6 +152,8 @@ def write_gguf(
         progress(done, len(pairs), "write")
         if types[name] in PLAIN:
             array = _written(weights.get(source), source, types[name], model_config, of)
+        elif (kept := weights.kept(source, types[name])) is not None:
+            array = kept.blocks(change(source, of), model_config)
         else:
             assert quantizer is not None, "a quantized file has who quantizes it"
             array = _moved(weights.get(source), source, weights.dtype, model_config, of)
