@@ -11,7 +11,9 @@ float32.
 Stock: `llama-imatrix` and `llama-quantize` of the same llama.cpp (`peers.py`), on the float16 file of our writer.
 Ours: `type: Q4_K_M` as recipes name it, the same with `gptq: true`, and that with `allocate` at no more bits, measured
 on text that neither calibrates nor measures. Ratios are those of `gptq: true`, but for `allocated_kl_ratio`, of
-the last to it. All files are read with the same threads; no GGUF file is timed. The ONNX part: `onnx_sides.py`.
+the last to it. A `gptq` step of groups of 32 is written as `Q4_0` twice: its integers as they are, and its weights
+rounded again, as any other exporter would; `kept_kl_ratio` is of these, `kept_to_gptq_kl_ratio` of the first to `Q4_0`
+with `gptq: true`. All files are read with the same threads; no GGUF file is timed. The ONNX part: `onnx_sides.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,13 +37,15 @@ from folded import folded
 from numpy.typing import NDArray
 from widened import widened
 
-from edgetune.artifact import Artifact, write_text
+from edgetune.artifact import Artifact, draft, write_text
 from edgetune.backends import require
-from edgetune.compress import moments
+from edgetune.compress import moments, quantize
+from edgetune.compress.checkpoint import load_dequantized
 from edgetune.compress.layerwise import load_model
 from edgetune.data.calibration import CalibrationSet
 from edgetune.data.general import general_text
 from edgetune.export import gguf, gguf_sensitivity
+from edgetune.recipe import Gptq
 from edgetune.recipe_export import AllocateTypes, GgufExport
 from edgetune.runtime.engines.llama_engine import LlamaEngine
 from edgetune.runtime.machine import describe
@@ -50,6 +55,7 @@ PARTS = ("gguf", "gguf-wide", "onnx")
 TYPE, TOKENS, ROUNDS = "Q4_K_M", 512, 12
 ROWS_THAT_CHOOSE, TOKENS_THAT_CHOOSE = 8, 128
 CHOICES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
+STEP = {"bits": 4, "group_size": 32, "grid": "weighted", "damp_percent": 0.05, "hessian": "bfloat16"}
 PACKAGES = ("edgetune", "torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
 
 
@@ -107,6 +113,26 @@ def ours(model: Artifact, folder: Path, rows: NDArray[np.int64], choosing: NDArr
     return {"ours": plain, "ours, gptq": chosen, "ours, gptq, allocated": allocated}
 
 
+def integers(model: Artifact, folder: Path, rows: NDArray[np.int64]) -> dict[str, Path]:
+    """Write the integers of a step as they are and rounded again, and those that the export chooses itself."""
+    shown = CalibrationSet(rows)
+    made = quantize.run(Gptq(**STEP), model, folder / "integers", calibration=shown)
+    with draft(folder / "dequantized", kind="model", stage="benchmark/1", config={"of": made.identity}) as pending:
+        for name in set(made.manifest.files) - {"model.safetensors", "config.json", "quantize_config.json"}:
+            shutil.copyfile(made.path / name, pending.path / name)
+        load_dequantized(made.path).save_pretrained(pending.path)
+    chosen = GgufExport(type="Q4_0", gptq=True, imatrix=False)
+    plain = GgufExport(type="Q4_0", imatrix=False)
+    files = {
+        "Q4_0, gptq": gguf.run(
+            chosen, model, folder / "q4-gptq", moments=None, calibration_digest=shown.digest, rows=rows
+        ),
+        "Q4_0, kept": gguf.run(plain, made, folder / "q4-kept", moments=None),
+        "Q4_0, rounded again": gguf.run(plain, pending.artifact, folder / "q4-again", moments=None),
+    }
+    return {name: file.path / gguf.FILE for name, file in files.items()}
+
+
 def block_bits(file: Path) -> float:
     """Give the bits a weight of the matrices of all blocks."""
     found = [t for t in require("gguf").GGUFReader(file).tensors if t.name.startswith("blk.") and len(t.shape) > 1]
@@ -146,18 +172,21 @@ def compare_gguf(
         "stock": stock(plain, folder, None, threads),
         "stock, imatrix": stock(plain, folder, text, threads),
         **ours(model, folder, calibration, choosing),
+        **integers(model, folder, calibration),
     }
     sizes = {name: file.stat().st_size for name, file in files.items()}
     rows = divergence(files, model, measured, threads)
     kl = {name: float(np.mean(found)) for name, found in rows.items()}
     for name in files:
-        print(f"{name:<21} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
+        print(f"{name:<22} {sizes[name] / 1e6:7.1f} MB   KL {kl[name]:.4f}")
     totals = {
         "kl_ratio": kl["ours, gptq"] / kl["stock, imatrix"],
         "kl_ratio_without": kl["ours, gptq"] / kl["stock"],
         "bytes_ratio": sizes["ours, gptq"] / sizes["stock, imatrix"],
         "allocated_kl_ratio": kl["ours, gptq, allocated"] / kl["ours, gptq"],
         "allocated_bytes_ratio": sizes["ours, gptq, allocated"] / sizes["ours, gptq"],
+        "kept_kl_ratio": kl["Q4_0, kept"] / kl["Q4_0, rounded again"],
+        "kept_to_gptq_kl_ratio": kl["Q4_0, kept"] / kl["Q4_0, gptq"],
     }
     prefix = part.replace("-", "_")
     return {f"{prefix}_{name}": value for name, value in totals.items()}, {

@@ -22,7 +22,7 @@ from edgetune.recipe_training import LORA, Adapt
 GB, MIB = 1e9, 1 << 20
 NF4_BYTES = 0.5 + 0.015  # a weight: 4 bits, and its share of a double-quantized scale (arXiv:2305.14314)
 # Python with all that training imports; a CUDA context (770 MiB on an H100) and what torch's allocator rounds up.
-PROCESS = {"cpu": 1050 * MIB, "cuda": 900 * MIB}
+PROCESS = {"cpu": 1000 * MIB, "cuda": 900 * MIB}
 PROCESS_FLOAT32 = 620 * MIB  # where nothing is in 16 bits on a CPU, oneDNN makes no kernels
 SHORT = 256  # tokens of a row up to which attention is by plain products on a CPU: packed.SHORT
 FUSED = ("llama", "mistral", "qwen2")

@@ -30,8 +30,8 @@ GENERAL = tuple(range(300, 500)) * 32  # tokens that ewc guards
 def highest(predicted: float, *arguments: str) -> float:
     """Give the highest peak in MiB of such children; one that comes within 15 % of the prediction is enough.
 
-    Peaks of the same small training lie up to 330 MiB apart (1,007 to 1,336 MiB in six runs), probably by when the
-    loader's copy of the weights is freed.
+    Pages of libraries and of the model's file count while they are mapped, and a kernel that reclaims cold pages early
+    (DAMON) takes some away: the peak of one small training was 994 MiB at the lowest, 1,336 at the highest.
     """
     found = 0.0
     for _ in range(TIMES):

@@ -97,6 +97,8 @@ def _attempt(
         if evaluates:
             trainer.args.per_device_eval_batch_size = max(1, trainer.args.per_device_eval_batch_size >> halvings)
         trainer.add_callback(computing)
+        gc.collect()
+        give_back()  # what loading left: else it stays for the whole training, or not, as it happens
         with kept_memory():
             go_on(trainer, work)
             processes.wait()
