@@ -5,14 +5,14 @@
     python benchmarks/gptq.py --sides ours damped zeros    # of our settings these alone
 
 Rows of 512 tokens: 16 of the first half of Python's language reference calibrate; 16 of its second half measure inside
-the domain, and the project's general questions and answers outside of it. Each quantization is a process of its own,
-in an order that is drawn anew in each round; its CPU-seconds, imports included, and its peak memory are the kernel's.
+the domain, and the project's general questions and answers outside of it. Each quantization is a process of its own, in
+an order that is drawn anew in each round; its CPU-seconds, imports included, and its peak memory are the kernel's.
 Perplexities are torch's, of the dequantized checkpoints, in one process. gptqmodel runs with its own defaults in the
 environment that `peers.py` makes, on the same torch. `ours` is what `SETTINGS` says; `corrected` adds GPTAQ; `awq`
 scales the model first, in the same process; `damped` chooses each layer's damping by rows held out; `tuned` learns the
 scales of each block, and `zeros`, asymmetric alone, its zero points as well. Four sides, run once, leave out one part
-of `ours`: the order of columns, the weighted grid, five percent of damping (one instead), products in bfloat16. Ratios are ours over gptqmodel's, the
-worse of the symmetric and the asymmetric case; `*_to_rtn` over round to nearest.
+of `ours`: the order of columns, the weighted grid, five percent of damping (one instead), products in bfloat16. Ratios
+are ours over gptqmodel's, the worse of the symmetric and the asymmetric case; `*_to_rtn` over round to nearest.
 """
 
 from __future__ import annotations
