@@ -103,7 +103,7 @@ class Lengths:
         n_batches = max(min(len(self.rows) // (4 * n_rows), GROUPED), 1)
         first, apart = step % n_batches * n_rows, len(self.rows) / (n_batches * n_rows)
         if apart <= 1:  # one part, and rows come again
-            return self.most(n_rows) if step == 0 else Lengths(self.rows[first:], self.shared).most(n_rows)
+            return self.most(n_rows)
         rows = [self.rows[int((i + 0.5) * apart)] for i in range(first, first + n_rows)]
         return Lengths((self.rows[0], *rows[1:]) if step == 0 else tuple(rows), self.shared).most(n_rows)
 
@@ -190,11 +190,14 @@ def held_bytes(config: Adapt, shape: Shape, b: int, n_blocks: int | None = None)
 
 
 def trained_numbers(config: Adapt, shape: Shape, n_blocks: int | None = None) -> int:
-    """How many numbers are trained, all or with the last `n_blocks` blocks; one more counts embeddings."""
+    """How many numbers are trained, all or with the last `n_blocks` blocks; one more counts embeddings.
+
+    A head of its own is trained with the last block.
+    """
     if config.method == "full":
         if n_blocks is None or n_blocks > shape.n_layers:
             return shape.weights
-        return shape.linear * n_blocks // shape.n_layers
+        return shape.linear * n_blocks // shape.n_layers + shape.embeddings - shape.C * shape.V
     return config.r * shape.lora_per_rank if config.method in LORA else 0
 
 
