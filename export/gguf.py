@@ -147,7 +147,7 @@ def run(
         pending.fallbacks = [*fallbacks, *vocabulary.remarks]
         if source.manifest.kind == "gptq" and config.type not in PLAIN:
             n_layers = len(weights.integers)
-            pending.notes["integers"] = f"{len(kept)} of {n_layers} layers as they are in the checkpoint"
+            pending.notes["integers"] = {"layers": n_layers, "kept": len(kept)}
             if len(kept) < n_layers:
                 pending.fallbacks.append(
                     f"the integers of GPTQ are rounded again in {n_layers - len(kept)} of {n_layers} layers, "

@@ -32,7 +32,10 @@ def held(notes: dict[str, Any]) -> Iterator[Held]:
             "contract",
         )
     if (found := notes.get("integers")) is not None:
-        yield Held(f"the integers of all {found['layers']} layers are the checkpoint's", "integers")
+        kept, n_layers = found.get("kept", found["layers"]), found["layers"]
+        if kept:
+            which = f"all {n_layers} layers" if kept == n_layers else f"{kept} of {n_layers} layers"
+            yield Held(f"the integers of {which} are the checkpoint's", "integers")
     parity = notes.get("parity") or {}
     for what, measured in [("", parity)] if "n_positions" in parity else [(f", {k}", v) for k, v in parity.items()]:
         limits = ", ".join(f"{LIMITS[name]} {limit:g}" for name, limit in measured["tolerance"].items())

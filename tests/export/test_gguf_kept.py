@@ -24,6 +24,7 @@ from edgetune.export.gguf_write import read_config
 from edgetune.graph import weighed_export
 from edgetune.recipe import Candidate, Gptq, Rtn
 from edgetune.recipe_export import GgufExport
+from edgetune.runtime.report.held import held
 from tests.conftest import make_tiny_model
 
 pytest.importorskip("gguf")
@@ -97,7 +98,9 @@ def test_a_checkpoint_is_written_as_it_is(wide: Artifact, tmp_path: Path, bits: 
     source = quantize.run(Rtn(bits=bits, group_size=64, sym=sym, checkpoint=form), wide, tmp_path / "ints")
     made = export(kind, source, tmp_path / "out")
     layers, found = read_layers(source.path), layers_of(made, source)
-    assert made.manifest.notes["integers"] == f"{len(layers)} of {len(layers)} layers as they are in the checkpoint"
+    assert made.manifest.notes["integers"] == {"layers": len(layers), "kept": len(layers)}
+    told = [one.text for one in held(made.manifest.notes)]
+    assert f"the integers of all {len(layers)} layers are the checkpoint's" in told
     assert not any("rounded again" in line for line in made.manifest.fallbacks)
     for name, (written, weight) in found.items():
         assert written == kind
@@ -119,7 +122,11 @@ def test_layers_of_several_bits_get_a_type_each(wide: Artifact, tmp_path: Path) 
     layers = read_layers(source.path)
     kinds = {name: holding(one, int(one.q.max()).bit_length()) for name, one in layers.items()}
     assert {"Q4_0", "Q8_0"} <= set(kinds.values())
-    found = layers_of(export("Q4_0", source, tmp_path / "out"), source)
+    made = export("Q4_0", source, tmp_path / "out")
+    n_kept = sum(kind is not None for kind in kinds.values())
+    told = [one.text for one in held(made.manifest.notes)]
+    assert n_kept == len(layers) or f"the integers of {n_kept} of {len(layers)} layers are the checkpoint's" in told
+    found = layers_of(made, source)
     for name, kind in kinds.items():
         if kind is not None:
             assert found[name][0] == kind
@@ -131,7 +138,8 @@ def test_another_type_rounds_again_and_says_so(wide: Artifact, tmp_path: Path) -
     made = export("Q4_0", source, tmp_path / "out")
     n = len(read_layers(source.path))
     assert made.manifest.fallbacks[-1] == f"the integers of GPTQ are rounded again in {n} of {n} layers, to Q4_0"
-    assert made.manifest.notes["integers"] == f"0 of {n} layers as they are in the checkpoint"
+    assert made.manifest.notes["integers"] == {"layers": n, "kept": 0}
+    assert not any("integers" in one.text for one in held(made.manifest.notes))
 
 
 def test_a_corrected_layer_is_rounded_anew(wide: Artifact, tmp_path: Path) -> None:
